@@ -1,0 +1,1 @@
+"""Reads frames and samples, by time, from every form in which media lie on disk."""

@@ -1,0 +1,72 @@
+"""Defines what every reader of pictures offers, and the clock that all of them share.
+
+Time zero is the container's start time (what players show and `ffmpeg -ss` counts from), for picture and sound alike;
+frames that lie loose start at zero by their number. The frame at time t is the last one shown at or before t + 1 ms
+(1 ms: containers such as Matroska round their time stamps to that); before the first frame it is the first one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+TIME_TOLERANCE_S = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """Is what is known of a video's pictures before any is decoded.
+
+    Attributes:
+        n_frames: shown frames.
+        duration_s: when the last frame ends, on the shared clock.
+        rate_hz: mean frame rate.
+        height, width: of the pictures as returned, after rotation.
+        rotation_deg: clockwise turn that was applied to show the picture upright: 0, 90, 180 or 270.
+    """
+
+    n_frames: int
+    duration_s: float
+    rate_hz: float
+    height: int
+    width: int
+    rotation_deg: int = 0
+
+
+class FrameReader(Protocol):
+    """Reads the pictures of one video by time; is used by one thread, and closed by `close` or a `with` block."""
+
+    @property
+    def info(self) -> VideoInfo:
+        """Gives the video's facts."""
+        ...
+
+    @property
+    def frame_times_s(self) -> npt.NDArray[np.float64]:
+        """Gives when each frame is first shown, ascending, float64 [n_frames]."""
+        ...
+
+    def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+        """Reads the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, C].
+
+        C is 3 (RGB), or 2 for flow (u, v). Raises DecodeError if a frame can't be decoded whole, and
+        SegmentOutsideVideoError for a time more than 1 ms past the last frame's end.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives back the file handle and the decoder."""
+        ...
+
+    def __enter__(self) -> FrameReader: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def find_shown_frames(frame_times_s: npt.NDArray[np.float64], times_s: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Finds the index of the frame shown at each time, int64 of the shape of `times_s`."""
+    times = np.asarray(times_s, dtype=np.float64)
+    return np.maximum(np.searchsorted(frame_times_s, times + TIME_TOLERANCE_S, side="right") - 1, 0)

@@ -1,0 +1,1 @@
+"""Turns samples into the two papers' spectrograms."""

@@ -1,0 +1,1 @@
+"""Finds, converts and checks the weights of the encoders."""

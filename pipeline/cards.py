@@ -1,0 +1,142 @@
+"""Defines the dataset card: what a dataset's classes, domains, shifts, files and published numbers are."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import CardError
+
+MANIFESTS_DIR = Path(__file__).resolve().parent.parent / "data" / "manifests"
+
+
+class CardModel(BaseModel):
+    """Is what every part of a card has in common: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shift(CardModel):
+    """Is one adaptation problem: from which domains, to which."""
+
+    source: tuple[str, ...] = Field(min_length=1)
+    target: str
+
+    @property
+    def name(self) -> str:
+        """Gives the name used on the command line, such as `D1-D2` or `D1+D2-D3`."""
+        return f"{'+'.join(self.source)}-{self.target}"
+
+
+class ExpectedCount(CardModel):
+    """Is how many segments (and of each class, and in how many videos) a domain's split must have."""
+
+    domain: str
+    split: str
+    n_segments: int
+    n_per_class: tuple[int, ...] = ()
+    n_videos: int | None = None
+
+
+class OfficialSource(CardModel):
+    """Is where a dataset's annotation or media files officially come from."""
+
+    what: str
+    where: str
+    files: tuple[str, ...] = ()
+    licence: str = ""
+
+
+class PublishedNumber(CardModel):
+    """Is one row of a published table; `scores` maps a shift's name, or `mean`, to percent."""
+
+    paper: str
+    table: str
+    method: str
+    metric: str
+    scores: dict[str, float]
+    note: str = ""
+
+
+class MediaLayout(CardModel):
+    """Is where a segment's media lie below the media root, and the clock of frames that lie loose.
+
+    `rgb`, `flow` and `audio` are path templates tried in order, with the fields {video_id}, {domain}, {split} and
+    {participant} (the part of video_id before the first `_`). A template without a file ending stands for a folder of
+    frames, or for a video file with any known ending. A `.tar` template is a tar of frames.
+    Frame file number n is shown from (n - n_first_frame) / frame_rate_hz seconds on.
+    """
+
+    rgb: tuple[str, ...] = ("{video_id}",)
+    flow: tuple[str, ...] = ()
+    audio: tuple[str, ...] = ()
+    frame_rate_hz: float | None = None
+    frame_pattern: str = "frame_%010d.jpg"
+    n_first_frame: int = 1
+    flow_rate_hz: float | None = None
+    flow_pattern: str = "frame_%010d.jpg"
+    n_first_flow: int = 1
+
+
+class DatasetCard(CardModel):
+    """Is everything that is fixed about a dataset before any of its files are there."""
+
+    name: str
+    title: str
+    description: str = ""
+    synthetic: bool = False
+    task: Literal["single-label", "multi-label"]
+    metric: Literal["top1", "map"]
+    classes: tuple[str, ...] = Field(min_length=2)
+    domains: tuple[str, ...] = Field(min_length=1)
+    splits: tuple[str, ...] = ("train", "test")
+    shifts: tuple[Shift, ...] = ()
+    counts: tuple[ExpectedCount, ...] = ()
+    sources: tuple[OfficialSource, ...] = ()
+    published: tuple[PublishedNumber, ...] = ()
+    media: MediaLayout = MediaLayout()
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> DatasetCard:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class is listed twice")
+        for shift in self.shifts:
+            unknown = {*shift.source, shift.target} - set(self.domains)
+            if unknown:
+                raise ValueError(f"shift {shift.name} names unknown domain {sorted(unknown)[0]!r}")
+        for count in self.counts:
+            if count.domain not in self.domains or count.split not in self.splits:
+                raise ValueError(f"counts name unknown {count.domain}/{count.split}")
+            if count.n_per_class and (
+                len(count.n_per_class) != len(self.classes) or sum(count.n_per_class) != count.n_segments
+            ):
+                raise ValueError(f"n_per_class of {count.domain}/{count.split} doesn't add up to n_segments")
+        return self
+
+    @cached_property
+    def class_index(self) -> dict[str, int]:
+        """Maps a class name to its index."""
+        return {name: i for i, name in enumerate(self.classes)}
+
+
+def read_card(path: Path) -> DatasetCard:
+    """Reads and checks one card; raises CardError with the file and the field at fault."""
+    try:
+        return DatasetCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml"))) or "none"
+        raise CardError(f"no dataset card {path}; cards there: {known}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise CardError(f"{path} is not valid TOML: {error}") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'card'}: {e['msg']}" for e in error.errors())
+        raise CardError(f"{path}: {faults}") from error
+
+
+def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:
+    """Reads the card of a dataset by name from data/manifests; raises CardError if there is none."""
+    return read_card(manifests_dir / f"{dataset}.toml")

@@ -1,0 +1,1 @@
+"""Reads official annotation files into segments, one dataset a module."""

@@ -1,0 +1,1 @@
+"""Keeps features on disk, one interface over two backends."""

@@ -1,0 +1,1 @@
+"""Learns from cached features and says what it scored."""
