@@ -1,0 +1,200 @@
+"""Keeps features in one local HDF5 file whose space is allocated at creation, so that no kill can damage it.
+
+Every dataset is contiguous and allocated early: writing rows changes raw data only, never the file's metadata. The file
+is opened for each write and closed again; a checksum (crc32c) of each shard of each array stands in `checksums/`.
+HDF5 is local and single-writer; for several machines use Zarr.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import h5py
+import numpy as np
+
+from pipeline.errors import StoreError
+from pipeline.specs import FeatureSpec
+from pipeline.store.attributes import pack_attributes, unpack_attributes
+from pipeline.store.interface import Backend, ShardIndex, VerifyFault
+from pipeline.store.layout import (
+    DONE,
+    PENDING,
+    ROW_ARRAYS,
+    Shard,
+    StoreLayout,
+    decode_segment_ids,
+    encode_segment_ids,
+    measure_id_bytes,
+    plan_arrays,
+    plan_shards,
+)
+from pipeline.store.reading import find_done_rows, find_missing
+
+
+def create_hdf5_store(
+    path: Path, spec: FeatureSpec, layout: StoreLayout, segment_ids: Sequence[str], attributes: Mapping[str, Any]
+) -> None:
+    """Creates an empty store at a path that must not exist; the caller renames it into place."""
+    with h5py.File(path, "w-", libver=("earliest", "v110")) as file:
+        file.attrs.update(pack_attributes(attributes))
+        for array in plan_arrays(spec, layout):
+            _create_dataset(file, array.name, array.shape, array.dtype)
+            _create_dataset(file, f"checksums/{array.name}", (layout.n_shards,), "uint32")
+        file["segment_id"][:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
+        for shard in plan_shards(layout):
+            _write_checksum(file, "segment_id", shard)
+
+
+def _create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_ALLOC)
+    parent, _, leaf = name.rpartition("/")
+    group = file.require_group(parent) if parent else file
+    h5py.h5d.create(
+        group.id,
+        leaf.encode(),
+        h5py.h5t.py_create(np.dtype(dtype), logical=True),
+        h5py.h5s.create_simple(shape),
+        dcpl=properties,
+    )
+
+
+def _write_checksum(file: h5py.File, name: str, shard: Shard) -> None:
+    rows = np.ascontiguousarray(file[name][shard.start_row : shard.stop_row])
+    file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows.tobytes())
+
+
+class Hdf5FeatureStore:
+    """Is a FeatureStore in one HDF5 file; opened for each access, so it can be pickled and shared by processes."""
+
+    backend: Backend = "hdf5"
+
+    def __init__(self, path: Path, spec: FeatureSpec, layout: StoreLayout) -> None:
+        self.path = str(path)
+        self.spec = spec
+        self.layout = layout
+        self._segment_ids: list[str] | None = None
+
+    @contextmanager
+    def _open(self, mode: str = "r") -> Iterator[h5py.File]:
+        try:
+            file = h5py.File(self.path, mode)
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} can't be opened: {error}; if it is damaged, delete it and extract"
+            ) from error
+        with file:
+            yield file
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Gives the store's attributes as written at its creation."""
+        with self._open() as file:
+            return unpack_attributes(file.attrs)
+
+    @property
+    def segment_ids(self) -> Sequence[str]:
+        """Gives the id of every row."""
+        if self._segment_ids is None:
+            self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
+        return self._segment_ids
+
+    def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
+        """Reads rows of any array."""
+        with self._open() as file:
+            if name not in file:
+                raise StoreError(f"{self.path} has no array {name!r}")
+            return np.asarray(file[name][start_row : self.layout.n_rows if stop_row is None else stop_row])
+
+    def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
+        """Reads one output of done segments, in their order."""
+        rows = find_done_rows(self, segment_ids)
+        order, inverse = np.unique(rows, return_inverse=True)
+        with self._open() as file:
+            if f"outputs/{output}" not in file:
+                raise StoreError(f"{self.path} has no output {output!r}")
+            return np.asarray(file[f"outputs/{output}"][order])[inverse]
+
+    def read_all(self, output: str) -> np.ndarray:
+        """Reads one output of every row."""
+        return self.read_array(f"outputs/{output}")
+
+    def missing(self, digests: np.ndarray) -> np.ndarray:
+        """Says for each row whether it is pending or stale."""
+        return find_missing(self, digests)
+
+    def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
+        """Appends rows by writing a larger file beside this one and replacing it."""
+        if n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
+            raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {n_clips}")
+        ids = [*self.segment_ids, *segment_ids]
+        layout = StoreLayout(
+            n_rows=len(ids),
+            n_clips=max(n_clips, self.layout.n_clips),
+            n_rows_per_shard=self.layout.n_rows_per_shard,
+            n_id_bytes=max(self.layout.n_id_bytes, measure_id_bytes(ids)),
+        )
+        attributes = {**self.attributes, **{f: getattr(layout, f) for f in ("n_rows", "n_clips", "n_id_bytes")}}
+        larger = Path(f"{self.path}.creating-{os.getpid()}")
+        create_hdf5_store(larger, self.spec, layout, ids, attributes)
+        with self._open() as old, h5py.File(larger, "r+") as new:
+            for array in plan_arrays(self.spec, layout):
+                if array.name == "segment_id":
+                    continue
+                for shard in plan_shards(self.layout):
+                    rows = old[array.name][shard.start_row : shard.stop_row]
+                    new[array.name][(slice(shard.start_row, shard.stop_row), *map(slice, rows.shape[1:]))] = rows
+                    _write_checksum(new, array.name, shard)
+        larger.replace(self.path)
+        self.layout, self._segment_ids = layout, ids
+
+    def begin_shard(self, shard: Shard) -> None:
+        """Sets the shard's rows to pending."""
+        if (self.read_array("state", shard.start_row, shard.stop_row) != PENDING).any():
+            with self._open("r+") as file:
+                file["state"][shard.start_row : shard.stop_row] = PENDING
+
+    def write_outputs(self, name: str, start_row: int, values: np.ndarray) -> None:
+        """Writes rows of one output."""
+        with self._open("r+") as file:
+            file[f"outputs/{name}"][start_row : start_row + len(values)] = values
+
+    def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
+        """Writes checksums of the outputs, then the shard's index, `state` last, each step flushed before the next."""
+        with self._open("r+") as file:
+            for output in self.spec.outputs:
+                _write_checksum(file, f"outputs/{output.name}", shard)
+            for name in ROW_ARRAYS:
+                values = getattr(index, name)
+                if values is None:
+                    continue
+                if name == "state":
+                    file["checksums/state"][shard.index] = google_crc32c.value(np.asarray(values, np.uint8).tobytes())
+                    file.flush()
+                file[name][shard.start_row : shard.stop_row] = values
+                if name != "state":
+                    _write_checksum(file, name, shard)
+
+    def find_checksum_faults(self) -> list[VerifyFault]:
+        """Compares each shard of each array, where rows are done, with its checksum."""
+        faults = []
+        state = self.read_array("state")
+        with self._open() as file:
+            for array in plan_arrays(self.spec, self.layout):
+                for shard in plan_shards(self.layout):
+                    if not (state[shard.start_row : shard.stop_row] == DONE).any():
+                        continue
+                    rows = np.ascontiguousarray(file[array.name][shard.start_row : shard.stop_row])
+                    if google_crc32c.value(rows.tobytes()) != int(file[f"checksums/{array.name}"][shard.index]):
+                        first_id = self.segment_ids[shard.start_row]
+                        faults.append(
+                            VerifyFault(array.name, first_id, f"rows {shard.start_row} to {shard.stop_row}: checksum")
+                        )
+        return faults

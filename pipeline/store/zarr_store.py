@@ -1,0 +1,192 @@
+"""Keeps features in a Zarr v3 group: uncompressed chunks with a crc32c each, one file a chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from pipeline.errors import StoreError
+from pipeline.specs import FeatureSpec
+from pipeline.store.interface import Backend, ShardIndex, VerifyFault
+from pipeline.store.layout import (
+    DONE,
+    PENDING,
+    ROW_ARRAYS,
+    ArrayLayout,
+    Shard,
+    StoreLayout,
+    decode_segment_ids,
+    encode_segment_ids,
+    plan_arrays,
+    plan_shards,
+)
+from pipeline.store.reading import find_done_rows, find_missing
+
+
+def create_zarr_store(
+    path: Path, spec: FeatureSpec, layout: StoreLayout, segment_ids: Sequence[str], attributes: Mapping[str, Any]
+) -> None:
+    """Creates an empty store at a path that must not exist; the caller renames it into place."""
+    group = zarr.create_group(str(path), zarr_format=3, attributes=dict(attributes))
+    for array in plan_arrays(spec, layout):
+        _create_array(group, array)
+    _array(group, "segment_id")[:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
+
+
+def _create_array(group: zarr.Group, array: ArrayLayout) -> None:
+    group.create_array(
+        array.name,
+        shape=array.shape,
+        chunks=array.chunks,
+        dtype=array.dtype,
+        fill_value=0,
+        compressors=[Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"{name} of {group.store_path} is not an array; the store is damaged, delete it and extract")
+    return array
+
+
+class ZarrFeatureStore:
+    """Is a FeatureStore in a folder of Zarr v3; any zarr library reads it (FORMAT.md)."""
+
+    backend: Backend = "zarr"
+
+    def __init__(self, path: Path, group: zarr.Group, spec: FeatureSpec, layout: StoreLayout) -> None:
+        self.path = str(path)
+        self.spec = spec
+        self.layout = layout
+        self._group = group
+        self._segment_ids: list[str] | None = None
+        self._arrays: dict[str, zarr.Array] = {}
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Gives the store's attributes as written at its creation."""
+        return dict(self._group.attrs)
+
+    @property
+    def segment_ids(self) -> Sequence[str]:
+        """Gives the id of every row."""
+        if self._segment_ids is None:
+            self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
+        return self._segment_ids
+
+    def _open_array(self, name: str) -> zarr.Array:
+        if name not in self._arrays:
+            try:
+                self._arrays[name] = _array(self._group, name).with_config({"write_empty_chunks": True})
+            except KeyError as error:
+                raise StoreError(f"{self.path} has no array {name!r}") from error
+        return self._arrays[name]
+
+    def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
+        """Reads rows of any array; raises StoreError if a chunk's checksum is wrong."""
+        stop = self.layout.n_rows if stop_row is None else stop_row
+        try:
+            return np.asarray(self._open_array(name)[start_row:stop])
+        except ValueError as error:
+            raise StoreError(
+                f"{self.path}: {name} rows {start_row} to {stop}: {error}; `echoshift store verify` lists every fault"
+            ) from error
+
+    def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
+        """Reads one output of done segments, in their order."""
+        rows = find_done_rows(self, segment_ids)
+        return np.asarray(self._open_array(f"outputs/{output}").oindex[rows])
+
+    def read_all(self, output: str) -> np.ndarray:
+        """Reads one output of every row."""
+        return self.read_array(f"outputs/{output}")
+
+    def missing(self, digests: np.ndarray) -> np.ndarray:
+        """Says for each row whether it is pending or stale."""
+        return find_missing(self, digests)
+
+    def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
+        """Appends rows; a kill in between leaves longer arrays that the next call puts right."""
+        old_rows, ids = self.layout.n_rows, [*self.segment_ids, *segment_ids]
+        layout = StoreLayout(
+            n_rows=len(ids),
+            n_clips=max(n_clips, self.layout.n_clips),
+            n_rows_per_shard=self.layout.n_rows_per_shard,
+            n_id_bytes=self.layout.n_id_bytes,
+        )
+        longest = max(ids, key=lambda s: len(s.encode()))
+        if len(longest.encode()) > layout.n_id_bytes:
+            raise StoreError(
+                f"segment id {longest!r} is longer than the {layout.n_id_bytes} bytes {self.path} keeps for an id; "
+                f"delete the store and extract it anew, or shorten the id"
+            )
+        if layout.n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
+            raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {layout.n_clips}")
+        for array in plan_arrays(self.spec, layout):
+            self._open_array(array.name).resize(array.shape)
+        self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
+        self._group.attrs.update({"n_rows": layout.n_rows, "n_clips": layout.n_clips})
+        self.layout, self._segment_ids = layout, ids
+        self._arrays.clear()
+
+    def begin_shard(self, shard: Shard) -> None:
+        """Sets the shard's rows to pending."""
+        state = self._open_array("state")
+        if (np.asarray(state[shard.start_row : shard.stop_row]) != PENDING).any():
+            state[shard.start_row : shard.stop_row] = PENDING
+
+    def write_outputs(self, name: str, start_row: int, values: np.ndarray) -> None:
+        """Writes whole chunks of one output."""
+        array = self._open_array(f"outputs/{name}")
+        stop_row = start_row + len(values)
+        assert start_row % array.chunks[0] == 0, "rows must begin at a chunk's border"
+        assert stop_row % array.chunks[0] == 0 or stop_row == self.layout.n_rows, "rows must end at a chunk's border"
+        array[start_row:stop_row] = values
+
+    def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
+        """Writes the shard's index, `state` last."""
+        for name in ROW_ARRAYS:
+            values = getattr(index, name)
+            if values is not None:
+                self._open_array(name)[shard.start_row : shard.stop_row] = values
+
+    def find_checksum_faults(self) -> list[VerifyFault]:
+        """Reads every chunk under done rows; zarr checks each chunk's crc32c as it reads."""
+        faults = []
+        state = self.read_array("state")
+        for array_layout in plan_arrays(self.spec, self.layout):
+            array = self._open_array(array_layout.name)
+            for shard in plan_shards(self.layout):
+                if not (state[shard.start_row : shard.stop_row] == DONE).any():
+                    continue
+                faults += self._check_rows(array, array_layout, shard)
+        return faults
+
+    def _check_rows(self, array: zarr.Array, layout: ArrayLayout, shard: Shard) -> list[VerifyFault]:
+        faults = []
+        n_per_chunk = layout.chunks[0]
+        for start in range(shard.start_row - shard.start_row % n_per_chunk, shard.stop_row, n_per_chunk):
+            first_row = max(start, shard.start_row)
+            stop_row = min(start + n_per_chunk, shard.stop_row)
+            segment_id = self.segment_ids[first_row]
+            n_clip_chunks = math.ceil(layout.shape[1] / layout.chunks[1]) if array.ndim > 1 else 1
+            keys = [[str(start // n_per_chunk), str(c), *["0"] * (array.ndim - 2)] for c in range(n_clip_chunks)]
+            names = ["/".join(["c", *key[: array.ndim]]) for key in keys]
+            absent = [name for name in names if not (Path(self.path) / layout.name / name).exists()]
+            if absent:
+                faults.append(VerifyFault(layout.name, segment_id, f"chunk {absent[0]} is absent"))
+                continue
+            try:
+                np.asarray(array[first_row:stop_row])
+            except ValueError as error:
+                faults.append(VerifyFault(layout.name, segment_id, f"chunk {names[0]}: {error}"))
+        return faults
