@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import FAILED, Shard, plan_shards
+from pipeline.store.layout import FAILED, Shard, StoreLayout, plan_shards
 from pipeline.store.ledger import read_failures, write_failures
 
 
@@ -29,30 +29,23 @@ class ShardReport:
     indices: Mapping[str, ShardIndex]
 
 
-@dataclass(frozen=True, slots=True)
-class RowSelection:
-    """Says which rows of a store are to be computed: bool [row]."""
-
-    store: FeatureStore
-    wanted: np.ndarray
-
-
-def select_rows(
-    store: FeatureStore, digests: np.ndarray, in_manifest: np.ndarray, *, retry_failed: bool
-) -> RowSelection:
-    """Selects the rows that are in the manifest and pending or stale, and failed ones when asked for."""
+def select_rows(store: FeatureStore, digests: np.ndarray, in_manifest: np.ndarray, *, retry_failed: bool) -> np.ndarray:
+    """Selects the rows to compute, bool [row]: in the manifest, and pending or stale, or failed where asked for."""
     wanted = store.missing(digests)
     if retry_failed:
         wanted = wanted | (store.read_array("state") == FAILED)
-    return RowSelection(store, wanted & in_manifest)
+    return wanted & in_manifest
 
 
-def plan_tasks(selections: Sequence[RowSelection]) -> list[ShardTask]:
-    """Lists the shards with work to do, in row order; the stores must have the same rows and shards."""
+def plan_tasks(wanted: Mapping[str, np.ndarray], layout: StoreLayout) -> list[ShardTask]:
+    """Lists the shards with work to do, in row order.
+
+    `wanted` maps a store's path to its rows to compute, bool [row]; the stores have the same rows and shards.
+    """
     tasks = []
-    for shard in plan_shards(selections[0].store.layout):
+    for shard in plan_shards(layout):
         rows = slice(shard.start_row, shard.stop_row)
-        paths = tuple(s.store.path for s in selections if s.wanted[rows].any())
+        paths = tuple(path for path, selected in wanted.items() if selected[rows].any())
         if paths:
             tasks.append(ShardTask(shard, paths))
     return tasks

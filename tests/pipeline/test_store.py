@@ -142,12 +142,17 @@ def test_only_shards_with_missing_or_stale_rows_are_planned(make_store: MakeStor
     fill(store, failed=frozenset({9}))
     digests = make_digests(np.arange(20))
     everything = np.ones(20, dtype=bool)
-    assert plan_tasks([select_rows(store, digests, everything, retry_failed=False)]) == []
-    assert [t.shard.index for t in plan_tasks([select_rows(store, digests, everything, retry_failed=True)])] == [1]
+
+    def shards_to_do(**options: bool) -> list[int]:
+        wanted = select_rows(store, digests, everything, retry_failed=options.get("retry_failed", False))
+        return [task.shard.index for task in plan_tasks({store.path: wanted}, store.layout)]
+
+    assert shards_to_do() == []
+    assert shards_to_do(retry_failed=True) == [1]
     digests[17, 3] ^= 1
-    assert [t.shard.index for t in plan_tasks([select_rows(store, digests, everything, retry_failed=False)])] == [2]
+    assert shards_to_do() == [2]
     everything[17] = False
-    assert plan_tasks([select_rows(store, digests, everything, retry_failed=False)]) == []
+    assert shards_to_do() == []
 
 
 def test_a_run_killed_inside_a_shard_redoes_that_shard(make_store: MakeStore) -> None:
