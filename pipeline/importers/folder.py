@@ -1,0 +1,80 @@
+"""Imports one's own data from folders: <domain>/<split>/<class>/<video file>."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.cards import DatasetCard
+from pipeline.errors import ManifestError
+from pipeline.importers.own_card import make_card_from_names
+from pipeline.manifest_check import require_counts
+from pipeline.segments import Segment
+
+VIDEO_ENDINGS = (
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
+    ".wmv",
+)  # fmt: skip
+
+
+def import_folder(
+    root: Path,
+    probe_duration_s: Callable[[Path], float],
+    card: DatasetCard | None = None,
+    allow_counts: bool = False,
+) -> tuple[Segment, ...]:
+    """Makes a segment of every video file in `<domain>/<split>/<class>/` below `root`, sorted by path.
+
+    A segment is the whole video, as long as `probe_duration_s` says; its segment_id and video_id are the path below
+    `root` with `/` and without the ending. Files with other endings and names that begin with a dot are passed over.
+    Without a card the names are taken as they are (`card_from_folder` makes the card). Raises ManifestError naming the
+    folder for a domain, split or class that the card doesn't have, both files where two differ in their endings only,
+    and what the probe raises.
+    """
+    card = card_from_folder(root) if card is None else card
+    segments: list[Segment] = []
+    seen: dict[str, Path] = {}
+    for domain, split, label, path in _list_videos(root):
+        for what, name, known in (
+            ("domain", domain, card.domains),
+            ("split", split, card.splits),
+            ("class", label, card.classes),
+        ):
+            if name not in known:
+                raise ManifestError(f"{path}: unknown {what} {name!r}; card {card.name} has {', '.join(known)}")
+        video_id = path.relative_to(root).with_suffix("").as_posix()
+        other = seen.setdefault(video_id, path)
+        if other != path:
+            raise ManifestError(f"{other} and {path} differ only in their endings; keep one, or rename the other")
+        segments.append(Segment(video_id, video_id, 0.0, probe_duration_s(path), (label,), domain, split))
+    require_counts(segments, card, root, allow_counts)
+    return tuple(segments)
+
+
+def card_from_folder(root: Path, name: str | None = None) -> DatasetCard:
+    """Makes a single-label card of the folders' names: classes and domains sorted, every ordered pair a shift.
+
+    `name` is the root folder's unless given. Raises ManifestError where no video is in such folders, CardError where
+    they make no dataset (a single class).
+    """
+    found = _list_videos(root)
+    return make_card_from_names(
+        name or root.resolve().name,
+        "Made from the names of folders.",
+        classes={label for _, _, label, _ in found},
+        domains={domain for domain, _, _, _ in found},
+        splits={split for _, split, _, _ in found},
+    )
+
+
+def _list_videos(root: Path) -> list[tuple[str, str, str, Path]]:
+    if not root.is_dir():
+        raise ManifestError(f"no folder {root}")
+    found: list[tuple[str, str, str, Path]] = []
+    for path in sorted(root.glob("*/*/*/*")):
+        parts = path.relative_to(root).parts
+        if path.suffix.lower() in VIDEO_ENDINGS and path.is_file() and not any(p.startswith(".") for p in parts):
+            found.append((parts[0], parts[1], parts[2], path))
+    if not found:
+        raise ManifestError(f"no video in {root}/<domain>/<split>/<class>/; put the files there")
+    return found
