@@ -1,0 +1,160 @@
+"""Implements I3D, the inflated Inception network of Carreira and Zisserman (CVPR 2017), with TensorFlow's padding.
+
+The names of the modules are those of the widespread PyTorch checkpoints (rgb_imagenet.pt, flow_imagenet.pt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from extract.encoders.encoder_network import EncoderNetwork, check_clip_shape
+
+_BATCH_NORM_EPS = 1e-3
+_BATCH_NORM_MOMENTUM = 0.01
+
+# Channels of the branches: 1x1; reduction and 3x3; reduction and 3x3; 1x1 after pooling (GoogLeNet, Table 1).
+_MIXED: dict[str, tuple[int, int, int, int, int, int]] = {
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
+_N_STEM = 192
+_N_POOLED = 1024
+_TRUNK = (
+    "Conv3d_1a_7x7",
+    "MaxPool3d_2a_3x3",
+    "Conv3d_2b_1x1",
+    "Conv3d_2c_3x3",
+    "MaxPool3d_3a_3x3",
+    "Mixed_3b",
+    "Mixed_3c",
+    "MaxPool3d_4a_3x3",
+    "Mixed_4b",
+    "Mixed_4c",
+    "Mixed_4d",
+    "Mixed_4e",
+    "Mixed_4f",
+)
+_HEAD = ("MaxPool3d_5a_2x2", "Mixed_5b", "Mixed_5c")
+_LOGIT_WINDOW = (2, 7, 7)
+
+
+def same_padding(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Computes TensorFlow's `SAME` padding in the order that torch.nn.functional.pad takes (last axis first).
+
+    The output has ceil(n / stride) positions; of an odd amount the larger half goes to the end.
+    """
+    padding: list[int] = []
+    for n, k, s in zip(reversed(shape), reversed(kernel), reversed(stride), strict=True):
+        total = max((-(-n // s) - 1) * s + k - n, 0)
+        padding += [total // 2, total - total // 2]
+    return padding
+
+
+class SamePaddedConv(nn.Module):
+    """Is a 3D convolution with `SAME` padding, then BatchNorm and ReLU unless it is the classifier."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int, stride: int = 1, *, is_classifier: bool = False) -> None:
+        super().__init__()
+        self.conv3d = nn.Conv3d(n_in, n_out, kernel, stride, bias=is_classifier)
+        self.bn: nn.BatchNorm3d | None = None
+        if not is_classifier:
+            self.bn = nn.BatchNorm3d(n_out, eps=_BATCH_NORM_EPS, momentum=_BATCH_NORM_MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves [B, C, T, H, W]."""
+        conv = self.conv3d
+        x = conv(F.pad(x, same_padding(x.shape[2:], conv.kernel_size, conv.stride)))
+        return x if self.bn is None else F.relu(self.bn(x))
+
+
+class SamePaddedMaxPool(nn.Module):
+    """Is a 3D max pooling in which the padding never wins."""
+
+    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pools [B, C, T, H, W]."""
+        padded = F.pad(x, same_padding(x.shape[2:], self.kernel, self.stride), value=float("-inf"))
+        return F.max_pool3d(padded, self.kernel, self.stride)
+
+
+class InceptionBlock(nn.Module):
+    """Is four branches side by side, concatenated over the channels."""
+
+    def __init__(self, n_in: int, widths: tuple[int, int, int, int, int, int]) -> None:
+        super().__init__()
+        self.b0 = SamePaddedConv(n_in, widths[0], 1)
+        self.b1a = SamePaddedConv(n_in, widths[1], 1)
+        self.b1b = SamePaddedConv(widths[1], widths[2], 3)
+        self.b2a = SamePaddedConv(n_in, widths[3], 1)
+        self.b2b = SamePaddedConv(widths[3], widths[4], 3)
+        self.b3a = SamePaddedMaxPool((3, 3, 3), (1, 1, 1))
+        self.b3b = SamePaddedConv(n_in, widths[5], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes the branches on [B, C, T, H, W]."""
+        branches = (self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x)))
+        return torch.cat(branches, dim=1)
+
+
+class InceptionI3D(EncoderNetwork):
+    """Is I3D with 3 (RGB) or 2 (flow) input channels, split after Mixed_4f (METHODS 4).
+
+    x: [B, n_channels, T, H, W], x / 127.5 - 1; any T, H and W. Outputs of one clip at T = 32, 224 x 224:
+        trunk [832, 8, 14, 14]; pooled [1024]: Mixed_5c averaged over space and time; pooled_max [1024];
+        logits [400]: averaged over time as the authors do, windows of 2 x 7 x 7 at stride 1, so that the first and
+        the last position count half. Fewer than 2 x 7 x 7 positions (T < 9 or a side below 193) are averaged whole.
+    """
+
+    trunk_names = ("trunk",)
+    head_names = ("pooled", "pooled_max", "logits")
+
+    def __init__(self, n_channels: int, n_classes: int = 400) -> None:
+        super().__init__()
+        self.n_channels = n_channels
+        self.add_module("Conv3d_1a_7x7", SamePaddedConv(n_channels, 64, 7, stride=2))
+        self.add_module("MaxPool3d_2a_3x3", SamePaddedMaxPool((1, 3, 3), (1, 2, 2)))
+        self.add_module("Conv3d_2b_1x1", SamePaddedConv(64, 64, 1))
+        self.add_module("Conv3d_2c_3x3", SamePaddedConv(64, _N_STEM, 3))
+        self.add_module("MaxPool3d_3a_3x3", SamePaddedMaxPool((1, 3, 3), (1, 2, 2)))
+        self.add_module("MaxPool3d_4a_3x3", SamePaddedMaxPool((3, 3, 3), (2, 2, 2)))
+        self.add_module("MaxPool3d_5a_2x2", SamePaddedMaxPool((2, 2, 2), (2, 2, 2)))
+        n_outs = [_N_STEM, *(w[0] + w[2] + w[4] + w[5] for w in _MIXED.values())]
+        for (name, widths), (n_in, _) in zip(_MIXED.items(), pairwise(n_outs), strict=True):
+            self.add_module(name, InceptionBlock(n_in, widths))
+        self.logits = SamePaddedConv(_N_POOLED, n_classes, 1, is_classifier=True)
+        self.dropout = nn.Dropout(0.5)
+
+    def trunk(self, x: Tensor) -> dict[str, Tensor]:
+        """Computes everything up to and including Mixed_4f."""
+        check_clip_shape(x, self.n_channels)
+        for name in _TRUNK:
+            x = self.get_submodule(name)(x)
+        return {"trunk": x}
+
+    def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes Mixed_5b and Mixed_5c, the pooled features and the logits."""
+        top = trunk_outputs["trunk"]
+        for name in _HEAD:
+            top = self.get_submodule(name)(top)
+        window = [min(n, w) for n, w in zip(top.shape[2:], _LOGIT_WINDOW, strict=True)]
+        windows = F.avg_pool3d(top, window, stride=1)
+        return {
+            "pooled": top.mean(dim=(2, 3, 4)),
+            "pooled_max": top.amax(dim=(2, 3, 4)),
+            "logits": self.logits(self.dropout(windows)).mean(dim=(2, 3, 4)),
+        }

@@ -1,0 +1,53 @@
+"""Computes the shapes of the encoders' outputs from their specifications alone; needs no torch."""
+
+from __future__ import annotations
+
+from extract.encoders.slowfast_variants import VARIANTS, plan_slowfast_shapes
+from pipeline.errors import SpecError
+from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def plan_spectrogram_shape(audio: AudioSpec) -> tuple[int, int]:
+    """Gives the bands and windows of one spectrogram (METHODS 3): A's recipe doesn't centre its windows, B's does."""
+    n_bands = audio.n_fft // 2 + 1
+    if audio.recipe == "planamente2021":
+        return n_bands, (audio.n_samples + 2 * (audio.n_fft // 2) - audio.n_fft) // audio.n_hop + 1
+    if audio.n_samples < audio.n_window:
+        raise SpecError(f"{audio.duration_s} s at {audio.rate_hz} Hz are shorter than one window of {audio.n_window}")
+    return n_bands, (audio.n_samples - audio.n_window) // audio.n_hop + 1
+
+
+def plan_slowfast_outputs(variant: str, clip: ClipSpec, frame: FrameSpec | AudioSpec) -> Shapes:
+    """Gives the shapes of SlowFast's outputs for one clip."""
+    return plan_slowfast_shapes(VARIANTS[variant], clip.n_frames, _side(frame))
+
+
+def plan_slowonly_outputs(clip: ClipSpec, frame: FrameSpec | AudioSpec) -> Shapes:
+    """Gives the shapes of SlowOnly's outputs for one clip."""
+    side = -(-_side(frame) // 16)
+    return {"trunk": (1024, clip.n_frames, side, side), "pooled": (2048,), "pooled_avg": (2048,), "logits": (400,)}
+
+
+def plan_i3d_outputs(clip: ClipSpec, frame: FrameSpec | AudioSpec) -> Shapes:
+    """Gives the shapes of I3D's outputs for one clip."""
+    side = -(-_side(frame) // 16)
+    trunk = (832, -(-clip.n_frames // 4), side, side)
+    return {"trunk": trunk, "pooled": (1024,), "pooled_max": (1024,), "logits": (400,)}
+
+
+def plan_audio_outputs(
+    n_map: int, n_pooled: int, n_classes: int, clip: ClipSpec, audio: FrameSpec | AudioSpec
+) -> Shapes:
+    """Gives the shapes of an audio ResNet's outputs for one window of sound; the clip has no say in them."""
+    if not isinstance(audio, AudioSpec):
+        raise SpecError("an audio encoder needs an AudioSpec, not a FrameSpec")
+    n_bands, n_windows = plan_spectrogram_shape(audio)
+    return {"map": (n_map, -(-n_bands // 16), -(-n_windows // 16)), "pooled": (n_pooled,), "logits": (n_classes,)}
+
+
+def _side(frame: FrameSpec | AudioSpec) -> int:
+    if not isinstance(frame, FrameSpec):
+        raise SpecError("a picture encoder needs a FrameSpec, not an AudioSpec")
+    return frame.crop

@@ -1,0 +1,204 @@
+"""Lists the encoders by name with their default preprocessing, outputs and builders; needs no torch to be imported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+from extract.encoders.output_shapes import (
+    Shapes,
+    plan_audio_outputs,
+    plan_i3d_outputs,
+    plan_slowfast_outputs,
+    plan_slowonly_outputs,
+)
+from pipeline.errors import SpecError
+from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+
+if TYPE_CHECKING:
+    from extract.encoders.encoder_network import EncoderNetwork
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderEntry:
+    """Is one encoder.
+
+    Attributes:
+        name: as written in configs, and the name that weights are made for.
+        modality: what it sees.
+        revision: raised when its numerics change; part of the fingerprint.
+        clip, frame, audio: the default preprocessing, METHODS 2 (Stage-2 test) and 3; exactly one of frame and audio.
+            For an audio encoder the clip says what `span="clip"` centres on.
+        default_outputs: what is stored when nothing is asked for.
+        build: builds the whole network with its classifier and default initialisation.
+        output_shapes: gives every output's shape for one clip.
+    """
+
+    name: str
+    modality: Literal["rgb", "flow", "audio"]
+    revision: int
+    clip: ClipSpec
+    frame: FrameSpec | None
+    audio: AudioSpec | None
+    default_outputs: tuple[str, ...]
+    build: Callable[[], EncoderNetwork]
+    output_shapes: Callable[[ClipSpec, FrameSpec | AudioSpec], Shapes]
+
+
+# METHODS 2; what mmaction2's networks were trained with.
+_IMAGENET_MEAN, _IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+# What PyTorchVideo's and PySlowFast's networks were trained with: 0.45 and 0.225 of 0..1.
+_PYTORCHVIDEO_MEAN, _PYTORCHVIDEO_STD = (114.75,) * 3, (57.375,) * 3
+
+# 1.07 s five times, for pictures at 60 Hz and for flow at 30 Hz.
+_RGB_CLIP = ClipSpec(n_frames=32, stride=2, rate_hz=60, n_clips=5)
+_SLOWONLY_CLIP = ClipSpec(n_frames=8, stride=4, rate_hz=30, n_clips=5)
+_I3D_FLOW_CLIP = ClipSpec(n_frames=32, stride=1, rate_hz=30, n_clips=5)
+_DEMO_CLIP = ClipSpec(n_frames=8, stride=2, rate_hz=15, n_clips=5)
+
+
+def _zhang_audio(duration_s: float) -> AudioSpec:
+    return AudioSpec(
+        recipe="zhang2022",
+        span="segment",
+        rate_hz=16000,
+        duration_s=duration_s,
+        n_window=512,
+        n_hop=159,
+        n_fft=512,
+        log_floor=1e-7,
+        standardise=True,
+    )
+
+
+def _rgb(side: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...]) -> FrameSpec:
+    return FrameSpec(input="rgb", short_side=side, crop=crop, mean=mean, std=std)
+
+
+def _flow(crop: int, centre: float) -> FrameSpec:
+    return FrameSpec(input="flow", short_side=256, crop=crop, mean=(centre,) * 2, std=(centre,) * 2)
+
+
+def _build_slowfast(variant: str) -> EncoderNetwork:
+    from extract.encoders.slowfast import SlowFast
+    from extract.encoders.slowfast_variants import VARIANTS
+
+    return SlowFast(VARIANTS[variant])
+
+
+def _build_slowonly() -> EncoderNetwork:
+    from extract.encoders.slowonly import SlowOnly
+
+    return SlowOnly()
+
+
+def _build_i3d(n_channels: int) -> EncoderNetwork:
+    from extract.encoders.inception_i3d import InceptionI3D
+
+    return InceptionI3D(n_channels)
+
+
+def _build_resnet18_audio() -> EncoderNetwork:
+    from extract.encoders.audio_resnet import build_resnet18_audio
+
+    return build_resnet18_audio()
+
+
+def _build_resnet_demo() -> EncoderNetwork:
+    from extract.encoders.audio_resnet import build_resnet_demo
+
+    return build_resnet_demo()
+
+
+def _slowfast(name: str, clip: ClipSpec, frame: FrameSpec) -> EncoderEntry:
+    return EncoderEntry(
+        name=name,
+        modality="rgb",
+        revision=1,
+        clip=clip,
+        frame=frame,
+        audio=None,
+        default_outputs=("pooled",),
+        build=partial(_build_slowfast, name),
+        output_shapes=partial(plan_slowfast_outputs, name),
+    )
+
+
+_ENTRIES = (
+    _slowfast("slowfast_r50", _RGB_CLIP, _rgb(256, 256, _PYTORCHVIDEO_MEAN, _PYTORCHVIDEO_STD)),
+    _slowfast("slowfast_r101", _RGB_CLIP, _rgb(256, 256, _PYTORCHVIDEO_MEAN, _PYTORCHVIDEO_STD)),
+    _slowfast("slowfast_r50_mmaction", _RGB_CLIP, _rgb(256, 256, _IMAGENET_MEAN, _IMAGENET_STD)),
+    _slowfast("slowfast_r101_mmaction", _RGB_CLIP, _rgb(256, 256, _IMAGENET_MEAN, _IMAGENET_STD)),
+    _slowfast("slowfast_demo", _DEMO_CLIP, _rgb(64, 64, _IMAGENET_MEAN, _IMAGENET_STD)),
+    EncoderEntry(
+        name="slowonly_r50_flow",
+        modality="flow",
+        revision=1,
+        clip=_SLOWONLY_CLIP,
+        frame=_flow(crop=256, centre=128.0),
+        audio=None,
+        default_outputs=("pooled",),
+        build=_build_slowonly,
+        output_shapes=plan_slowonly_outputs,
+    ),
+    EncoderEntry(
+        name="i3d_rgb",
+        modality="rgb",
+        revision=1,
+        clip=_RGB_CLIP,
+        frame=_rgb(256, 224, (127.5,) * 3, (127.5,) * 3),
+        audio=None,
+        default_outputs=("pooled",),
+        build=partial(_build_i3d, 3),
+        output_shapes=plan_i3d_outputs,
+    ),
+    EncoderEntry(
+        name="i3d_flow",
+        modality="flow",
+        revision=1,
+        clip=_I3D_FLOW_CLIP,
+        frame=_flow(crop=224, centre=127.5),
+        audio=None,
+        default_outputs=("pooled",),
+        build=partial(_build_i3d, 2),
+        output_shapes=plan_i3d_outputs,
+    ),
+    EncoderEntry(
+        name="resnet18_audio",
+        modality="audio",
+        revision=1,
+        clip=_RGB_CLIP.model_copy(update={"n_clips": 1}),
+        frame=None,
+        audio=_zhang_audio(duration_s=10),
+        default_outputs=("map", "pooled"),
+        build=_build_resnet18_audio,
+        output_shapes=partial(plan_audio_outputs, 256, 512, 309),
+    ),
+    EncoderEntry(
+        name="resnet_demo",
+        modality="audio",
+        revision=1,
+        clip=_DEMO_CLIP.model_copy(update={"n_clips": 1}),
+        frame=None,
+        audio=_zhang_audio(duration_s=2),
+        default_outputs=("map", "pooled"),
+        build=_build_resnet_demo,
+        output_shapes=partial(plan_audio_outputs, 64, 128, 6),
+    ),
+)
+
+ENCODERS: Mapping[str, EncoderEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+
+
+def find_encoder(name: str) -> EncoderEntry:
+    """Finds an encoder by name; raises SpecError with the nearest name, or with all of them."""
+    try:
+        return ENCODERS[name]
+    except KeyError as error:
+        near = difflib.get_close_matches(name, ENCODERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ENCODERS)}"
+        raise SpecError(f"there is no encoder {name!r}; {hint}") from error

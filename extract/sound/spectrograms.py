@@ -1,0 +1,169 @@
+"""Turns samples into the log spectrograms of the two papers (METHODS section 3), on the device that holds the samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import SpecError
+from pipeline.specs import AudioSpec
+
+ZHANG2022 = AudioSpec(
+    recipe="zhang2022",
+    span="segment",
+    rate_hz=16000,
+    duration_s=10.0,
+    n_window=512,
+    n_hop=159,
+    n_fft=512,
+    log_floor=1e-7,
+    standardise=True,
+)
+"""A's spectrogram: 257 bands x 1004 frames of the segment's first ten seconds."""
+
+PLANAMENTE2021 = AudioSpec(
+    recipe="planamente2021",
+    span="clip",
+    rate_hz=24000,
+    duration_s=1.279,
+    n_window=240,
+    n_hop=120,
+    n_fft=511,
+    log_floor=1e-6,
+    standardise=False,
+)
+"""B's spectrogram: 256 bands x 256 frames of the 1.279 s around a clip."""
+
+STD_FLOOR = 1e-9
+TUKEY_SHAPE = 0.25
+
+
+def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
+    """Computes (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
+    if spec.n_hop > spec.n_window or spec.n_window > spec.n_fft:
+        raise SpecError(
+            f"audio spec needs n_hop <= n_window <= n_fft, has {spec.n_hop}, {spec.n_window}, {spec.n_fft}: "
+            f"correct them, or take the preset of {spec.recipe}"
+        )
+    if spec.n_samples < spec.n_window:
+        raise SpecError(f"audio window of {spec.n_samples} samples is shorter than n_window = {spec.n_window}")
+    if spec.recipe == "zhang2022":
+        n_frames = (spec.n_samples - spec.n_window) // spec.n_hop + 1
+    else:
+        n_frames = (spec.n_samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.n_hop + 1
+    return spec.n_fft // 2 + 1, n_frames
+
+
+def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tensor:
+    """Computes the log spectrogram of each window of sound.
+
+    `samples` is float [B, n], or B tensors [n_i] of any lengths, at `spec.rate_hz`, full scale +-1. The result is
+    float32 [B, 1, F, N] on the samples' device, (F, N) being `plan_spectrogram_shape(spec)`.
+
+    `zhang2022` [A-code]: the first `n_samples`, tiled if there are fewer, clipped to +-1; then what
+    scipy.signal.spectrogram computes with its defaults (periodic Tukey .25 window, the mean of each frame taken away,
+    one-sided density, no centring); log(S + floor).
+    `planamente2021` [B, section 4.1; its reference 27 for what it doesn't say]: the first `n_samples`, zeros appended
+    if there are fewer; what librosa.stft computes with center=True and pad_mode="constant" (zeros beyond both ends;
+    reflecting there would invent sound), the periodic Hann window in the middle of n_fft; log(|S|^2 + floor).
+    `standardise` takes (x - mean) / (std + 1e-9) over the whole window, std of the population.
+
+    Everything up to the result is float64, and each window is computed by itself: its values don't depend on what
+    else is in the batch. Raises SpecError for a window without samples (the caller knows what a missing track means).
+    """
+    rows = list(samples)
+    if not rows:
+        raise SpecError("no window of sound was given")
+    for row in rows:
+        _check_samples(row)
+    plan_spectrogram_shape(spec)
+    window = _centred_window(spec, rows[0].device)
+    return torch.stack([_window_spectrogram(row, window.to(row.device), spec) for row in rows])[:, None]
+
+
+def augment_spectrograms(
+    spectrograms: Tensor, seed: int, noise: float = 0.05, n_band: int = 9, n_band_starts: int = 247
+) -> Tensor:
+    """Adds A's training noise to standardised spectrograms [B, 1, F, N] and sets one band of each to zero.
+
+    Uniform noise of +-`noise` on every value, then `n_band` neighbouring frequency bins set to zero, the first of them
+    drawn from 0..n_band_starts-1 [A-code: 247, so that the top bins are never hit] (METHODS section 3). The input is
+    left as it is. The noise is drawn on the CPU: a seed gives the same values on every device.
+    """
+    if spectrograms.ndim != 4:
+        raise SpecError(f"spectrograms must be [B, 1, F, N], have the shape {tuple(spectrograms.shape)}")
+    n_rows, n_bins = spectrograms.shape[0], spectrograms.shape[2]
+    if n_band > n_bins:
+        raise SpecError(f"a band of {n_band} bins doesn't fit into {n_bins}")
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.empty(spectrograms.shape).uniform_(-noise, noise, generator=generator)
+    starts = torch.randint(0, min(n_band_starts, n_bins - n_band + 1), (n_rows,), generator=generator)
+    augmented = spectrograms + shift.to(spectrograms)
+    for row, start in zip(augmented, starts.tolist(), strict=True):
+        row[:, start : start + n_band] = 0
+    return augmented
+
+
+def rms_dbfs(samples: Tensor) -> float:
+    """Computes the level of samples [n] in dB relative to full scale: a full-scale sine has -3.01, silence -inf."""
+    _check_samples(samples)
+    power = float(samples.to(torch.float64).square().mean())
+    return 10 * math.log10(power) if power > 0 else -math.inf
+
+
+def _check_samples(samples: Tensor) -> None:
+    if samples.ndim != 1:
+        raise SpecError(f"a window of sound must be [n], has the shape {tuple(samples.shape)}")
+    if samples.numel() == 0:
+        raise SpecError("a window of sound has no samples: leave out what has no sound (has_audio) before this")
+    if not samples.is_floating_point():
+        raise SpecError(f"samples must be floating point with full scale +-1, are {samples.dtype}")
+
+
+def _centred_window(spec: AudioSpec, device: torch.device) -> Tensor:
+    """Gives the analysis window: zhang2022 [n_window]; planamente2021 [n_fft] with zeros on both sides."""
+    place = torch.arange(spec.n_window, dtype=torch.float64, device=device)
+    if spec.recipe == "zhang2022":
+        # Periodic: the symmetric window of n_window + 1 points without its last, hence edges at 0 and n_window.
+        from_edge = torch.minimum(place, spec.n_window - place)
+        taper = TUKEY_SHAPE * spec.n_window / 2
+        return 0.5 - 0.5 * torch.cos(math.pi * (from_edge / taper).clamp(max=1))
+    hann = 0.5 - 0.5 * torch.cos(2 * math.pi * place / spec.n_window)
+    n_left = (spec.n_fft - spec.n_window) // 2
+    return torch.nn.functional.pad(hann, (n_left, spec.n_fft - spec.n_window - n_left))
+
+
+def _window_spectrogram(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
+    """Computes one window's log spectrogram, float32 [F, N], from samples [n]."""
+    power = _zhang_power(samples, window, spec) if spec.recipe == "zhang2022" else _stft_power(samples, window, spec)
+    log_power = torch.log(power + spec.log_floor)
+    if spec.standardise:
+        centred = log_power - log_power.mean()
+        log_power = centred / (centred.square().mean().sqrt() + STD_FLOOR)
+    return log_power.T.to(torch.float32).contiguous()
+
+
+def _zhang_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
+    """Computes the one-sided power density [N, F] as scipy.signal.spectrogram does by default."""
+    n_samples = spec.n_samples
+    n_repeats = -(-n_samples // samples.shape[0])
+    signal = samples.to(torch.float64).repeat(n_repeats)[:n_samples].clamp(-1, 1)
+    frames = signal.unfold(0, spec.n_window, spec.n_hop)
+    frames = (frames - frames.mean(dim=1, keepdim=True)) * window
+    spectrum = torch.fft.rfft(frames, n=spec.n_fft)
+    power = (spectrum.real.square() + spectrum.imag.square()) / (spec.rate_hz * window.square().sum())
+    n_mirrored = power.shape[1] - (1 if spec.n_fft % 2 == 0 else 0)
+    power[:, 1:n_mirrored] *= 2  # every bin but DC and, for an even n_fft, Nyquist stands for its mirror too
+    return power
+
+
+def _stft_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
+    """Computes |S|^2 [N, F] of centred frames as librosa.stft does with zeros beyond the ends."""
+    signal = samples[: spec.n_samples].to(torch.float64)
+    n_half = spec.n_fft // 2
+    signal = torch.nn.functional.pad(signal, (n_half, n_half + spec.n_samples - signal.shape[0]))
+    spectrum = torch.fft.rfft(signal.unfold(0, spec.n_fft, spec.n_hop) * window)
+    return spectrum.real.square() + spectrum.imag.square()

