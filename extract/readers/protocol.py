@@ -8,10 +8,13 @@ frames that lie loose start at zero by their number. The frame at time t is the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.errors import SegmentOutsideVideoError
 
 TIME_TOLERANCE_S = 1e-3
 
@@ -70,3 +73,15 @@ def find_shown_frames(frame_times_s: npt.NDArray[np.float64], times_s: npt.Array
     """Finds the index of the frame shown at each time, int64 of the shape of `times_s`."""
     times = np.asarray(times_s, dtype=np.float64)
     return np.maximum(np.searchsorted(frame_times_s, times + TIME_TOLERANCE_S, side="right") - 1, 0)
+
+
+def check_times(times_s: npt.ArrayLike, duration_s: float, path: Path) -> npt.NDArray[np.float64]:
+    """Checks that times lie before the end, float64 [T]; raises SegmentOutsideVideoError if one is past it (or NaN)."""
+    times = np.asarray(times_s, dtype=np.float64).reshape(-1)
+    outside = ~(times <= duration_s + TIME_TOLERANCE_S)
+    if outside.any():
+        raise SegmentOutsideVideoError(
+            f"{path} ends at {duration_s:.3f} s, a frame is asked for at {times[outside][0]:.3f} s; "
+            "check the segment's times"
+        )
+    return times

@@ -1,0 +1,52 @@
+"""Is `echoshift weights`: lists, installs and checks the encoders' weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="List, install and check the weights of the encoders.")
+
+DirOption = Annotated[
+    Path | None, typer.Option("--dir", help="Where weights lie; default the user's cache.", envvar="ECHOSHIFT_WEIGHTS")
+]
+
+
+@app.command("ls")
+def list_(directory: DirOption = None) -> None:
+    """List the known weights, which are installed, and their licences."""
+    from extract.commands.terminal import print_table
+    from extract.weights.resolve import list_weights
+
+    rows = [
+        [row.name, row.encoder, "yes" if row.installed else "no", "default" if row.preferred else "", row.licence]
+        for row in list_weights(directory)
+    ]
+    print_table("weights", ("name", "encoder", "installed", "", "licence"), rows)
+
+
+@app.command()
+def get(
+    name: Annotated[str, typer.Argument(help="A name of `weights ls`.")],
+    from_: Annotated[Path | None, typer.Option("--from", help="A checkpoint you have downloaded yourself.")] = None,
+    directory: DirOption = None,
+) -> None:
+    """Install weights: download, check, convert to safetensors once."""
+    from extract.weights.install import install_weights
+
+    installed = install_weights(name, from_, directory)
+    typer.echo(f"{name} for {installed.encoder}: sha256 of the tensors {installed.tensor_sha256}")
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="Installed weights.")],
+    directory: DirOption = None,
+) -> None:
+    """Hash installed weights anew and load them key by key."""
+    from extract.weights.resolve import check_weights
+
+    installed = check_weights(name, directory)
+    typer.echo(f"{name} for {installed.encoder}: whole, every key used, sha256 {installed.tensor_sha256}")

@@ -1,0 +1,89 @@
+"""Makes a FeatureSpec from an encoder's defaults, its weights, and what the user overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from extract.encoders.registry import EncoderEntry, find_encoder
+from extract.weights.resolve import WeightsRecord
+from pipeline.errors import SpecError
+from pipeline.specs import FeatureSpec, OutputSpec
+
+SPEC_PARTS = ("clip", "frame", "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Is what a run decides for all its stores alike."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    decoder: Literal["pyav", "decord"] = "pyav"
+
+
+def make_feature_spec(
+    encoder: str,
+    weights: WeightsRecord,
+    options: StoreOptions,
+    *,
+    outputs: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> FeatureSpec:
+    """Makes the specification of an encoder's store.
+
+    `overrides` are `part.field=value` with part clip, frame or audio, or `ENCODER.part.field=value` for one encoder
+    alone, such as `clip.n_clips=10` or `i3d_rgb.clip.rate_hz=none`. One without an encoder passes over those that have
+    no such part, and over sound that no clip has a say in. Raises SpecError naming the override or output.
+    """
+    entry = find_encoder(encoder)
+    parts: dict[str, dict[str, Any]] = {
+        part: getattr(entry, part).model_dump() for part in SPEC_PARTS if getattr(entry, part) is not None
+    }
+    for override in overrides:
+        _apply_override(entry, parts, override)
+    try:
+        specs = {part: type(getattr(entry, part)).model_validate(fields) for part, fields in parts.items()}
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise SpecError(f"{encoder}: {'.'.join(map(str, fault['loc'])) or 'override'}: {fault['msg']}") from error
+    shapes = entry.output_shapes(specs["clip"], specs.get("frame") or specs["audio"])
+    chosen = tuple(outputs) or entry.default_outputs
+    for name in chosen:
+        if name not in shapes:
+            raise SpecError(f"{encoder} has no output {name!r}; it has {', '.join(shapes)}")
+    return FeatureSpec(
+        encoder=encoder,
+        weights=weights.sha256,
+        outputs=tuple(OutputSpec(name=name, shape=shapes[name]) for name in chosen),
+        dtype=options.dtype,
+        precision=options.precision,
+        decoder=options.decoder,
+        revision=entry.revision,
+        **specs,
+    )
+
+
+def _apply_override(entry: EncoderEntry, parts: dict[str, dict[str, Any]], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if len(names) == 3 and names[0] != entry.name:
+        find_encoder(names[0])
+        return
+    if not equals or len(names) not in (2, 3):
+        raise SpecError(f"override {override!r} is not [ENCODER.]part.field=value, part one of {', '.join(SPEC_PARTS)}")
+    part, field = names[-2:]
+    if part == "clip" and len(names) == 2 and entry.audio is not None and entry.audio.span == "segment":
+        return
+    if part not in SPEC_PARTS:
+        raise SpecError(f"override {override!r}: no part {part!r}; there are {', '.join(SPEC_PARTS)}")
+    if part not in parts:
+        if len(names) == 3:
+            raise SpecError(f"override {override!r}: {entry.name} has no {part!r}")
+        return
+    if field not in parts[part]:
+        raise SpecError(f"override {override!r}: {part} has no field {field!r}; it has {', '.join(parts[part])}")
+    parts[part][field] = None if text.strip().lower() == "none" else text.strip()

@@ -1,0 +1,190 @@
+"""Finds a segment's media below the media root, says what their content is, and opens them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from extract.readers.protocol import FrameReader
+from pipeline.cards import MediaLayout
+from pipeline.errors import MediaError, MediaNotFoundError
+from pipeline.importers.folder import VIDEO_ENDINGS
+from pipeline.segments import Segment
+
+SOUND_ENDINGS = (".wav", ".flac", ".ogg", ".m4a", ".mp3", ".opus")
+N_IDENTITY_BLOCKS = 16
+N_BLOCK_BYTES = 64 * 1024
+
+Modality = Literal["rgb", "flow", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaLocation:
+    """Is where a segment's pictures or sound lie.
+
+    Attributes:
+        kind: a media file; a folder or a tar of numbered images; or none: pictures that lie loose have no sound.
+        rate_hz, pattern, n_first: of numbered images (MediaLayout).
+    """
+
+    kind: Literal["file", "folder", "tar", "none"]
+    path: Path
+    modality: Modality = "rgb"
+    rate_hz: float = 0.0
+    pattern: str = ""
+    n_first: float = 1
+
+    @classmethod
+    def of_file(cls, path: Path) -> MediaLocation:
+        """Makes the location of one media file."""
+        return cls("file", path)
+
+
+def locate_media(root: Path, layout: MediaLayout, segment: Segment, modality: Modality) -> MediaLocation:
+    """Finds a segment's media by the card's templates, tried in order.
+
+    For each template: the file itself, a file with a known ending, a tar, a folder of frames. Sound without templates
+    of its own is a sound file beside the pictures, or the track in their file. Raises MediaNotFoundError listing what
+    was tried, MediaError where two files differ in their endings only, or a path leads out of the root.
+    """
+    tried: list[str] = []
+    templates = {"rgb": layout.rgb, "flow": layout.flow, "audio": layout.audio or layout.rgb}[modality]
+    endings = VIDEO_ENDINGS if modality != "audio" else (*SOUND_ENDINGS, *VIDEO_ENDINGS)
+    has_frames = False
+    for template in templates:
+        relative = template.format(
+            video_id=segment.video_id,
+            domain=segment.domain,
+            split=segment.split,
+            participant=PurePosixPath(segment.video_id).name.partition("_")[0],
+        )
+        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
+            raise MediaError(f"video {segment.video_id}: {relative} leads out of the media root; correct the manifest")
+        tried.append(relative)
+        stem = root / relative
+        file = stem if stem.is_file() and stem.suffix != ".tar" else _find_file(stem, endings)
+        if file is not None:
+            return MediaLocation("file", file, modality)
+        tar = stem if stem.suffix == ".tar" else stem.with_name(f"{stem.name}.tar")
+        kind: Literal["tar", "folder"] = "tar" if tar.is_file() else "folder"
+        place = tar if kind == "tar" else stem
+        if place.exists():
+            has_frames = True
+            if modality != "audio":
+                return _locate_frames(kind, place, layout, segment, modality)
+    if has_frames:
+        return MediaLocation("none", root, modality)
+    looked_for = f"tried {', '.join(tried)}" if tried else f"the card has no {modality} template in [media]"
+    raise MediaNotFoundError(f"no {modality} of video {segment.video_id} below {root}; {looked_for}")
+
+
+def _find_file(stem: Path, endings: tuple[str, ...]) -> Path | None:
+    """Finds the file with a known ending; of sound and video endings, sound goes first."""
+    if not stem.parent.is_dir():
+        return None
+    found = [p for p in _list_by_stem(stem.parent, stem.name) if p.suffix.lower() in endings]
+    sounds = [p for p in found if p.suffix.lower() in SOUND_ENDINGS]
+    found = sorted(sounds or found)
+    if len(found) > 1:
+        raise MediaError(f"{found[0]} and {found[1]} differ only in their endings; keep one, or rename the other")
+    return found[0] if found else None
+
+
+def _list_by_stem(folder: Path, name: str) -> list[Path]:
+    return [
+        folder / p.name for p in folder.iterdir() if p.name.startswith(f"{name}.") and p.stem == name and p.is_file()
+    ]
+
+
+def _locate_frames(
+    kind: Literal["tar", "folder"], place: Path, layout: MediaLayout, segment: Segment, modality: Modality
+) -> MediaLocation:
+    flow = modality == "flow"
+    rate_hz = layout.flow_rate_hz if flow else layout.frame_rate_hz
+    if rate_hz is None:
+        raise MediaError(
+            f"{place} holds loose frames, but the card says no {'flow' if flow else 'frame'}_rate_hz; add it to [media]"
+        )
+    pattern = layout.flow_pattern if flow else layout.frame_pattern
+    return MediaLocation(
+        kind,
+        place,
+        modality,
+        rate_hz=rate_hz,
+        pattern=pattern.replace("{video_id}", PurePosixPath(segment.video_id).name),
+        n_first=layout.n_first_flow if flow else layout.n_first_frame,
+    )
+
+
+def identify_media(location: MediaLocation) -> str:
+    """Computes the identity of media by content, 32 hex digits: neither path nor clock has a part in it (FORMAT.md)."""
+    digest = hashlib.blake2b(digest_size=16)
+    if location.kind == "folder":
+        files = sorted(p for p in location.path.rglob("*") if p.is_file())
+        for file in files:
+            digest.update(f"{file.relative_to(location.path).as_posix()} {file.stat().st_size}\n".encode())
+        for i in sorted(
+            {i * (len(files) - 1) // (N_IDENTITY_BLOCKS - 1) for i in range(N_IDENTITY_BLOCKS)} if files else ()
+        ):
+            digest.update(files[i].read_bytes())
+    else:
+        for block in _sample_blocks(location.path):
+            digest.update(block)
+    if location.kind in ("folder", "tar"):
+        digest.update(f"{location.pattern} {location.rate_hz!r} {location.n_first!r}".encode())
+    return digest.hexdigest()
+
+
+def _sample_blocks(path: Path) -> Iterator[bytes]:
+    n_bytes = path.stat().st_size
+    yield str(n_bytes).encode()
+    last = max(0, n_bytes - N_BLOCK_BYTES)
+    with path.open("rb") as file:
+        for offset in sorted({i * last // (N_IDENTITY_BLOCKS - 1) for i in range(N_IDENTITY_BLOCKS)}):
+            file.seek(offset)
+            yield file.read(N_BLOCK_BYTES)
+
+
+def open_frames(location: MediaLocation, decoder: Literal["pyav", "decord"] = "pyav") -> FrameReader:
+    """Opens a reader of a location's pictures; the decoder matters for media files only."""
+    if location.kind == "none":
+        raise MediaNotFoundError(f"{location.path} holds no pictures")
+    if location.kind != "file":
+        return _open_images(location)
+    if location.modality == "flow":
+        raise MediaError(f"{location.path} is a video file; flow is read from u/ and v/ images")
+    if decoder == "decord":
+        from extract.readers.decord_video import DecordFrameReader
+
+        return DecordFrameReader(location.path)
+    from extract.readers.pyav_video import PyAvFrameReader
+
+    return PyAvFrameReader(location.path)
+
+
+def _open_images(location: MediaLocation) -> FrameReader:
+    place, pattern, rate_hz, n_first = location.path, location.pattern, location.rate_hz, location.n_first
+    if location.modality == "flow":
+        from extract.readers.flow_images import FlowImageReader
+
+        return FlowImageReader(place, pattern, rate_hz, n_first)
+    if location.kind == "tar":
+        from extract.readers.frame_tar import FrameTarReader
+
+        return FrameTarReader(place, pattern, rate_hz, n_first)
+    from extract.readers.frame_folder import FrameFolderReader
+
+    return FrameFolderReader(place, pattern, rate_hz, n_first)
+
+
+def probe_duration_s(location: MediaLocation) -> float:
+    """Measures when the pictures end, or the sound of a file without pictures, in seconds."""
+    if location.modality == "audio" or location.path.suffix.lower() in SOUND_ENDINGS:
+        from extract.readers.pyav_audio import probe_audio_end_s
+
+        return probe_audio_end_s(location.path)
+    with open_frames(location) as reader:
+        return reader.info.duration_s

@@ -1,0 +1,94 @@
+"""Looks, before a run, at the media of every segment: where they are, what their content is, how many clips fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from extract.clips import plan_clips
+from extract.media import identify_media, locate_media, open_frames, probe_duration_s
+from pipeline.cards import MediaLayout
+from pipeline.errors import MediaError, MediaNotFoundError
+from pipeline.rows import NO_MEDIA
+from pipeline.segments import Segment
+from pipeline.specs import FeatureSpec
+
+Modality = Literal["rgb", "flow", "audio"]
+
+
+@dataclass(slots=True)
+class MediaSurvey:
+    """Answers questions about the media below one root, and asks the disk once a file."""
+
+    root: Path
+    layout: MediaLayout
+    _identities: dict[tuple[object, ...], str] = field(default_factory=dict)
+    _frame_times: dict[object, tuple[np.ndarray, float]] = field(default_factory=dict)
+    _durations: dict[object, float] = field(default_factory=dict)
+
+    def identify(self, segment: Segment, modality: Modality) -> str:
+        """Gives the identity of a segment's media, NO_MEDIA when they aren't there."""
+        key = (modality, segment.video_id, segment.domain, segment.split)
+        if key not in self._identities:
+            try:
+                location = locate_media(self.root, self.layout, segment, modality)
+                self._identities[key] = identify_media(location) if location.kind != "none" else NO_MEDIA
+            except MediaNotFoundError:
+                self._identities[key] = NO_MEDIA
+        return self._identities[key]
+
+    def probe_duration_s(self, segment: Segment) -> float:
+        """Measures how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""
+        location = locate_media(self.root, self.layout, segment, "rgb")
+        if location not in self._durations:
+            self._durations[location] = probe_duration_s(location)
+        return self._durations[location]
+
+    def count_clips(self, spec: FeatureSpec, segment: Segment) -> int:
+        """Counts a segment's clips under windows; 1 when its media can't say (extraction will say why)."""
+        modality: Modality = "rgb" if spec.frame is None or spec.frame.input == "rgb" else "flow"
+        try:
+            location = locate_media(self.root, self.layout, segment, modality)
+            if location not in self._frame_times:
+                with open_frames(location, spec.decoder) as reader:
+                    self._frame_times[location] = (reader.frame_times_s, reader.info.duration_s)
+            plan = plan_clips(spec.clip, segment.start_s, segment.stop_s, *self._frame_times[location])
+        except MediaError:
+            return 1
+        return len(plan.times_s)
+
+
+def find_modality(spec: FeatureSpec) -> Modality:
+    """Gives the modality whose media a store is made from."""
+    return "audio" if spec.frame is None else spec.frame.input
+
+
+def identify_segments(
+    survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec, notify: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """Maps each segment's id to the identity of what its row is made from.
+
+    Sound that is centred on clips depends on the picture's times too, so both identities count.
+    """
+    identities = {}
+    modality = find_modality(spec)
+    for segment in segments:
+        identity = survey.identify(segment, modality)
+        if spec.audio is not None and spec.audio.span == "clip":
+            identity += survey.identify(segment, "rgb")
+        identities[segment.segment_id] = identity
+        notify()
+    return identities
+
+
+def count_clips_at_most(survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec) -> int:
+    """Gives the length of a store's clip axis."""
+    if spec.audio is not None and spec.audio.span == "segment":
+        return 1
+    if spec.clip.sampling == "uniform":
+        return spec.clip.n_clips
+    return max((survey.count_clips(spec, segment) for segment in segments), default=1)

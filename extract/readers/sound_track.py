@@ -1,0 +1,215 @@
+"""Decodes one sound track into gapless mono blocks whose every sample has its place on the shared clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from extract.readers.container import (
+    check_declared_end,
+    explain_av_error,
+    get_container_start_s,
+    get_declared_end_s,
+    open_container,
+)
+from pipeline.errors import DecodeError
+
+Samples = npt.NDArray[np.float32]
+PREROLL_S = 0.5  # decoders need a start: MP3's bit reservoir, Opus' 80 ms, AAC's overlap and band replication
+FROM_START_S = 20.0  # nearer to the start than this, decoding begins there: exact for every container
+_BACK_S = (PREROLL_S, 10.0)  # how far before the span a seek aims, in turn; then the start
+_GAP_S = 0.015  # less than one AAC or MP3 frame is lost: time stamps jitter, none is missing
+_VORBIS_GAP_S = 0.05  # FFmpeg's time stamps of Vorbis are up to half a block off where block sizes change
+_N_ANCHOR = 24  # frames whose time stamps place the first one after a seek
+
+
+class SoundTrack:
+    """Decodes one sound track of one file; positions count samples of the track's rate from the container's start."""
+
+    def __init__(self, path: Path, stream_index: int) -> None:
+        self._path = path
+        self._stream_index = stream_index
+        self._container: Any = None
+        self._open()
+        self.rate_hz: int = self._stream.codec_context.sample_rate
+        self._gap = round((_VORBIS_GAP_S if "vorbis" in self._stream.codec_context.name else _GAP_S) * self.rate_hz)
+        self._mixer: tuple[object, av.AudioResampler] | None = None
+        self._grid: tuple[int, int] | Literal[False] | None = False  # not looked for yet
+        if self.rate_hz <= 0:
+            self.close()
+            raise DecodeError(f"{path}: its sound declares no sample rate; encode it again")
+
+    def close(self) -> None:
+        """Gives back the file handle and the decoder."""
+        self._container.close()
+
+    def read_blocks(self, first: int, stop: int) -> Iterator[Samples]:
+        """Reads samples [first, stop) as consecutive blocks; they end earlier if and only if the track does.
+
+        Zeros stand where the track has no sample: before its start and in gaps of at least 15 ms.
+        Raises DecodeError where the sound doesn't decode or the track is cut short.
+        """
+        position, end = first, 0
+        for place, mono in self._read_placed(first, stop):
+            if place >= stop:
+                break
+            end = place + len(mono)
+            begin = position - place
+            if begin >= len(mono):
+                continue
+            if begin < 0:
+                yield np.zeros(-begin, dtype=np.float32)
+                position, begin = place, 0
+            block = mono[begin : begin + stop - position]
+            yield block
+            position += len(block)
+            if position >= stop:
+                return
+        else:
+            self._check_end(end)
+            return
+        yield np.zeros(stop - position, dtype=np.float32)
+
+    def _open(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container = open_container(self._path)
+        self._stream: Any = self._container.streams.get(self._stream_index)[0]
+        self._start_s = get_container_start_s(self._container)
+
+    def _check_end(self, end: int) -> None:
+        declared_s = get_declared_end_s(self._container, self._stream)
+        check_declared_end(self._path, "sound", declared_s, end / self.rate_hz + self._start_s)
+
+    def _read_placed(self, first: int, stop: int) -> Iterator[tuple[int, Samples]]:
+        """Yields (position, mono samples), gapless but for true gaps, from at or before `first` on."""
+        for back_s in _BACK_S:
+            target_s = first / self.rate_hz - back_s
+            if target_s < FROM_START_S:
+                break
+            frames = self._decode_from(target_s, first)
+            head = list(islice(frames, _N_ANCHOR))
+            # A seek that came out too late, or at frames without time stamps, is no place to start.
+            if head and head[0][0] is not None and head[0][0] <= first - 0.5 * PREROLL_S * self.rate_hz:
+                yield from self._place(head, frames, self._get_grid())
+                return
+        frames = self._decode_from(None, first)
+        yield from self._place(list(islice(frames, 1)), frames, None)
+
+    def _place(
+        self,
+        head: list[tuple[float | None, Samples]],
+        rest: Iterator[tuple[float | None, Samples]],
+        grid: tuple[int, int] | None,
+    ) -> Iterator[tuple[int, Samples]]:
+        """Counts samples on from the first frame's place, and starts anew where time stamps leave a gap."""
+        if not head:
+            return
+        offsets, n_samples = [], 0
+        for stamp, mono in head:
+            if stamp is not None:
+                offsets.append(stamp - n_samples)
+            n_samples += len(mono)
+        near = [offset for offset in offsets if abs(offset - offsets[0]) <= self._gap]
+        place = round(float(np.median(near))) if near else 0
+        if grid is not None:
+            origin, size = grid
+            end = place + len(head[0][1])
+            snapped = origin + round((end - origin) / size) * size
+            if abs(snapped - end) <= self._stream.time_base * self.rate_hz:
+                place += snapped - end
+        for stamp, mono in chain(head, rest):
+            if stamp is not None and abs(stamp - place) > self._gap:
+                late = round(stamp) - place
+                if late < 0:
+                    mono = mono[-late:]
+                else:
+                    place += late
+            if len(mono):
+                yield place, mono
+            place += len(mono)
+
+    def _get_grid(self) -> tuple[int, int] | None:
+        """Gives (origin, size) of the frames, which end at origin + k * size, where a tick is longer than a sample.
+
+        Matroska's is 1 ms, some 40 samples. None where ticks are fine, or where frames have no one size (Vorbis).
+        """
+        if self._stream.time_base * self.rate_hz <= 1:
+            return None
+        if self._grid is False:
+            with open_container(self._path) as container:
+                head = list(islice(self._decode_packets(container, 0), 6))
+            sizes = {len(mono) for _, mono in head[1:]}
+            self._grid = None
+            if len(sizes) == 1 and head[0][0] is not None:
+                self._grid = (round(head[0][0]) + len(head[0][1]), sizes.pop())
+        return self._grid or None
+
+    def _decode_from(self, target_s: float | None, first: int) -> Iterator[tuple[float | None, Samples]]:
+        # A span's bytes must not depend on what was read before: Ogg's demuxer gives other time stamps after a seek
+        # from elsewhere. MP4's seeks by a table that never changes.
+        if target_s is None or not self._container.format.name.startswith("mov"):
+            self._open()
+        if target_s is not None:
+            ticks = int((target_s + self._start_s) / float(self._stream.time_base))
+            try:
+                self._container.seek(ticks, stream=self._stream)
+            except av.FFmpegError:
+                return  # not seekable: the caller decodes from the start
+        yield from self._decode_packets(self._container, first)
+
+    def _decode_packets(self, container: Any, first: int) -> Iterator[tuple[float | None, Samples]]:
+        """Yields (position by time stamp, mono samples); faults before `first` don't count."""
+        try:
+            for packet in container.demux(container.streams.get(self._stream_index)[0]):
+                if packet.size == 0 and packet.dts is not None:
+                    continue
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    end_s = self._get_end_s(packet)
+                    if end_s is not None and end_s * self.rate_hz <= first:
+                        continue
+                    raise self._explain(packet, explain_av_error(error)) from error
+                for frame in frames:
+                    stamp = None
+                    if frame.pts is not None:
+                        stamp = (float(frame.pts * frame.time_base) - self._start_s) * self.rate_hz
+                    if frame.is_corrupt and (stamp is None or stamp + frame.samples > first):
+                        raise self._explain(packet, "the decoder calls a frame corrupt")
+                    yield stamp, self._mix(frame)
+        except av.FFmpegError as error:
+            raise DecodeError(f"{self._path}: reading its sound fails: {explain_av_error(error)}") from error
+
+    def _get_end_s(self, packet: Any) -> float | None:
+        if packet.pts is None or not packet.duration:
+            return None
+        return float((packet.pts + packet.duration) * packet.time_base) - self._start_s
+
+    def _explain(self, packet: Any, why: str) -> DecodeError:
+        where = "" if packet.pts is None else f" at {float(packet.pts * packet.time_base) - self._start_s:.3f} s"
+        return DecodeError(f"{self._path}: its sound can't be decoded{where}: {why}; the file is damaged there")
+
+    def _mix(self, frame: av.AudioFrame) -> Samples:
+        """Mixes a decoded frame into mono float32 [n] with FFmpeg's coefficients, scaled to sum to at most 1."""
+        if frame.sample_rate != self.rate_hz:
+            raise DecodeError(
+                f"{self._path}: its sound changes from {self.rate_hz} to {frame.sample_rate} Hz; encode it at one rate"
+            )
+        kind = (frame.format.name, frame.layout.name)
+        if kind == ("fltp", "mono"):
+            return frame.to_ndarray()[0].astype(np.float32, copy=False)
+        if self._mixer is None or self._mixer[0] != kind:
+            mixer = av.AudioResampler(
+                format="fltp", layout="mono", rate=self.rate_hz, options={"rematrix_maxval": "1.0"}
+            )
+            self._mixer = (kind, mixer)
+        frame.pts = None
+        mixed = [out.to_ndarray()[0] for out in self._mixer[1].resample(frame)]
+        return np.concatenate(mixed) if mixed else np.empty(0, dtype=np.float32)

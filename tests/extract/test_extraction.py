@@ -1,0 +1,305 @@
+"""Checks the road from manifest to store on small videos: values, times, resuming, staleness, failures, sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from extract.clips import plan_clips
+from extract.extraction import ExtractionRequest, ExtractionSummary, extract_features
+from extract.feature_specs import StoreOptions, make_feature_spec
+from extract.inference import load_network
+from extract.pictures import prepare_clips
+from extract.weights.resolve import resolve_weights
+from pipeline.cards import DatasetCard
+from pipeline.errors import SpecError
+from pipeline.segments import Manifest, Segment
+from pipeline.store.layout import DONE, FAILED
+from pipeline.store.ledger import read_failures
+from pipeline.store.opening import open_store
+from pipeline.store.verifying import verify_store
+
+CARD = DatasetCard(
+    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
+)
+N_FRAMES, RATE_HZ, SOUND_HZ = 45, 15, 16000
+
+
+class Silent:
+    """Is a progress display that shows nothing."""
+
+    def start(self, what: str, n_total: int) -> None: ...
+
+    def advance(self, n: int = 1) -> None: ...
+
+
+def write_video(path: Path, *, seed: int = 0, sound: str = "noise") -> None:
+    """Writes 3 s of moving noise at 15 Hz, 96 x 72, with sound: noise, zeros, or none."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=RATE_HZ, options={"threads": "1"})
+        video.width, video.height, video.pix_fmt = 96, 72, "yuv420p"
+        audio = container.add_stream("aac", rate=SOUND_HZ, layout="mono") if sound != "none" else None
+        base = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        for i in range(N_FRAMES):
+            frame = av.VideoFrame.from_ndarray(np.roll(base, 2 * i, axis=1), format="rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio is not None:
+            samples = rng.standard_normal(3 * SOUND_HZ).astype(np.float32) * (0.1 if sound == "noise" else 0)
+            for start in range(0, len(samples), 1024):
+                block = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], format="fltp", layout="mono")
+                block.sample_rate, block.pts, block.time_base = SOUND_HZ, start, Fraction(1, SOUND_HZ)
+                container.mux(audio.encode(block))
+            container.mux(audio.encode(None))
+
+
+def make_segments(video_ids: list[str], n_each: int = 4) -> tuple[Segment, ...]:
+    return tuple(
+        Segment(f"{video_id}-{i}", video_id, 0.5 * i, 0.5 * i + 1.2, ("a",), "d", "train")
+        for video_id in video_ids
+        for i in range(n_each)
+    )
+
+
+Extract = Callable[..., ExtractionSummary]
+
+
+@pytest.fixture
+def extract(tmp_path: Path) -> Extract:
+    """Extracts segments with the demo networks into a cache of this test's own."""
+
+    def run(
+        segments: tuple[Segment, ...],
+        *,
+        encoders: str = "slowfast_demo resnet_demo",
+        overrides: tuple[str, ...] = (),
+        outputs: tuple[str, ...] = ("pooled",),
+        **options: object,
+    ) -> ExtractionSummary:
+        specs = []
+        for name in encoders.split():
+            record = resolve_weights("random:0", name)
+            spec = make_feature_spec(name, record, StoreOptions(dtype="float32"), outputs=outputs, overrides=overrides)
+            specs.append((spec, record))
+        request = ExtractionRequest(
+            card=CARD,
+            manifest=Manifest("tiny", segments, "m"),
+            media_root=tmp_path / "media",
+            cache_dir=tmp_path / "cache",
+            encoders=tuple(specs),
+            device="cpu",
+            **{"backend": "zarr", **options},  # type: ignore[arg-type]
+        )
+        return extract_features(request, Silent())
+
+    return run
+
+
+def read_every_array(path: str) -> dict[str, bytes]:
+    store = open_store(Path(path))
+    names = [f"outputs/{o.name}" for o in store.spec.outputs]
+    names += ["times", "frames", "n_valid", "digest", "state", "segment_id"]
+    names += ["has_audio", "loudness_dbfs"] if store.spec.audio is not None else []
+    return {name: store.read_array(name).tobytes() for name in names}
+
+
+def test_features_equal_the_plain_computation(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    segments = make_segments(["v"])
+    summary = extract(segments, encoders="slowfast_demo")
+    store = open_store(Path(summary.stores[0].path))
+    with av.open(str(tmp_path / "media/v.mp4")) as container:
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    spec = store.spec
+    assert spec.frame is not None
+    times = np.arange(N_FRAMES) / RATE_HZ
+    network = load_network("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), "cpu")
+    for segment in segments:
+        plan = plan_clips(spec.clip, segment.start_s, segment.stop_s, times, N_FRAMES / RATE_HZ)
+        for clip in range(plan.n_clips):
+            indices = np.floor(plan.frame_times_s[clip] * RATE_HZ + 1e-6).astype(int)
+            with torch.inference_mode():
+                batch = prepare_clips(torch.from_numpy(decoded[indices])[None], spec.frame)
+                expected = network(batch, ["pooled"])["pooled"][0].numpy()
+            found = store.read([segment.segment_id], "pooled")[0, clip]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+            row = list(store.segment_ids).index(segment.segment_id)
+            assert store.read_array("frames")[row, clip].tolist() == [indices.min(), indices.max()]
+            np.testing.assert_allclose(store.read_array("times")[row, clip], plan.times_s[clip])
+    assert verify_store(store) == []
+
+
+def test_both_backends_hold_equal_values(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    write_video(tmp_path / "media/w.mp4", seed=1, sound="none")
+    segments = make_segments(["v", "w"])
+    zarr, hdf5 = (extract(segments, backend=backend) for backend in ("zarr", "hdf5"))
+    for a, b in zip(zarr.stores, hdf5.stores, strict=True):
+        assert read_every_array(a.path) == read_every_array(b.path)
+        assert verify_store(open_store(Path(b.path))) == []
+
+
+def test_a_second_run_computes_nothing(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    assert [s.n_computed for s in extract(make_segments(["v"])).stores] == [4, 4]
+    assert [s.n_computed for s in extract(make_segments(["v"])).stores] == [0, 0]
+
+
+def test_a_row_does_not_depend_on_what_else_ran(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    alone = open_store(Path(extract(make_segments(["v"], 1)).stores[0].path)).read(["v-0"], "pooled")
+    (tmp_path / "cache").rename(tmp_path / "first")
+    write_video(tmp_path / "media/a.mp4", seed=3)
+    among = open_store(Path(extract(make_segments(["a", "v"])).stores[0].path)).read(["v-0"], "pooled")
+    assert alone.tobytes() == among.tobytes()
+
+
+def test_new_segments_are_appended_and_changed_ones_redone(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    write_video(tmp_path / "media/w.mp4", seed=1)
+    old = extract(make_segments(["v"]))
+    before = open_store(Path(old.stores[0].path)).read(["v-1", "v-2"], "pooled")
+    both = extract(make_segments(["v", "w"]))
+    store = open_store(Path(both.stores[0].path))
+    assert list(store.segment_ids) == [*(f"v-{i}" for i in range(4)), *(f"w-{i}" for i in range(4))]
+    np.testing.assert_array_equal(store.read(["v-1", "v-2"], "pooled"), before)
+    moved = [*make_segments(["v", "w"])]
+    moved[1] = Segment("v-1", "v", 1.4, 2.6, ("a",), "d", "train")
+    extract(tuple(moved))
+    after = open_store(Path(both.stores[0].path)).read(["v-1", "v-2"], "pooled")
+    assert (after[0] != before[0]).any()
+    np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_a_replaced_video_makes_its_rows_stale_and_a_touched_one_does_not(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    first = extract(make_segments(["v"]))
+    before = read_every_array(first.stores[0].path)
+    (tmp_path / "media/v.mp4").touch()
+    assert extract(make_segments(["v"])).stores[0].n_computed == 0
+    write_video(tmp_path / "media/v.mp4", seed=9)
+    assert extract(make_segments(["v"])).stores[0].n_computed == 4
+    after = read_every_array(first.stores[0].path)
+    assert after["outputs/pooled"] != before["outputs/pooled"]
+    assert after["digest"] != before["digest"]
+
+
+def test_failures_are_recorded_and_nothing_takes_their_place(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/good.mp4")
+    (tmp_path / "media/text.mp4").write_text("this is not a video\n")
+    (tmp_path / "media/empty.mp4").touch()
+    segments = (
+        *make_segments(["good", "text", "empty", "absent"], 1),
+        Segment("late", "good", 9, 10, ("a",), "d", "train"),
+    )
+    summary = extract(segments)
+    pictures, sound = summary.stores
+    assert (pictures.n_done, pictures.n_failed, pictures.n_pending) == (1, 4, 0)
+    reasons = {f.segment_id: (f.exception, f.retryable) for f in pictures.failures}
+    assert reasons == {
+        "text-0": ("DecodeError", False),
+        "empty-0": ("DecodeError", False),
+        "absent-0": ("MediaNotFoundError", True),
+        "late": ("SegmentOutsideVideoError", False),
+    }
+    assert all("\n" not in f.reason and f.video_id in f.reason for f in pictures.failures if f.segment_id != "late")
+    store = open_store(Path(pictures.path))
+    failed = store.read_array("state") == FAILED
+    assert not store.read_all("pooled")[failed].any()
+    assert np.isnan(store.read_array("times")[failed]).all()
+    assert verify_store(store) == []
+    assert sound.n_failed >= 3
+    again = extract(segments)
+    assert again.stores[0].n_computed == 0
+    assert again.n_failed == summary.n_failed
+    write_video(tmp_path / "media/absent.mp4", seed=2)
+    assert extract(segments).stores[0].n_failed == 3
+    assert set(read_failures(Path(pictures.path))) == {"text-0", "empty-0", "late"}
+
+
+def test_missing_sound_is_a_named_state(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/loud.mp4")
+    write_video(tmp_path / "media/mute.mp4", sound="none")
+    summary = extract(make_segments(["loud", "mute"], 2))
+    pictures, sound = summary.stores
+    assert (pictures.n_done, sound.n_done, sound.n_failed, sound.n_silent) == (4, 4, 0, 2)
+    store = open_store(Path(sound.path))
+    assert store.read_array("has_audio").tolist() == [1, 1, 0, 0]
+    assert np.isnan(store.read(["mute-0", "mute-1"], "pooled")).all()
+    assert np.isfinite(store.read(["loud-0"], "pooled")).all()
+    loudness = store.read_array("loudness_dbfs")
+    np.testing.assert_allclose(loudness[:2], -20, atol=1)
+    assert np.isneginf(loudness[2:]).all()
+    np.testing.assert_allclose(store.read_array("times")[1, 0], [0.5, 1.7])
+    assert store.read_array("frames")[1, 0].tolist() == [8000, 27200]
+    assert verify_store(store) == []
+
+
+def test_windows_fill_as_many_clips_as_fit(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    segments = (
+        Segment("all", "v", 0, 3, ("a",), "d", "train"),
+        Segment("half", "v", 0, 1.5, ("a",), "d", "train"),
+    )
+    overrides = ("clip.sampling=windows", "clip.n_clips=1", "clip.step=8", "clip.rate_hz=none", "clip.stride=1")
+    store = open_store(Path(extract(segments, encoders="slowfast_demo", overrides=overrides).stores[0].path))
+    rows = {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
+    n_valid, times = store.read_array("n_valid"), store.read_array("times")
+    assert n_valid[rows["all"]] == (45 - 8) // 8 + 1
+    assert n_valid[rows["half"]] == 2
+    np.testing.assert_allclose(times[rows["all"], :5, 1], [8 / 15, 16 / 15, 24 / 15, 32 / 15, 40 / 15])
+    assert np.isnan(times[rows["half"], 2:]).all()
+    assert verify_store(store) == []
+
+
+def test_trunk_outputs_are_written_row_by_row(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    summary = extract(make_segments(["v"]), encoders="slowfast_demo", outputs=("trunk_slow", "trunk_fast", "pooled"))
+    store = open_store(Path(summary.stores[0].path))
+    assert {o.name: o.shape for o in store.spec.outputs}["trunk_slow"] == store.read_all("trunk_slow").shape[2:]
+    assert (store.read_array("state") == DONE).all()
+    assert store.read_all("trunk_slow").any(axis=(2, 3, 4, 5)).all()
+
+
+def test_a_value_too_large_for_float16_fails_its_row(
+    tmp_path: Path, extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    network = load_network("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), "cpu")
+    forward = type(network).forward
+    calls = iter(range(10**6))
+
+    def explode(self: torch.nn.Module, x: torch.Tensor, outputs: list[str]) -> dict[str, torch.Tensor]:
+        scale = np.inf if next(calls) == 7 else 1.0
+        return {name: value * scale for name, value in forward(self, x, outputs).items()}
+
+    monkeypatch.setattr(type(network), "forward", explode)
+    summary = extract(make_segments(["v"]), encoders="slowfast_demo")
+    assert summary.stores[0].n_failed == 1
+    assert summary.stores[0].failures[0].segment_id == "v-1"
+    assert "pooled of clip 2 is not finite in float32" in summary.stores[0].failures[0].reason
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("clip.n_clip=3", "clip has no field 'n_clip'"),
+        ("clips.n_clips=3", "no part 'clips'; there are clip, frame, audio"),
+        ("n_clips=3", "is not"),
+        ("clip.n_clips=0", "greater than 0"),
+        ("frame.crop=300", "can't be larger than `short_side`"),
+        ("slowfast_demi.clip.n_clips=3", "did you mean 'slowfast_demo'"),
+    ],
+)
+def test_impossible_overrides_are_refused_by_name(override: str, message: str) -> None:
+    record = resolve_weights("random:0", "slowfast_demo")
+    with pytest.raises(SpecError, match=message):
+        make_feature_spec("slowfast_demo", record, StoreOptions(), overrides=[override])

@@ -1,0 +1,57 @@
+"""Is the command line: puts the commands of the three packages together, and turns errors into one line and a code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from typer.exceptions import TyperException
+
+from extract.commands import demo_commands, manifest_commands, store_commands, weights_commands
+from extract.commands.extract_command import extract
+from pipeline.errors import EchoshiftError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Activity recognition in video under domain shift, bridged by sound.",
+)
+app.add_typer(manifest_commands.app, name="manifest")
+app.add_typer(weights_commands.app, name="weights")
+app.add_typer(store_commands.app, name="store")
+app.add_typer(demo_commands.app, name="demo")
+app.command()(extract)
+
+
+def show_usage(error: TyperException) -> None:
+    """Prints what is wrong with a command line; usage errors know how to show the command they are about."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Exit codes: 0 done; 1 faults found by a check; 2 an error, told in one line; 3 some segments failed;
+    130 interrupted.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except EchoshiftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except TyperException as error:
+        show_usage(error)
+        sys.exit(EXIT_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; what is committed is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code)
