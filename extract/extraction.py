@@ -24,7 +24,7 @@ from pipeline.segments import Manifest, Segment
 from pipeline.specs import FeatureSpec
 from pipeline.store.attributes import describe_versions, describe_writer
 from pipeline.store.interface import Backend, Failure, FeatureStore
-from pipeline.store.layout import DONE, FAILED
+from pipeline.store.layout import DONE, FAILED, N_ROWS_PER_SHARD
 from pipeline.store.ledger import append_run, read_failures
 from pipeline.store.opening import create_store, hold_store, name_store, open_store
 
@@ -43,7 +43,10 @@ class ExtractionProgress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExtractionRequest:
-    """Is what the user asks for: which features of which segments, from where, into what."""
+    """Is what the user asks for: which features of which segments, from where, into what.
+
+    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost.
+    """
 
     card: DatasetCard
     manifest: Manifest
@@ -54,6 +57,7 @@ class ExtractionRequest:
     device: str = "auto"
     n_clips_per_batch: int | None = None
     retry_failed: bool = False
+    n_rows_per_shard: int = N_ROWS_PER_SHARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ def _open_work(
             n_clips=count_clips_at_most(survey, list(segments.values()), spec),
             manifest_sha256=request.manifest.sha256,
             weights_source=f"{weights.ref}: {weights.source}",
+            n_rows_per_shard=request.n_rows_per_shard,
         )
     rows = [segments.get(segment_id) for segment_id in store.segment_ids]
     digests = compute_digests(rows, identities)

@@ -82,21 +82,19 @@ def locate_media(root: Path, layout: MediaLayout, segment: Segment, modality: Mo
 
 
 def _find_file(stem: Path, endings: tuple[str, ...]) -> Path | None:
-    """Finds the file with a known ending; of sound and video endings, sound goes first."""
-    if not stem.parent.is_dir():
-        return None
-    found = [p for p in _list_by_stem(stem.parent, stem.name) if p.suffix.lower() in endings]
-    sounds = [p for p in found if p.suffix.lower() in SOUND_ENDINGS]
-    found = sorted(sounds or found)
-    if len(found) > 1:
-        raise MediaError(f"{found[0]} and {found[1]} differ only in their endings; keep one, or rename the other")
-    return found[0] if found else None
-
-
-def _list_by_stem(folder: Path, name: str) -> list[Path]:
-    return [
-        folder / p.name for p in folder.iterdir() if p.name.startswith(f"{name}.") and p.stem == name and p.is_file()
-    ]
+    """Finds the file with a known ending (lower, upper or capitalised); sound endings go before video endings."""
+    found: dict[tuple[int, int], Path] = {}  # by inode: some file systems take .mp4 and .MP4 for one name
+    for ending in endings:  # not by listing the folder, which may hold every video of the dataset
+        for written in (ending, ending.upper(), f".{ending[1:].capitalize()}"):
+            path = stem.with_name(stem.name + written)
+            if path.is_file():
+                found.setdefault((path.stat().st_dev, path.stat().st_ino), path)
+    files = sorted(found.values())
+    sounds = [path for path in files if path.suffix.lower() in SOUND_ENDINGS]
+    files = sounds or files
+    if len(files) > 1:
+        raise MediaError(f"{files[0]} and {files[1]} differ only in their endings; keep one, or rename the other")
+    return files[0] if files else None
 
 
 def _locate_frames(

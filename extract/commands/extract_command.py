@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cards import MANIFESTS_DIR
+from pipeline.store.layout import N_ROWS_PER_SHARD
 
 if TYPE_CHECKING:
     from extract.extraction import ExtractionSummary
@@ -72,6 +73,9 @@ def extract(
     decoder: Annotated[
         DecoderName, typer.Option(help="pyav is exact; decord returns wrong frames on some files.")
     ] = DecoderName.pyav,
+    rows_per_shard: Annotated[
+        int, typer.Option(help="Rows committed at a time, the most a kill can cost; counts for a new store.", min=1)
+    ] = N_ROWS_PER_SHARD,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed segments again.")] = False,
 ) -> None:
     """Extract features into stores; resumes, skips what is done, ends with 3 if any segment failed."""
@@ -109,6 +113,7 @@ def extract(
         encoders=tuple(specs),
         device=device,
         retry_failed=retry_failed,
+        n_rows_per_shard=rows_per_shard,
     )
     with show_progress("segments") as progress:
         summary = extract_features(request, progress)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -17,12 +21,13 @@ from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.inference import load_network
 from extract.pictures import prepare_clips
 from extract.weights.resolve import resolve_weights
-from pipeline.cards import DatasetCard
-from pipeline.errors import SpecError
+from pipeline.cards import DatasetCard, write_card
+from pipeline.errors import SpecError, StoreBusyError
+from pipeline.manifest_csv import write_manifest
 from pipeline.segments import Manifest, Segment
 from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import read_failures
-from pipeline.store.opening import open_store
+from pipeline.store.opening import hold_store, list_stores, open_store
 from pipeline.store.verifying import verify_store
 
 CARD = DatasetCard(
@@ -303,3 +308,64 @@ def test_impossible_overrides_are_refused_by_name(override: str, message: str) -
     record = resolve_weights("random:0", "slowfast_demo")
     with pytest.raises(SpecError, match=message):
         make_feature_spec("slowfast_demo", record, StoreOptions(), overrides=[override])
+
+
+def run_command(tmp_path: Path, cache: str, backend: str, *, kill_after_s: float | None = None) -> int | None:
+    """Runs `echoshift extract` in a process of its own; returns its exit code, None when it had to be killed."""
+    command = "from train.cli import main; main()"
+    arguments = ["extract", "tiny", "--media", str(tmp_path / "media"), "--cache", str(tmp_path / cache)]
+    arguments += ["--encoders", "slowfast_demo resnet_demo", "--backend", backend, "--device", "cpu"]
+    arguments += ["--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4", "--manifests", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, errors = process.communicate(timeout=kill_after_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return None
+    assert process.returncode == 0, errors
+    return process.returncode
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("backend", "n_kills"),
+    [("zarr", 3), pytest.param("zarr", 10, marks=pytest.mark.slow), pytest.param("hdf5", 10, marks=pytest.mark.slow)],
+)
+def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path, backend: str, n_kills: int) -> None:
+    for i in range(4):
+        write_video(tmp_path / f"media/v{i}.mp4", seed=i, sound="none" if i == 3 else "noise")
+    segments = [
+        Segment(f"v{i}-{j}", f"v{i}", 0.04 * j, 0.04 * j + 1.1, ("a",), "d", "train") for i in range(4) for j in range(4 * n_kills)
+    ]
+    write_card(tmp_path / "tiny.toml", CARD)
+    write_manifest(tmp_path / "tiny.csv", segments)
+    started = time.monotonic()
+    assert run_command(tmp_path, "unbroken", backend) == 0
+    unbroken_s = time.monotonic() - started
+    rng = random.Random(backend)
+    n_killed, seen = 0, []
+    for _ in range(n_kills):
+        n_killed += run_command(tmp_path, "broken", backend, kill_after_s=unbroken_s * rng.uniform(0.3, 0.8)) is None
+        stores = list_stores(tmp_path / "broken")
+        seen += [int((open_store(path).read_array("state") == DONE).sum()) for path in stores[:1]]
+    assert n_killed >= n_kills // 2
+    assert seen == sorted(seen), "a kill took away rows that were done"
+    assert any(0 < n_done < len(segments) for n_done in seen)
+    assert run_command(tmp_path, "broken", backend) == 0
+    for path in list_stores(tmp_path / "unbroken"):
+        other = tmp_path / "broken" / path.relative_to(tmp_path / "unbroken")
+        assert read_every_array(str(path)) == read_every_array(str(other))
+        assert verify_store(open_store(other)) == []
+    again = time.monotonic()
+    assert run_command(tmp_path, "broken", backend) == 0
+    assert time.monotonic() - again < unbroken_s
+
+
+def test_the_second_run_on_a_store_is_told_who_holds_it(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    path = Path(extract(make_segments(["v"]), encoders="slowfast_demo").stores[0].path)
+    with hold_store(path), pytest.raises(StoreBusyError, match="is being written by"):
+        extract(make_segments(["v"]), encoders="slowfast_demo")
