@@ -22,24 +22,17 @@ def generate(
 ) -> None:
     """Write the demo's videos and its manifest; does nothing when they are there already."""
     from extract.commands.terminal import show_progress
-    from extract.demo.generation import generate_demo
-    from extract.demo.planning import plan_demo, plan_segments
+    from extract.demo.generating import generate_demo
     from pipeline.manifest_csv import locate_manifest, write_manifest
 
-    plans = plan_demo(seed)
-    mark = to / "generated.txt"
+    with show_progress("videos") as progress:
+
+        def show(n_written: int, n_total: int) -> None:
+            if n_written == 1:
+                progress.start("generating", n_total)
+            progress.advance()
+
+        segments = generate_demo(to, seed, progress=show)
     path = locate_manifest("demo", manifests)
-    if (
-        mark.exists()
-        and mark.read_text() == f"seed {seed}\n"
-        and all((to / p.world.name / f"{p.video_id}.mp4").exists() for p in plans)
-    ):
-        segments = [segment for plan in plans for segment in plan_segments(plan)]
-    else:
-        mark.unlink(missing_ok=True)
-        with show_progress("videos") as progress:
-            progress.start("generating", len(plans))
-            segments = generate_demo(to, seed, progress=lambda _n_written, _n_total: progress.advance())
-        mark.write_text(f"seed {seed}\n")
     write_manifest(path, segments)
     typer.echo(f"{len(segments)} segments of synthetic video in {to}, listed in {path}")

@@ -8,6 +8,7 @@ The PyAV reader has none of these faults.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class DecordFrameReader:
                     "use the PyAV reader"
                 )
             for nth, image in enumerate(images, start=begin):
-                frames[inverse == nth] = image
+                for place in np.flatnonzero(inverse == nth):
+                    frames[place] = image
         return frames
 
     def close(self) -> None:
@@ -109,4 +111,5 @@ class DecordFrameReader:
 
     def _explain(self, error: Exception) -> DecodeError:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        why = re.sub(r"^\[[\d:]+\] \S+: ", "", why)  # the time, and the source file on its builder's machine
         return DecodeError(f"{self._path}: decord fails: {why}; use the PyAV reader")

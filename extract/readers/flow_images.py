@@ -20,7 +20,7 @@ class FlowImageReader(NumberedFrameReader):
     Raises DecodeError if u and v don't have the same frames.
     """
 
-    def __init__(self, path: Path, pattern: str, rate_hz: float, n_first: int = 1) -> None:
+    def __init__(self, path: Path, pattern: str, rate_hz: float, n_first: float = 1) -> None:
         with ExitStack() as stack:
             u = _open_channel(path, pattern, "u")
             stack.callback(u.close)

@@ -53,5 +53,5 @@ class FrameFolderReader(NumberedFrameReader):
     Raises MediaNotFoundError without the folder, DecodeError if no file matches the pattern.
     """
 
-    def __init__(self, folder: Path, pattern: str, rate_hz: float, n_first: int = 1) -> None:
+    def __init__(self, folder: Path, pattern: str, rate_hz: float, n_first: float = 1) -> None:
         super().__init__((FolderFiles(folder, pattern),), folder, rate_hz, n_first)

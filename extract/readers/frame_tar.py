@@ -47,7 +47,7 @@ class TarFiles:
 class FrameTarReader(NumberedFrameReader):
     """Reads the frames of one tar by time, uint8 RGB (protocol `FrameReader`); its index is built once, when made."""
 
-    def __init__(self, path: Path, pattern: str, rate_hz: float, n_first: int = 1) -> None:
+    def __init__(self, path: Path, pattern: str, rate_hz: float, n_first: float = 1) -> None:
         files = TarFiles(path, pattern)
         try:
             super().__init__((files,), path, rate_hz, n_first)
@@ -63,7 +63,7 @@ def _index_members(path: Path, pattern: str, folder: str | None) -> dict[int, tu
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
-                tar.members.clear()  # tarfile keeps every header otherwise
+                vars(tar)["members"].clear()  # tarfile keeps every header otherwise
                 name = PurePosixPath(member.name)
                 match = regex.fullmatch(name.name)
                 if match is None or not member.isreg() or (folder is not None and name.parent.name != folder):

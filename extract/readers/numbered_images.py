@@ -56,14 +56,15 @@ class NumberedFrameReader:
     """Reads numbered image files by time (protocol `FrameReader`); frame n is shown from (n - n_first) / rate_hz on.
 
     One set of files gives RGB, two give one gray channel each (flow: u, v). Frames between the lowest and the highest
-    number count as shown even where a file is missing; asking for such a frame is a DecodeError.
+    number count as shown even where a file is missing; asking for such a frame is a DecodeError. n_first may lie
+    between two numbers.
     """
 
-    def __init__(self, files: tuple[NumberedFiles, ...], where: Path, rate_hz: float, n_first: int) -> None:
+    def __init__(self, files: tuple[NumberedFiles, ...], where: Path, rate_hz: float, n_first: float) -> None:
         self._files, self._where = files, where
         numbers = files[0].numbers
         if len(numbers) == 0:
-            raise DecodeError(f"{where} holds no file called like {files[0].name(n_first)}")
+            raise DecodeError(f"{where} holds no file called like {files[0].name(int(n_first))}")
         self._first, last = int(numbers[0]), int(numbers[-1])
         self._missing = np.setdiff1d(np.arange(self._first, last + 1), numbers)
         self._times_s = (np.arange(self._first, last + 1) - n_first).astype(np.float64) / rate_hz
@@ -108,7 +109,8 @@ class NumberedFrameReader:
                 frames = np.empty((times.size, *image.shape), dtype=np.uint8)
             elif image.shape != frames.shape[1:]:
                 raise self._explain_size(int(number), image.shape, frames.shape[1:])
-            frames[inverse == nth] = image
+            for place in np.flatnonzero(inverse == nth):
+                frames[place] = image
         assert frames is not None
         return frames
 

@@ -27,7 +27,7 @@ _MARGIN_TAPS = 256  # input samples, times the downsampling factor: well over ha
 
 
 class PyAvAudioReader:
-    """Reads spans of one file's sound; keeps the file open between them, is used by one thread.
+    """Reads spans of one file's sound; is used by one thread.
 
     Of several tracks it takes FFmpeg's best one of the programme of the pictures. Raises MediaNotFoundError or
     DecodeError when made, if the file is missing or is no media file; a file without sound has `has_track` False.
@@ -72,10 +72,12 @@ def read_audio(path: Path, start_s: float, stop_s: float, rate_hz: int) -> Sampl
     n is round((stop_s - start_s) * rate_hz) where the track covers the span, fewer where it ends earlier, and 0 where
     the file has no track or the span lies beyond its end (`has_audio_track` tells which). Before the track's first
     sample, and in gaps of its time stamps, the samples are zero; start_s may be negative.
-    Sample i is the one nearest to start_s on the grid k / rate_hz of the shared clock (protocol.py), so that a span
-    read alone equals the same span cut from the whole. Several channels are mixed as FFmpeg mixes them into 16-bit
-    files (coefficients scaled to sum to at most 1); resampling is swresample's, with its final flush.
-    Raises DecodeError where the sound doesn't decode, or ends clearly before the end that the file declares.
+    The first sample is the one nearest to start_s on the grid k / rate_hz of the shared clock (protocol.py), so that a
+    span read alone equals the same span cut from the whole (but for noise that coders make up: SoundTrack).
+    Several channels are mixed as FFmpeg mixes them into 16-bit files (coefficients scaled to sum to at most 1);
+    resampling is swresample's, with its final flush.
+    Raises DecodeError where the sound doesn't decode, or ends clearly before the end that the file declares
+    (a WAV, MP3, Ogg or MPEG-TS that is cut short declares nothing, and just ends earlier).
     """
     with PyAvAudioReader(path) as reader:
         return reader.read(start_s, stop_s, rate_hz)

@@ -30,7 +30,11 @@ _N_ANCHOR = 24  # frames whose time stamps place the first one after a seek
 
 
 class SoundTrack:
-    """Decodes one sound track of one file; positions count samples of the track's rate from the container's start."""
+    """Decodes one sound track of one file; positions count samples of the track's rate from the container's start.
+
+    What is read is a function of the span alone. Where a coder stores noise by its level (AAC's noise substitution,
+    AC-3's dither), a span after a seek has other noise than the whole track; everything else is the same.
+    """
 
     def __init__(self, path: Path, stream_index: int) -> None:
         self._path = path
@@ -152,10 +156,9 @@ class SoundTrack:
         return self._grid or None
 
     def _decode_from(self, target_s: float | None, first: int) -> Iterator[tuple[float | None, Samples]]:
-        # A span's bytes must not depend on what was read before: Ogg's demuxer gives other time stamps after a seek
-        # from elsewhere. MP4's seeks by a table that never changes.
-        if target_s is None or not self._container.format.name.startswith("mov"):
-            self._open()
+        # A span's bytes must not depend on what was read before, but AAC's and AC-3's decoders keep a random state
+        # through a seek, and Ogg's demuxer gives other time stamps after a seek from elsewhere: so each opens anew.
+        self._open()
         if target_s is not None:
             ticks = int((target_s + self._start_s) / float(self._stream.time_base))
             try:

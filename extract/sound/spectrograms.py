@@ -1,4 +1,4 @@
-"""Turns samples into the log spectrograms of the two papers (METHODS section 3), on the device that holds the samples."""
+"""Turns samples into the log spectrograms of the two papers (METHODS section 3), on the device that holds them."""
 
 from __future__ import annotations
 
