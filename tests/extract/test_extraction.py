@@ -338,7 +338,9 @@ def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path
     for i in range(4):
         write_video(tmp_path / f"media/v{i}.mp4", seed=i, sound="none" if i == 3 else "noise")
     segments = [
-        Segment(f"v{i}-{j}", f"v{i}", 0.04 * j, 0.04 * j + 1.1, ("a",), "d", "train") for i in range(4) for j in range(4 * n_kills)
+        Segment(f"v{i}-{j}", f"v{i}", 0.04 * j, 0.04 * j + 1.1, ("a",), "d", "train")
+        for i in range(4)
+        for j in range(4 * n_kills)
     ]
     write_card(tmp_path / "tiny.toml", CARD)
     write_manifest(tmp_path / "tiny.csv", segments)
