@@ -1,7 +1,8 @@
 """Keeps features in one local HDF5 file whose space is allocated at creation, so that no kill can damage it.
 
 Every dataset is contiguous and allocated early: writing rows changes raw data only, never the file's metadata. The file
-is opened for each write and closed again; a checksum (crc32c) of each shard of each array stands in `checksums/`.
+is opened for each write and closed again, without HDF5's own lock (hold_store has one), so that reading never stops a
+run; a checksum (crc32c) of each shard of each array stands in `checksums/`.
 HDF5 is local and single-writer; for several machines use Zarr.
 """
 
@@ -85,7 +86,7 @@ class Hdf5FeatureStore:
     @contextmanager
     def _open(self, mode: str = "r") -> Iterator[h5py.File]:
         try:
-            file = h5py.File(self.path, mode)
+            file = h5py.File(self.path, mode, locking=False)
         except OSError as error:
             raise StoreError(
                 f"{self.path} can't be opened: {error}; if it is damaged, delete it and extract"

@@ -43,7 +43,7 @@ def open_store(path: Path) -> FeatureStore:
         from pipeline.store.hdf5_store import Hdf5FeatureStore
 
         try:
-            with h5py.File(path, "r") as file:
+            with h5py.File(path, "r", locking=False) as file:
                 attributes = unpack_attributes(file.attrs)
         except OSError as error:
             raise StoreError(f"no feature store at {path}: {error}") from error
