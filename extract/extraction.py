@@ -14,7 +14,6 @@ import numpy as np
 
 from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.shard import process_shard
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import DatasetCard
 from pipeline.errors import SpecError
@@ -195,6 +194,8 @@ def _process_and_count(
     notify: Callable[[int], None],
     task: ShardTask,
 ) -> ShardReport:
+    from extract.shard import process_shard  # brings torch, which a run with nothing to do needn't wait for
+
     report = process_shard(plan, task, stores, notify)
     for path in task.store_paths:
         works[path].n_computed += task.shard.n_rows

@@ -134,7 +134,7 @@ def check(
     path = file or locate_manifest(dataset, manifests)
     faults = check_manifest(path, card, _survey(media, card) if media else None)
     for fault in faults:
-        typer.echo(str(fault))
+        typer.echo(f"{fault.level}: {fault}")
     n_errors = sum(fault.level == "error" for fault in faults)
     typer.echo(f"{path}: {n_errors} errors, {len(faults) - n_errors} warnings")
     if n_errors:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +82,7 @@ def resolve_weights(ref: str, encoder: str, weights_dir: Path | None = None) -> 
     """
     find_encoder(encoder)
     if ref.startswith("random:"):
-        sha256 = _compute_random_sha256(encoder, _read_seed(ref))
+        sha256 = _compute_random_sha256(encoder, _read_seed(ref), weights_dir)
         return WeightsRecord(ref, sha256, f"default initialisation, seed {_read_seed(ref)}", None)
     if ref.endswith(_ENDING):
         return _resolve_file(ref, Path(ref), encoder)
@@ -181,6 +183,19 @@ def _build_random(encoder: str, seed: int) -> EncoderNetwork:
         return find_encoder(encoder).build()
 
 
-@cache
-def _compute_random_sha256(encoder: str, seed: int) -> str:
-    return tensor_sha256(_build_random(encoder, seed).state_dict())
+def _compute_random_sha256(encoder: str, seed: int, weights_dir: Path | None) -> str:
+    """Computes the checksum of random weights, and notes it, so that a run with nothing to do needn't build a network.
+
+    `load_encoder` computes it anew, so a wrong note is an error and never a wrong feature.
+    """
+    name = f"{encoder}-revision{find_encoder(encoder).revision}-seed{seed}-torch{version('torch')}.sha256"
+    note = find_weights_dir(weights_dir) / "random" / name
+    if note.is_file():
+        return note.read_text(encoding="utf-8").strip()
+    sha256 = tensor_sha256(_build_random(encoder, seed).state_dict())
+    with suppress(PermissionError):  # a cache that can't be written costs time, nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        fresh = note.with_name(f"{note.name}.{os.getpid()}.partial")
+        fresh.write_text(sha256 + "\n", encoding="utf-8")
+        fresh.replace(note)
+    return sha256

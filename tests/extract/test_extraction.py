@@ -311,9 +311,9 @@ def test_impossible_overrides_are_refused_by_name(override: str, message: str) -
         make_feature_spec("slowfast_demo", record, StoreOptions(), overrides=[override])
 
 
-def start_command(tmp_path: Path, cache: str, backend: str) -> subprocess.Popen[str]:
-    """Starts `echoshift extract` in a process of its own."""
-    command = "from train.cli import main; main()"
+def start_command(tmp_path: Path, cache: str, backend: str, blocked: str = "") -> subprocess.Popen[str]:
+    """Starts `echoshift extract` in a process of its own, where the package `blocked` can't be imported."""
+    command = f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r})); from train.cli import main; main()"
     arguments = ["extract", "tiny", "--media", str(tmp_path / "media"), "--cache", str(tmp_path / cache)]
     arguments += ["--encoders", "slowfast_demo resnet_demo", "--backend", backend, "--device", "cpu"]
     arguments += ["--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4", "--manifests", str(tmp_path)]
@@ -369,6 +369,15 @@ def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path
         other = broken / path.relative_to(tmp_path / "unbroken")
         assert read_every_array(str(path)) == read_every_array(str(other))
         assert verify_store(open_store(other)) == []
+
+
+def test_a_run_with_nothing_to_do_does_not_even_import_torch(tmp_path: Path) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    write_card(tmp_path / "tiny.toml", CARD)
+    write_manifest(tmp_path / "tiny.csv", make_segments(["v"]))
+    finish(start_command(tmp_path, "cache", "zarr"))
+    finish(start_command(tmp_path, "cache", "zarr", blocked="torch"))
+    assert count_done(tmp_path / "cache") == 8
 
 
 def test_the_second_run_on_a_store_is_told_who_holds_it(tmp_path: Path, extract: Extract) -> None:
