@@ -43,7 +43,7 @@ def make_feature_spec(
     parts: dict[str, dict[str, Any]] = {
         part: getattr(entry, part).model_dump() for part in SPEC_PARTS if getattr(entry, part) is not None
     }
-    for override in overrides:
+    for override in sorted(overrides, key=lambda o: "clip." in o):  # whether clips matter to sound is known last
         _apply_override(entry, parts, override)
     try:
         specs = {part: type(getattr(entry, part)).model_validate(fields) for part, fields in parts.items()}
@@ -76,7 +76,7 @@ def _apply_override(entry: EncoderEntry, parts: dict[str, dict[str, Any]], overr
     if not equals or len(names) not in (2, 3):
         raise SpecError(f"override {override!r} is not [ENCODER.]part.field=value, part one of {', '.join(SPEC_PARTS)}")
     part, field = names[-2:]
-    if part == "clip" and len(names) == 2 and entry.audio is not None and entry.audio.span == "segment":
+    if part == "clip" and len(names) == 2 and parts.get("audio", {}).get("span") == "segment":
         return
     if part not in SPEC_PARTS:
         raise SpecError(f"override {override!r}: no part {part!r}; there are {', '.join(SPEC_PARTS)}")

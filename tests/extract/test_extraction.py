@@ -432,3 +432,22 @@ def test_real_i3d_on_real_video_fills_both_backends_alike(tmp_path: Path, extrac
     for a, b in zip(one.stores, other.stores, strict=True):
         assert (a.n_done, a.n_failed) == (4, 0)
         assert read_every_array(a.path) == read_every_array(b.path)
+
+
+def test_clips_matter_to_sound_only_where_it_is_centred_on_them() -> None:
+    record = resolve_weights("random:0", "resnet_demo")
+    segment = make_feature_spec("resnet_demo", record, StoreOptions(), overrides=["clip.n_clips=4"])
+    clip = make_feature_spec("resnet_demo", record, StoreOptions(), overrides=["clip.n_clips=4", "audio.span=clip"])
+    assert (segment.clip.n_clips, clip.clip.n_clips) == (1, 4)
+
+
+def test_sound_around_each_clip_has_its_own_window(tmp_path: Path, extract: Extract) -> None:
+    write_video(tmp_path / "media/v.mp4")
+    overrides = ("audio.span=clip", "audio.duration_s=0.5", "clip.n_clips=2", "clip.n_frames=4")
+    summary = extract(make_segments(["v"]), encoders="resnet_demo", overrides=overrides)
+    store = open_store(Path(summary.stores[0].path))
+    times = store.read_array("times")
+    np.testing.assert_allclose(times[..., 1] - times[..., 0], 0.5)
+    assert (times[:, 1] > times[:, 0]).all()
+    assert np.isfinite(store.read_all("pooled")).all()
+    assert verify_store(store) == []
