@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from extract.extraction_plan import ExtractionPlan, StoreTarget
+from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
+from extract.run_options import RunOptions
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import DatasetCard
 from pipeline.errors import SpecError
@@ -53,8 +54,7 @@ class ExtractionRequest:
     cache_dir: Path
     backend: Backend
     encoders: tuple[tuple[FeatureSpec, WeightsRecord], ...]
-    device: str = "auto"
-    n_clips_per_batch: int | None = None
+    options: RunOptions = field(default_factory=RunOptions)
     retry_failed: bool = False
     n_rows_per_shard: int = N_ROWS_PER_SHARD
 
@@ -174,21 +174,20 @@ def _run_works(
         tasks = plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)
         by_path = {work.store.path: work for work in group}
         plan = ExtractionPlan(
-            segments=tuple(segments.get(segment_id) for segment_id in group[0].store.segment_ids),
             media_root=request.media_root,
             media_layout=request.card.media,
-            targets={w.store.path: StoreTarget(w.store.path, w.spec, w.weights, w.digests) for w in group},
-            device=request.device,
-            n_clips_per_batch=request.n_clips_per_batch or _choose_batch(request.device),
+            targets={w.store.path: StoreTarget(w.store.path, w.spec, w.weights) for w in group},
+            options=request.options,
         )
         stores = {work.store.path: work.store for work in group}
-
-        process = partial(_process_and_count, plan, stores, by_path, notify)
+        rows = [segments.get(segment_id) for segment_id in group[0].store.segment_ids]
+        process = partial(_process_and_count, plan, rows, stores, by_path, notify)
         run_in_process(process, tasks, stores)
 
 
 def _process_and_count(
     plan: ExtractionPlan,
+    rows: Sequence[Segment | None],
     stores: Mapping[str, FeatureStore],
     works: Mapping[str, _Work],
     notify: Callable[[int], None],
@@ -196,17 +195,12 @@ def _process_and_count(
 ) -> ShardReport:
     from extract.shard import process_shard  # brings torch, which a run with nothing to do needn't wait for
 
-    report = process_shard(plan, task, stores, notify)
+    of_shard = slice(task.shard.start_row, task.shard.stop_row)
+    work = ShardWork(task, tuple(rows[of_shard]), {path: works[path].digests[of_shard] for path in task.store_paths})
+    report = process_shard(plan, work, stores, notify)
     for path in task.store_paths:
         works[path].n_computed += task.shard.n_rows
     return report
-
-
-def _choose_batch(device: str) -> int:
-    """Gives 1 clip a batch on a CPU, where more is slower, and 16 on a GPU."""
-    from extract.inference import resolve_device
-
-    return 16 if resolve_device(device).type == "cuda" else 1
 
 
 def _summarise(work: _Work, segments: dict[str, Segment]) -> StoreSummary:
@@ -233,7 +227,7 @@ def _describe_run(request: ExtractionRequest, work: _Work, duration_s: float) ->
         **describe_writer(),
         "manifest_sha256": request.manifest.sha256,
         "media_root": str(request.media_root),
-        "device": request.device,
+        "device": request.options.device,
         "n_rows": work.n_computed,
         "duration_s": round(duration_s, 3),
         "versions": describe_versions(),

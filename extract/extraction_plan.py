@@ -8,33 +8,43 @@ from pathlib import Path
 
 import numpy as np
 
+from extract.run_options import RunOptions
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import MediaLayout
+from pipeline.execution import ShardTask
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec
 
 
 @dataclass(frozen=True, slots=True)
 class StoreTarget:
-    """Is one store to be filled: its place, what goes in, with which weights, and each row's expected digest."""
+    """Is one store to be filled: its place, what goes in, and with which weights."""
 
     path: str
     spec: FeatureSpec
     weights: WeightsRecord
-    digests: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractionPlan:
-    """Is everything that is the same for all shards of a run.
+    """Is everything that is the same for all shards of a run; `targets` are by the store's path."""
 
-    `segments` has an entry for every row of the stores, None where the manifest no longer has the row's segment.
-    `n_clips_per_batch` is how many clips go through a network at once; a batch never leaves its shard.
-    """
-
-    segments: tuple[Segment | None, ...]
     media_root: Path
     media_layout: MediaLayout
     targets: Mapping[str, StoreTarget]
-    device: str
-    n_clips_per_batch: int
+    options: RunOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """Is one shard to be computed, with what is its own.
+
+    Attributes:
+        task: the shard and its stores.
+        segments: an entry for each of the shard's rows, None where the manifest no longer has the row's segment.
+        digests: by store path, what each row is to be made from, uint8 [n_rows, 16].
+    """
+
+    task: ShardTask
+    segments: tuple[Segment | None, ...]
+    digests: Mapping[str, np.ndarray]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from extract.extraction_plan import ExtractionPlan
-from extract.inference import ShardEncoder, resolve_device
+from extract.extraction_plan import ExtractionPlan, ShardWork
+from extract.inference import ShardEncoder, choose_batch, resolve_device
 from extract.pictures import prepare_clips
 from extract.shard_inputs import (
     FrameGroup,
@@ -22,7 +22,7 @@ from extract.shard_inputs import (
 )
 from extract.shard_rows import ShardRows
 from extract.sound.spectrograms import log_spectrogram
-from pipeline.execution import ShardReport, ShardTask
+from pipeline.execution import ShardReport
 from pipeline.specs import FrameSpec
 from pipeline.store.interface import FeatureStore
 from pipeline.store.opening import open_store
@@ -32,7 +32,7 @@ N_INPUTS_AHEAD = 2
 
 def process_shard(
     plan: ExtractionPlan,
-    task: ShardTask,
+    work: ShardWork,
     stores: Mapping[str, FeatureStore] | None = None,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> ShardReport:
@@ -41,15 +41,15 @@ def process_shard(
     Depends on the plan and the media alone, and may be run again at any time with the same result. `notify` is called
     with the number of rows read since the last call.
     """
+    task = work.task
     if stores is None:
         stores = {path: open_store(Path(path)) for path in task.store_paths}
-    device = resolve_device(plan.device)
-    rows = {path: ShardRows(stores[path], task.shard, plan.targets[path].digests) for path in task.store_paths}
-    encoders = {
-        path: ShardEncoder(plan.targets[path], rows[path], device, plan.n_clips_per_batch) for path in task.store_paths
-    }
+    device = resolve_device(plan.options.device)
+    n_batch = plan.options.n_clips_per_batch or choose_batch(device)
+    rows = {path: ShardRows(stores[path], task.shard, work.digests[path]) for path in task.store_paths}
+    encoders = {path: ShardEncoder(plan.targets[path], rows[path], device, n_batch) for path in task.store_paths}
     settled = dict.fromkeys(task.store_paths, task.shard.start_row)
-    for item in _read_ahead(read_shard_inputs(plan, task)):
+    for item in _read_ahead(read_shard_inputs(plan, work)):
         if isinstance(item, RowFacts):
             for path in item.store_paths:
                 rows[path].start_row(item)
@@ -64,17 +64,17 @@ def process_shard(
         else:
             notify(1)
             for path in task.store_paths:
-                settled[path] = _settle(plan, rows[path], settled[path], item.row + 1)
+                settled[path] = _settle(work, rows[path], settled[path], item.row + 1)
     for path in task.store_paths:
         encoders[path].run()
-        _settle(plan, rows[path], settled[path], task.shard.stop_row)
+        _settle(work, rows[path], settled[path], task.shard.stop_row)
     return ShardReport(task, {path: rows[path].finish() for path in task.store_paths})
 
 
-def _settle(plan: ExtractionPlan, rows: ShardRows, first: int, stop: int) -> int:
+def _settle(work: ShardWork, rows: ShardRows, first: int, stop: int) -> int:
     """Settles the rows from `first` on that are complete, and returns the first that is not."""
     row = first
-    while row < stop and (plan.segments[row] is None or rows.is_complete(row)):
+    while row < stop and (work.segments[row - work.task.shard.start_row] is None or rows.is_complete(row)):
         rows.write_complete_chunks(row)
         row += 1
     return row

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from extract.clips import ClipPlan, plan_audio_windows, plan_clips
-from extract.extraction_plan import ExtractionPlan, StoreTarget
+from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from extract.media import MediaLocation, locate_media, open_frames
 from extract.readers.protocol import FrameReader, find_shown_frames
 from extract.readers.pyav_audio import read_audio
 from extract.sound.spectrograms import rms_dbfs
 from pipeline.errors import MediaError
-from pipeline.execution import ShardTask
 from pipeline.segments import Segment
 from pipeline.specs import AudioSpec, ClipSpec
 from pipeline.store.interface import Failure
@@ -118,12 +117,12 @@ class _OpenMedia:
             reader.close()
 
 
-def read_shard_inputs(plan: ExtractionPlan, task: ShardTask) -> Iterator[ShardInput]:
+def read_shard_inputs(plan: ExtractionPlan, work: ShardWork) -> Iterator[ShardInput]:
     """Reads the inputs of a task's rows in row order; a row whose media fail yields a RowFailure and the rest go on."""
+    task = work.task
     targets = [plan.targets[path] for path in task.store_paths]
     with _OpenMedia(plan) as media:
-        for row in range(task.shard.start_row, task.shard.stop_row):
-            segment = plan.segments[row]
+        for row, segment in enumerate(work.segments, start=task.shard.start_row):
             if segment is None:
                 continue
             for (modality, decoder), group in _group_picture_targets(targets).items():

@@ -22,7 +22,7 @@ class ShardRows:
         self._state = np.full(n, PENDING, dtype=np.uint8)
         self._has_audio = np.zeros(n, dtype=np.uint8)
         self._loudness = np.full(n, -np.inf, dtype=np.float32)
-        self._digests = digests[shard.start_row : shard.stop_row]
+        self._digests = digests
         self._n_received = np.zeros(n, dtype=np.int64)
         self._settled = np.zeros(n, dtype=bool)
         self._failures: dict[int, Failure] = {}

@@ -82,6 +82,7 @@ def extract(
     from extract.commands.terminal import show_progress
     from extract.extraction import ExtractionRequest, extract_features
     from extract.feature_specs import StoreOptions, make_feature_spec
+    from extract.run_options import RunOptions
     from extract.weights.resolve import default_weights, resolve_weights
     from pipeline.cards import read_dataset_card
     from pipeline.errors import SpecError
@@ -111,7 +112,7 @@ def extract(
         cache_dir=cache,
         backend=backend.value,
         encoders=tuple(specs),
-        device=device,
+        options=RunOptions(device=device),
         retry_failed=retry_failed,
         n_rows_per_shard=rows_per_shard,
     )

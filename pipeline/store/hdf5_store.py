@@ -162,10 +162,11 @@ class Hdf5FeatureStore:
             with self._open("r+") as file:
                 file["state"][shard.start_row : shard.stop_row] = PENDING
 
-    def write_outputs(self, name: str, start_row: int, values: np.ndarray) -> None:
-        """Writes rows of one output."""
+    def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
+        """Writes clips of rows of one output."""
+        rows, clips = slice(start_row, start_row + values.shape[0]), slice(start_clip, start_clip + values.shape[1])
         with self._open("r+") as file:
-            file[f"outputs/{name}"][start_row : start_row + len(values)] = values
+            file[f"outputs/{name}"][rows, clips] = values
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Writes checksums of the outputs, then the shard's index, `state` last, each step flushed before the next."""

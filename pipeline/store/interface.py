@@ -109,8 +109,11 @@ class FeatureStore(Protocol):
         """Sets the shard's rows to pending, so that a run killed inside it redoes all of it."""
         ...
 
-    def write_outputs(self, name: str, start_row: int, values: np.ndarray) -> None:
-        """Writes rows of one output; they begin at a chunk's border and end at one, or at the end of the rows."""
+    def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
+        """Writes whole chunks of one output, values [n, k, ...] from a row and a clip on.
+
+        Rows and clips begin at a chunk's border and end at one, or where the array ends.
+        """
         ...
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:

@@ -144,13 +144,15 @@ class ZarrFeatureStore:
         if (np.asarray(state[shard.start_row : shard.stop_row]) != PENDING).any():
             state[shard.start_row : shard.stop_row] = PENDING
 
-    def write_outputs(self, name: str, start_row: int, values: np.ndarray) -> None:
+    def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
         """Writes whole chunks of one output."""
         array = self._open_array(f"outputs/{name}")
-        stop_row = start_row + len(values)
+        stop_row, stop_clip = start_row + values.shape[0], start_clip + values.shape[1]
         assert start_row % array.chunks[0] == 0, "rows must begin at a chunk's border"
         assert stop_row % array.chunks[0] == 0 or stop_row == self.layout.n_rows, "rows must end at a chunk's border"
-        array[start_row:stop_row] = values
+        assert start_clip % array.chunks[1] == 0, "clips must begin at a chunk's border"
+        assert stop_clip % array.chunks[1] == 0 or stop_clip == array.shape[1], "clips must end at a chunk's border"
+        array[start_row:stop_row, start_clip:stop_clip] = values
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Writes the shard's index, `state` last."""

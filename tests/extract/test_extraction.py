@@ -20,6 +20,7 @@ from extract.extraction import ExtractionRequest, ExtractionSummary, extract_fea
 from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.inference import load_network
 from extract.pictures import prepare_clips
+from extract.run_options import RunOptions
 from extract.weights.resolve import list_weights, resolve_weights
 from pipeline.cards import DatasetCard, write_card
 from pipeline.errors import SpecError, StoreBusyError
@@ -88,7 +89,7 @@ def extract(tmp_path: Path) -> Extract:
         overrides: tuple[str, ...] = (),
         outputs: tuple[str, ...] = ("pooled",),
         weights: dict[str, str] | None = None,
-        **options: object,
+        **store_options: object,
     ) -> ExtractionSummary:
         specs = []
         for name in encoders.split():
@@ -101,8 +102,8 @@ def extract(tmp_path: Path) -> Extract:
             media_root=tmp_path / "media",
             cache_dir=tmp_path / "cache",
             encoders=tuple(specs),
-            device="cpu",
-            **{"backend": "zarr", **options},  # type: ignore[arg-type]
+            options=RunOptions(device="cpu"),
+            **{"backend": "zarr", **store_options},  # type: ignore[arg-type]
         )
         return extract_features(request, Silent())
 
