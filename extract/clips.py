@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from extract.random_draws import draw
 from extract.readers.protocol import TIME_TOLERANCE_S, find_shown_frames
 from pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
 from pipeline.segments import END_TOLERANCE_S
@@ -35,9 +36,16 @@ class ClipPlan:
 
 
 def plan_clips(
-    spec: ClipSpec, start_s: float, stop_s: float, video_frame_times_s: npt.NDArray[np.float64], video_end_s: float
+    spec: ClipSpec,
+    start_s: float,
+    stop_s: float,
+    video_frame_times_s: npt.NDArray[np.float64],
+    video_end_s: float,
+    segment_id: str = "",
 ) -> ClipPlan:
-    """Plans the clips of the segment [start_s, stop_s) of a video (METHODS section 2).
+    """Plans the clips of the segment [start_s, stop_s) of a video, every view of them (METHODS section 2).
+
+    Views follow each other within a clip: entry clip * n_views + view. `segment_id` seeds what is random.
 
     The time base: with `spec.rate_hz`, frame j is what is shown at start_s + j / rate_hz, and there are
     max(1, floor((stop_s - start_s) * rate_hz + 1e-6)) of them. Without, the frames are the video's own that are shown
@@ -58,26 +66,11 @@ def plan_clips(
         n_base = _count_frames(stop_s - start_s, spec.rate_hz)
         base_times_s = start_s + np.arange(n_base + 1) / spec.rate_hz
     n_frames = len(base_times_s) - 1
-    offsets = _plan_offsets(spec, n_frames)
+    offsets = _plan_offsets(spec, n_frames, segment_id)
     taken = (offsets[:, None] + np.arange(spec.n_frames) * spec.stride) % n_frames
     ends = np.minimum(offsets + spec.span, n_frames)
     times_s = np.stack([base_times_s[offsets], base_times_s[ends]], axis=1)
     return ClipPlan(frame_times_s=base_times_s[taken], times_s=np.clip(times_s, start_s, stop_s))
-
-
-def plan_n_clips_bound(spec: ClipSpec, duration_s: float, rate_hz: float) -> int:
-    """Computes how many clips a segment of `duration_s` has at most.
-
-    `rate_hz` is the video's highest frame rate and counts only where the spec has none: then a frame may be on the
-    screen at both ends of the segment, and the bound allows for it. For `uniform` it is the exact number.
-    """
-    if spec.sampling == "uniform":
-        return spec.n_clips
-    if spec.rate_hz is None:
-        n_frames = _count_frames(duration_s, rate_hz) + 2
-    else:
-        n_frames = _count_frames(duration_s, spec.rate_hz)
-    return len(_plan_offsets(spec, n_frames))
 
 
 def plan_audio_windows(
@@ -130,13 +123,17 @@ def _find_own_frames(
     return boundaries_s[first : max(n_until_stop, first + 1) + 1]
 
 
-def _plan_offsets(spec: ClipSpec, n_frames: int) -> npt.NDArray[np.int64]:
-    """Plans at which frame of the segment each clip begins; all at 0 where the segment is shorter than the span."""
+def _plan_offsets(spec: ClipSpec, n_frames: int, segment_id: str) -> npt.NDArray[np.int64]:
+    """Plans at which frame of the segment each entry begins; all at 0 where the segment is shorter than the span."""
     n_beyond = n_frames - spec.span
     if spec.sampling == "windows":
         assert spec.step is not None  # ClipSpec refuses windows without a step
-        return np.arange(0, max(n_beyond, 0) + 1, spec.step, dtype=np.int64)
+        return np.arange(0, max(n_beyond, 0) + 1, spec.step, dtype=np.int64).repeat(spec.n_views)
     if n_beyond < 0:
-        return np.zeros(spec.n_clips, dtype=np.int64)
+        return np.zeros(spec.n_clips * spec.n_views, dtype=np.int64)
     spacing = (n_beyond + 1) / spec.n_clips
-    return np.array([int(i * spacing + spacing / 2) for i in range(spec.n_clips)], dtype=np.int64)
+    clips, views = range(spec.n_clips), range(spec.n_views)
+    if spec.sampling == "random":
+        places = [clip + draw(spec.seed, segment_id, view, clip, "offset") for clip in clips for view in views]
+        return np.array([min(int(place * spacing), n_beyond) for place in places], dtype=np.int64)
+    return np.array([int(i * spacing + spacing / 2) for i in clips for _ in views], dtype=np.int64)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from extract.encoders.encoder_network import EncoderNetwork
 from extract.extraction_plan import StoreTarget
 from extract.shard_rows import ShardRows
 from extract.weights.resolve import WeightsRecord, load_encoder
-from pipeline.errors import SpecError
+from pipeline.errors import MediaMemoryError, SpecError
 from pipeline.specs import FeatureSpec
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +43,10 @@ def load_network(encoder: str, weights: WeightsRecord, device: str) -> EncoderNe
 
 
 class ShardEncoder:
-    """Gathers clips of one store's shard, encodes them when a batch is full, and hands the outputs to their rows."""
+    """Gathers clips of one store's shard, encodes them when a batch is full, and hands the outputs to their rows.
+
+    On a GPU the outputs of a batch are fetched while the next one is computed.
+    """
 
     def __init__(self, target: StoreTarget, rows: ShardRows, device: torch.device, n_clips_per_batch: int) -> None:
         self._spec: FeatureSpec = target.spec
@@ -53,19 +55,41 @@ class ShardEncoder:
         self._rows = rows
         self._n_clips_per_batch = n_clips_per_batch
         self._waiting: list[tuple[int, int, torch.Tensor]] = []
+        self._under_way: tuple[list[tuple[int, int]], dict[str, torch.Tensor], torch.cuda.Event | None] | None = None
 
-    def add(self, row: int, clip: int, tensor: torch.Tensor) -> None:
-        """Takes a clip's input, float32 [C, T, H, W] or [1, F, N], on the device."""
-        self._waiting.append((row, clip, tensor))
+    def add(self, row: int, entry: int, tensor: torch.Tensor) -> None:
+        """Takes an entry's input, float32 [C, T, H, W] or [1, F, N], on the device."""
+        self._waiting.append((row, entry, tensor))
         if len(self._waiting) >= self._n_clips_per_batch:
-            self.run()
+            self._start()
+            if self._device.type != "cuda":
+                self._fetch()
 
     def run(self) -> None:
-        """Encodes the clips that wait."""
+        """Encodes the clips that wait, and hands out everything."""
+        self._start()
+        self._fetch()
+
+    def _start(self) -> None:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        batch = torch.stack([tensor for _, _, tensor in waiting])
+        try:
+            outputs = self._encode(torch.stack([tensor for _, _, tensor in waiting]))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._fail(waiting, error)
+            return
+        self._fetch()
+        event = None
+        if self._device.type == "cuda":
+            outputs = {name: _start_copy(value) for name, value in outputs.items()}
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way = ([(row, entry) for row, entry, _ in waiting], outputs, event)
+
+    def _encode(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         names = [output.name for output in self._spec.outputs]
         precision = AUTOCAST_DTYPES.get(self._spec.precision)
         with (
@@ -74,6 +98,40 @@ class ShardEncoder:
             torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False),
         ):
             outputs = self._network(batch, names)
-        features: dict[str, np.ndarray] = {name: outputs[name].float().cpu().numpy() for name in names}
-        for i, (row, clip, _) in enumerate(waiting):
-            self._rows.put(row, clip, {name: values[i] for name, values in features.items()})
+            return {name: outputs[name].float() for name in names}
+
+    def _fetch(self) -> None:
+        """Hands out the outputs of the batch that was started before."""
+        if self._under_way is None:
+            return
+        (places, outputs, event), self._under_way = self._under_way, None
+        if event is not None:
+            event.synchronize()
+        features = {name: value.numpy() for name, value in outputs.items()}
+        for i, (row, entry) in enumerate(places):
+            self._rows.put(row, entry, {name: values[i] for name, values in features.items()})
+
+    def _fail(self, waiting: list[tuple[int, int, torch.Tensor]], error: Exception) -> None:
+        """Fails the one row whose single clip is too large; a batch that is too large is the user's to make smaller."""
+        where = f"{self._spec.encoder} on {self._device}"
+        if len(waiting) > 1:
+            raise SpecError(
+                f"{where}: a batch of {len(waiting)} clips needs more memory than there is; "
+                f"extract with --batch {len(waiting) // 2}"
+            ) from error
+        row, _, clip = waiting[0]
+        reason = f"{where}: one clip {list(clip.shape)} needs more memory than there is"
+        self._rows.fail_for(row, MediaMemoryError(reason))
+
+
+def _start_copy(value: torch.Tensor) -> torch.Tensor:
+    """Starts copying a tensor of the GPU into pinned memory; it is there once an event recorded now has passed."""
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error means that memory, of the machine or of the GPU, didn't suffice."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    )

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from extract.clips import plan_clips
-from extract.media import identify_media, locate_media, open_frames, probe_duration_s
+from extract.media import Modality, identify_media, locate_media, open_frames, probe_duration_s
 from pipeline.cards import MediaLayout
 from pipeline.errors import MediaError, MediaNotFoundError
 from pipeline.rows import NO_MEDIA
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec
-
-Modality = Literal["rgb", "flow", "audio"]
 
 
 @dataclass(slots=True)
@@ -49,8 +46,8 @@ class MediaSurvey:
         return self._durations[location]
 
     def count_clips(self, spec: FeatureSpec, segment: Segment) -> int:
-        """Counts a segment's clips under windows; 1 when its media can't say (extraction will say why)."""
-        modality: Modality = "rgb" if spec.frame is None or spec.frame.input == "rgb" else "flow"
+        """Counts a segment's clips and their views under windows; 1 where its media can't say (extraction will)."""
+        modality: Modality = "rgb" if spec.frame is None else spec.frame.source
         try:
             location = locate_media(self.root, self.layout, segment, modality)
             if location not in self._frame_times:
@@ -64,31 +61,36 @@ class MediaSurvey:
 
 def find_modality(spec: FeatureSpec) -> Modality:
     """Gives the modality whose media a store is made from."""
-    return "audio" if spec.frame is None else spec.frame.input
+    return "audio" if spec.frame is None else spec.frame.source
 
 
 def identify_segments(
     survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec, notify: Callable[[], None] = lambda: None
 ) -> dict[str, str]:
-    """Maps each segment's id to the identity of what its row is made from.
+    """Maps each segment's id to the identity of what its row is made from."""
+    identities = {}
+    for segment in segments:
+        identities[segment.segment_id] = identify_sources(survey.identify, segment, spec)
+        notify()
+    return identities
+
+
+def identify_sources(identify: Callable[[Segment, Modality], str], segment: Segment, spec: FeatureSpec) -> str:
+    """Gives the identity of all media that a row is made from.
 
     Sound that is centred on clips depends on the picture's times too, so both identities count.
     """
-    identities = {}
-    modality = find_modality(spec)
-    for segment in segments:
-        identity = survey.identify(segment, modality)
-        if spec.audio is not None and spec.audio.span == "clip":
-            identity += survey.identify(segment, "rgb")
-        identities[segment.segment_id] = identity
-        notify()
-    return identities
+    identity = identify(segment, find_modality(spec))
+    if spec.audio is not None and spec.audio.span == "clip":
+        identity += identify(segment, "rgb")
+    return identity
 
 
 def count_clips_at_most(survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec) -> int:
     """Gives the length of a store's clip axis."""
     if spec.audio is not None and spec.audio.span == "segment":
         return 1
-    if spec.clip.sampling == "uniform":
-        return spec.clip.n_clips
-    return max((survey.count_clips(spec, segment) for segment in segments), default=1)
+    if spec.clip.sampling != "windows":
+        return spec.clip.n_clips * spec.n_entries_per_clip
+    n_crops = spec.n_entries_per_clip // spec.clip.n_views
+    return n_crops * max((survey.count_clips(spec, segment) for segment in segments), default=1)

@@ -1,33 +1,33 @@
-"""Computes one shard: reads its media in a thread of its own, encodes on the device, writes features chunk by chunk."""
+"""Computes one shard: reads media ahead in threads, encodes on the device, and writes features chunk by chunk."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from extract.clip_assembly import ClipAssembler
 from extract.extraction_plan import ExtractionPlan, ShardWork
-from extract.inference import ShardEncoder, choose_batch, resolve_device
-from extract.pictures import prepare_clips
+from extract.inference import ShardEncoder, choose_batch, is_out_of_memory, resolve_device
+from extract.output_writer import OutputWriter
+from extract.row_readers import RowReaders, choose_n_readers
 from extract.shard_inputs import (
-    FrameGroup,
-    RowFacts,
+    PictureFacts,
+    PictureStretch,
     RowFailure,
     ShardInput,
+    SoundEnd,
+    SoundSpan,
     SoundWindow,
-    read_shard_inputs,
 )
 from extract.shard_rows import ShardRows
 from extract.sound.spectrograms import log_spectrogram
+from pipeline.errors import MediaMemoryError
 from pipeline.execution import ShardReport
-from pipeline.specs import FrameSpec
-from pipeline.store.interface import FeatureStore
+from pipeline.store.interface import FeatureStore, ShardIndex
 from pipeline.store.opening import open_store
-
-N_INPUTS_AHEAD = 2
 
 
 def process_shard(
@@ -36,84 +36,104 @@ def process_shard(
     stores: Mapping[str, FeatureStore] | None = None,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> ShardReport:
-    """Computes a task's rows, writes their features to the stores, and returns the index that makes them count.
+    """Computes a shard's rows, writes their features to the stores, and returns the index that makes them count.
 
-    Depends on the plan and the media alone, and may be run again at any time with the same result. `notify` is called
-    with the number of rows read since the last call.
+    Depends on plan, work and media alone, and may be run again at any time with the same result. `notify` is called
+    with the number of rows read since the last call. Reading, computing and writing overlap, each at most a few inputs
+    or chunks ahead of the next.
     """
     task = work.task
     if stores is None:
         stores = {path: open_store(Path(path)) for path in task.store_paths}
     device = resolve_device(plan.options.device)
-    n_batch = plan.options.n_clips_per_batch or choose_batch(device)
-    rows = {path: ShardRows(stores[path], task.shard, work.digests[path]) for path in task.store_paths}
-    encoders = {path: ShardEncoder(plan.targets[path], rows[path], device, n_batch) for path in task.store_paths}
-    settled = dict.fromkeys(task.store_paths, task.shard.start_row)
-    for item in _read_ahead(read_shard_inputs(plan, work)):
-        if isinstance(item, RowFacts):
+    n_readers = plan.options.n_readers or choose_n_readers(device.type, os.cpu_count() or 1)
+    with OutputWriter() as writer, RowReaders(plan, work, n_readers) as readers:
+        computation = _Computation(plan, work, stores, device, writer)
+        for item in readers:
+            computation.take(item)
+            if computation.n_rows_ended:
+                notify(computation.n_rows_ended)
+                computation.n_rows_ended = 0
+        indices = computation.finish()
+    return ShardReport(task, {path: indices[path] for path in task.store_paths})
+
+
+class _Computation:
+    """Is a shard under way: leads each input to where it belongs."""
+
+    def __init__(
+        self,
+        plan: ExtractionPlan,
+        work: ShardWork,
+        stores: Mapping[str, FeatureStore],
+        device: torch.device,
+        writer: OutputWriter,
+    ) -> None:
+        paths = work.task.store_paths
+        self._device = device
+        self._specs = {path: plan.targets[path].spec for path in paths}
+        self._rows = {path: ShardRows(stores[path], work, writer) for path in paths}
+        n_batch = plan.options.n_clips_per_batch or choose_batch(device)
+        self._encoders = {path: ShardEncoder(plan.targets[path], self._rows[path], device, n_batch) for path in paths}
+        self._assembler = ClipAssembler(self._specs, device, self._encode)
+        self.n_rows_ended = 0
+        for row, segment in enumerate(work.segments, start=work.task.shard.start_row):
+            if segment is None:
+                for rows in self._rows.values():
+                    rows.skip(row)
+
+    def take(self, item: ShardInput) -> None:
+        """Takes one input; one that is too large for the memory fails its row."""
+        try:
+            self._lead(item)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if isinstance(item, PictureStretch):
+                paths = [path for path, spec in self._specs.items() if spec.frame is not None]
+                what = f"{list(item.pictures.shape)} pictures"
+            elif isinstance(item, SoundWindow):
+                paths, what = [item.store_path], f"{len(item.samples)} samples"
+            else:
+                raise
+            for path in paths:
+                self._rows[path].fail_for(
+                    item.row, MediaMemoryError(f"preparing {what} needs more memory than there is")
+                )
+            self._assembler.end(item.row)
+
+    def _lead(self, item: ShardInput) -> None:
+        if isinstance(item, PictureFacts):
             for path in item.store_paths:
-                rows[path].start_row(item)
+                frame = self._specs[path].frame
+                assert frame is not None, "pictures go to stores of pictures"
+                self._rows[path].start_row(
+                    item.row, item.times.repeat(frame.n_crops, axis=0), item.frames.repeat(frame.n_crops, axis=0)
+                )
+            self._assembler.begin(item)
+        elif isinstance(item, PictureStretch):
+            self._assembler.feed(item)
+        elif isinstance(item, SoundSpan):
+            self._rows[item.store_path].start_row(item.row, item.times, item.frames)
+        elif isinstance(item, SoundWindow):
+            spec = self._specs[item.store_path].audio
+            assert spec is not None, "sound goes to stores of sound"
+            samples = torch.from_numpy(item.samples)[None].to(self._device)
+            self._encode(item.store_path, item.row, item.entry, log_spectrogram(samples, spec)[0])
+        elif isinstance(item, SoundEnd):
+            self._rows[item.store_path].end_sound(item.row, item.has_audio, item.loudness_dbfs)
         elif isinstance(item, RowFailure):
             for path in item.store_paths:
-                rows[path].fail(item.row, item.failure)
-        elif isinstance(item, FrameGroup):
-            _encode_pictures(plan, item, encoders, device)
-        elif isinstance(item, SoundWindow):
-            for path in item.store_paths:
-                _encode_sound(plan, path, item, encoders, device)
+                self._rows[path].fail(item.row, item.failure)
         else:
-            notify(1)
-            for path in task.store_paths:
-                settled[path] = _settle(work, rows[path], settled[path], item.row + 1)
-    for path in task.store_paths:
-        encoders[path].run()
-        _settle(work, rows[path], settled[path], task.shard.stop_row)
-    return ShardReport(task, {path: rows[path].finish() for path in task.store_paths})
+            self._assembler.end(item.row)
+            self.n_rows_ended += 1
 
+    def finish(self) -> dict[str, ShardIndex]:
+        """Encodes what still waits for a full batch, and gives the stores' indices."""
+        for encoder in self._encoders.values():
+            encoder.run()
+        return {path: rows.finish() for path, rows in self._rows.items()}
 
-def _settle(work: ShardWork, rows: ShardRows, first: int, stop: int) -> int:
-    """Settles the rows from `first` on that are complete, and returns the first that is not."""
-    row = first
-    while row < stop and (work.segments[row - work.task.shard.start_row] is None or rows.is_complete(row)):
-        rows.write_complete_chunks(row)
-        row += 1
-    return row
-
-
-def _encode_pictures(
-    plan: ExtractionPlan, group: FrameGroup, encoders: Mapping[str, ShardEncoder], device: torch.device
-) -> None:
-    """Sends each picture to the device once, prepares it once a FrameSpec, and hands out the clips."""
-    frames = torch.from_numpy(group.frames).to(device)
-    by_frame_spec: dict[FrameSpec, list[tuple[str, int, int, torch.Tensor]]] = {}
-    for request in group.requests:
-        picks = torch.from_numpy(request.picks).to(device)
-        for path in request.store_paths:
-            frame_spec = plan.targets[path].spec.frame
-            assert frame_spec is not None, "pictures go to stores of pictures"
-            by_frame_spec.setdefault(frame_spec, []).append((path, request.row, request.clip, picks))
-    for frame_spec, clips in by_frame_spec.items():
-        prepared = prepare_clips(frames[None], frame_spec)[0]
-        for path, row, clip, picks in clips:
-            encoders[path].add(row, clip, prepared[:, picks])
-
-
-def _encode_sound(
-    plan: ExtractionPlan, path: str, item: SoundWindow, encoders: Mapping[str, ShardEncoder], device: torch.device
-) -> None:
-    spec = plan.targets[path].spec.audio
-    assert spec is not None, "sound goes to stores of sound"
-    spectrogram = log_spectrogram(torch.from_numpy(item.samples)[None].to(device), spec)[0]
-    encoders[path].add(item.row, item.clip, spectrogram)
-
-
-def _read_ahead(inputs: Iterator[ShardInput]) -> Iterator[ShardInput]:
-    """Runs an iterator in a thread, N_INPUTS_AHEAD items ahead; its errors are raised here, in their place."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-    try:
-        ahead = deque(pool.submit(next, inputs, None) for _ in range(N_INPUTS_AHEAD))
-        while (item := ahead.popleft().result()) is not None:
-            ahead.append(pool.submit(next, inputs, None))
-            yield item
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    def _encode(self, path: str, row: int, entry: int, clip: torch.Tensor) -> None:
+        self._encoders[path].add(row, entry, clip)

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
-from extract.shard_inputs import RowFacts
+from extract.extraction_plan import ShardWork
+from extract.output_writer import OutputWriter
+from pipeline.errors import MediaError
 from pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, FAILED, PENDING, Shard, plan_output_array
+from pipeline.store.layout import DONE, FAILED, PENDING, ArrayLayout, plan_output_array
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Is the rows and entries of one chunk, within the shard and the array."""
+
+    row: int
+    stop_row: int
+    clip: int
+    stop_clip: int
 
 
 class ShardRows:
-    """Holds the unfinished chunks of a store's shard and the index of its rows."""
+    """Holds the unfinished chunks of a store's shard and the index of its rows.
 
-    def __init__(self, store: FeatureStore, shard: Shard, digests: np.ndarray) -> None:
+    A chunk is written as soon as nothing in it is awaited any more, so that a long row takes no more memory than a few
+    chunks. Entry means a place on the second axis: a clip, or a view or crop of one.
+    """
+
+    def __init__(self, store: FeatureStore, work: ShardWork, writer: OutputWriter) -> None:
+        shard = work.task.shard
         self._store = store
+        self._video_ids = ["" if segment is None else segment.video_id for segment in work.segments]
         self._shard = shard
+        self._writer = writer
         n, k = shard.n_rows, store.layout.n_clips
         self._times = np.full((n, k, 2), np.nan)
         self._frames = np.full((n, k, 2), -1, dtype=np.int64)
@@ -22,77 +44,100 @@ class ShardRows:
         self._state = np.full(n, PENDING, dtype=np.uint8)
         self._has_audio = np.zeros(n, dtype=np.uint8)
         self._loudness = np.full(n, -np.inf, dtype=np.float32)
-        self._digests = digests
-        self._n_received = np.zeros(n, dtype=np.int64)
-        self._settled = np.zeros(n, dtype=bool)
+        self._digests = work.digests[store.path]
+        self._is_awaited = np.ones((n, k), dtype=bool)
         self._failures: dict[int, Failure] = {}
-        self._chunks: dict[tuple[str, int], np.ndarray] = {}
+        self._chunks: dict[tuple[str, int, int], np.ndarray] = {}
+        self._written: set[tuple[str, int, int]] = set()
         windows = store.spec.clip.sampling == "windows"
         self._layouts = {
             output.name: plan_output_array(output.name, output.shape, store.spec.dtype, store.layout, windows=windows)
             for output in store.spec.outputs
         }
 
-    def start_row(self, facts: RowFacts) -> None:
-        """Notes what a row covers; a row without sound is complete at once, with NaN for features."""
-        i, k = facts.row - self._shard.start_row, len(facts.times)
-        self._times[i, :k], self._frames[i, :k], self._n_valid[i] = facts.times, facts.frames, k
-        self._has_audio[i] = facts.has_audio
-        if facts.loudness_dbfs is not None:
-            self._loudness[i] = facts.loudness_dbfs
-        if not facts.has_audio:
-            for name in self._layouts:
-                self._rows_of_chunk(name, facts.row)[0][:k] = np.nan
-            self._n_received[i] = k
+    def start_row(self, row: int, times: np.ndarray, frames: np.ndarray) -> None:
+        """Notes what a row's entries cover, [n, 2] each; entries beyond n don't exist and aren't awaited."""
+        i, k = row - self._shard.start_row, len(times)
+        self._times[i, :k], self._frames[i, :k], self._n_valid[i] = times, frames, k
+        self._is_awaited[i, k:] = False
 
-    def put(self, row: int, clip: int, features: dict[str, np.ndarray]) -> None:
-        """Takes one clip's outputs, float32; a value that the store's dtype can't hold fails the row."""
+    def end_sound(self, row: int, has_audio: bool, loudness_dbfs: float) -> None:
+        """Notes how loud a row is; one without sound is complete, with NaN for features."""
+        i = row - self._shard.start_row
+        if i in self._failures:
+            return
+        self._has_audio[i], self._loudness[i] = has_audio, loudness_dbfs
+        if not has_audio:
+            for name in self._layouts:
+                for block in self._blocks_of(name, row):
+                    n_here = max(0, min(int(self._n_valid[i]), block.stop_clip) - block.clip)
+                    self._chunk(name, block)[row - block.row, :n_here] = np.nan
+            self._is_awaited[i] = False
+            self._write_complete(row)
+
+    def put(self, row: int, entry: int, features: dict[str, np.ndarray]) -> None:
+        """Takes one entry's outputs, float32; a value that the store's dtype can't hold fails the row."""
         i = row - self._shard.start_row
         if i in self._failures:
             return
         for name, values in features.items():
-            place = self._rows_of_chunk(name, row)[0]
+            block = self._block(name, row, entry)
+            place = self._chunk(name, block)[row - block.row, entry - block.clip]
             with np.errstate(over="ignore"):
-                place[clip] = values
-            if not np.isfinite(place[clip]).all():
+                place[...] = values
+            if not np.isfinite(place).all():
                 largest = float(np.abs(values).max())
                 reason = (
-                    f"{name} of clip {clip} is not finite in {place.dtype} (largest magnitude {largest:.6g}); "
+                    f"{name} of clip {entry} is not finite in {place.dtype} (largest magnitude {largest:.6g}); "
                     f"extract with --dtype float32, or check the weights"
                 )
-                self.fail(row, Failure(self._store.segment_ids[row], "", "NonFiniteFeature", reason, False))
+                self._fail_own(row, "NonFiniteFeature", reason, retryable=False)
                 return
-        self._n_received[i] += 1
+        self._is_awaited[i, entry] = False
+        self._write_complete(row, entry)
 
     def fail(self, row: int, failure: Failure) -> None:
         """Makes a row failed; whatever it got before is wiped."""
         i = row - self._shard.start_row
+        if i in self._failures:
+            return
         self._failures[i] = failure
         self._times[i], self._frames[i], self._n_valid[i] = np.nan, -1, 0
         self._has_audio[i], self._loudness[i] = 0, -np.inf
+        self._is_awaited[i] = False
         for name in self._layouts:
-            self._rows_of_chunk(name, row)[0][:] = 0
+            for block in self._blocks_of(name, row):
+                if (name, block.row, block.clip) in self._written:
+                    self._take_back(name, block)
+                if (name, block.row, block.clip) in self._chunks:
+                    self._chunk(name, block)[row - block.row] = 0
+        self._write_complete(row)
 
-    def write_complete_chunks(self, settled_row: int) -> None:
-        """Notes that a row is settled, and writes every chunk all of whose rows are."""
-        self._settled[settled_row - self._shard.start_row] = True
-        for name in self._layouts:
-            values, first, stop = self._rows_of_chunk(name, settled_row)[1:]
-            if self._settled[first - self._shard.start_row : stop - self._shard.start_row].all():
-                self._store.write_outputs(name, first, values)
-                del self._chunks[(name, first)]
+    def fail_for(self, row: int, error: MediaError) -> None:
+        """Makes a row failed because of an error that came up while it was computed."""
+        self._fail_own(row, type(error).__name__, str(error), retryable=error.retryable)
+
+    def _fail_own(self, row: int, exception: str, reason: str, *, retryable: bool) -> None:
+        video_id = self._video_ids[row - self._shard.start_row]
+        self.fail(row, Failure(self._store.segment_ids[row], video_id, exception, reason, retryable))
+
+    def skip(self, row: int) -> None:
+        """Notes that a row has no segment: it stays pending and holds zeros."""
+        self._is_awaited[row - self._shard.start_row] = False
+        self._write_complete(row)
 
     def is_complete(self, row: int) -> bool:
-        """Says whether a row has failed or has all its clips."""
-        i = row - self._shard.start_row
-        return i in self._failures or (self._n_valid[i] > 0 and bool(self._n_received[i] == self._n_valid[i]))
+        """Says whether nothing of a row is awaited any more."""
+        return not self._is_awaited[row - self._shard.start_row].any()
 
     def finish(self) -> ShardIndex:
-        """Gives the shard's index; rows without a segment stay pending."""
+        """Gives the shard's index; rows without a segment stay pending. Everything is written before it returns."""
+        assert not self._chunks, "a chunk is incomplete at the shard's end"
+        self._writer.wait()
         for i in range(self._shard.n_rows):
             if i in self._failures:
                 self._state[i] = FAILED
-            elif self.is_complete(self._shard.start_row + i):
+            elif self._n_valid[i] > 0:
                 self._state[i] = DONE
         sound = self._store.spec.audio is not None
         return ShardIndex(
@@ -106,12 +151,46 @@ class ShardRows:
             failures=tuple(self._failures.values()),
         )
 
-    def _rows_of_chunk(self, name: str, row: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """Finds a row's place in its chunk's buffer: the row, the buffer, and its first and last-but-one row."""
+    def _block(self, name: str, row: int, entry: int) -> _Block:
+        layout: ArrayLayout = self._layouts[name]
+        first_row, first_clip = row - row % layout.chunks[0], entry - entry % layout.chunks[1]
+        stop_row = min(first_row + layout.chunks[0], self._shard.stop_row)
+        return _Block(first_row, stop_row, first_clip, min(first_clip + layout.chunks[1], layout.shape[1]))
+
+    def _blocks_of(self, name: str, row: int) -> Iterator[_Block]:
         layout = self._layouts[name]
-        first = row - row % layout.chunks[0]
-        stop = min(first + layout.chunks[0], self._shard.stop_row)
-        if (name, first) not in self._chunks:
-            self._chunks[(name, first)] = np.zeros((stop - first, *layout.shape[1:]), dtype=layout.dtype)
-        chunk = self._chunks[(name, first)]
-        return chunk[row - first], chunk, first, stop
+        for clip in range(0, layout.shape[1], layout.chunks[1]):
+            yield self._block(name, row, clip)
+
+    def _chunk(self, name: str, block: _Block) -> np.ndarray:
+        key = (name, block.row, block.clip)
+        if key not in self._chunks:
+            shape = (block.stop_row - block.row, block.stop_clip - block.clip, *self._layouts[name].shape[2:])
+            self._chunks[key] = np.zeros(shape, dtype=self._layouts[name].dtype)
+        return self._chunks[key]
+
+    def _take_back(self, name: str, block: _Block) -> None:
+        """Reads a chunk that was written already, since one of its rows failed later."""
+        self._writer.wait()
+        key = (name, block.row, block.clip)
+        rows = self._store.read_array(f"outputs/{name}", block.row, block.stop_row)
+        self._chunks[key] = np.array(rows[:, block.clip : block.stop_clip])
+        self._written.discard(key)
+
+    def _write_complete(self, row: int, entry: int | None = None) -> None:
+        """Writes the chunks of a row (those of one entry) in which nothing is awaited any more."""
+        for name in self._layouts:
+            blocks = self._blocks_of(name, row) if entry is None else (self._block(name, row, entry),)
+            for block in blocks:
+                first = self._shard.start_row
+                area = (slice(block.row - first, block.stop_row - first), slice(block.clip, block.stop_clip))
+                key = (name, block.row, block.clip)
+                if self._is_awaited[area].any() or key in self._written:
+                    continue
+                if block.clip and not (self._n_valid[area[0]] > block.clip).any():
+                    self._chunks.pop(key, None)
+                    self._store.clear_outputs(name, block.row, block.stop_row, block.clip, block.stop_clip)
+                else:
+                    self._writer.write(self._store, name, block.row, block.clip, self._chunk(name, block))
+                    del self._chunks[key]
+                self._written.add(key)

@@ -39,6 +39,24 @@ class DecodeError(MediaError):
     """The decoder refuses the file, or it holds fewer frames or samples than it declares."""
 
 
+class MediaChangedError(MediaError):
+    """A file is no longer the one that the run found when it began."""
+
+    retryable = True
+
+
+class MediaTimeoutError(MediaError):
+    """Reading a segment takes longer than it may."""
+
+    retryable = True
+
+
+class MediaMemoryError(MediaError):
+    """A segment needs more memory than there is."""
+
+    retryable = True
+
+
 class SegmentOutsideVideoError(MediaError):
     """A segment begins after its video has ended, or reaches further beyond the end than is tolerated."""
 

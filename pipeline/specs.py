@@ -21,22 +21,28 @@ class ClipSpec(SpecModel):
     `rate_hz` is the time base: frame j of a segment is the one shown at start_s + j / rate_hz; None means the video's
     own frames. A clip takes `n_frames` frames, every `stride`-th, and spans n_frames * stride frames of the time base.
     `uniform` places `n_clips` clips evenly (A's released code; METHODS section 2): a = (n - span + 1) / k,
-    offset int(i * a + a / 2), indices modulo n where the segment is shorter than the span. `windows` slides by `step`
-    frames and keeps whole windows only.
+    offset int(i * a + a / 2), indices modulo n where the segment is shorter than the span. `random` places one clip
+    anywhere in each of `n_clips` equal parts: offset int((i + u) * a), u in [0, 1). `windows` slides by `step` frames
+    and keeps whole windows only.
+
+    `n_views` is how often a segment is drawn anew, and `seed` decides everything that is drawn (where random clips lie,
+    random crops, flips), together with the segment's id and the numbers of view and clip, and nothing else.
     """
 
     n_frames: int = Field(gt=0)
     stride: int = Field(default=1, gt=0)
     rate_hz: float | None = Field(default=None, gt=0)
-    sampling: Literal["uniform", "windows"] = "uniform"
+    sampling: Literal["uniform", "random", "windows"] = "uniform"
     n_clips: int = Field(default=1, gt=0)
     step: int | None = Field(default=None, gt=0)
+    n_views: int = Field(default=1, gt=0)
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_sampling(self) -> ClipSpec:
         if self.sampling == "windows" and (self.step is None or self.n_clips != 1):
             raise ValueError("windows need `step` and take no `n_clips`")
-        if self.sampling == "uniform" and self.step is not None:
+        if self.sampling != "windows" and self.step is not None:
             raise ValueError("`step` goes with sampling = 'windows'")
         return self
 
@@ -49,8 +55,19 @@ class ClipSpec(SpecModel):
 class FrameSpec(SpecModel):
     """Says how a decoded picture becomes the network's input.
 
-    The short side is resized to `short_side` (torch bilinear, antialiased, half-pixel centres), the centre `crop` is
-    cut out, and (x - mean) / std taken a channel, with x in 0..255.
+    The short side is resized to `short_side` (torch bilinear, antialiased, half-pixel centres), one or more pictures of
+    crop x crop are cut out, and (x - mean) / std taken a channel, with x in 0..255. `crops` says which:
+
+    - `centre`: one.
+    - `three`: at the start, the middle and the end of the long side, in this order.
+    - `random`: one anywhere; the short side is drawn evenly from `short_sides` first, where that is given.
+    - `random-resized`: a box of `area` times the picture, of an aspect ratio (width / height) drawn evenly in its
+      logarithm from `aspect`, resized to crop x crop (ten tries, then the largest centred box).
+
+    `crop_for` says whether the clips of a view share what is drawn. `flip` is the probability of a mirrored view; the
+    horizontal component of flow turns its sign.
+    `flow` is where flow comes from: `images` (u/ and v/), or computed from the pictures by OpenCV's TV-L1 or DIS at the
+    size `short_side`, clipped to +-`flow_bound` pixels and quantised evenly to 0..255.
     """
 
     input: Literal["rgb", "flow"] = "rgb"
@@ -59,15 +76,47 @@ class FrameSpec(SpecModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: Literal["torch-bilinear-antialias"] = "torch-bilinear-antialias"
+    crops: Literal["centre", "three", "random", "random-resized"] = "centre"
+    short_sides: tuple[int, int] | None = None
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_for: Literal["view", "clip"] = "view"
+    flip: float = Field(default=0.0, ge=0, le=1)
+    flow: Literal["images", "tvl1", "dis"] = "images"
+    flow_bound: float = Field(default=20.0, gt=0)
 
     @model_validator(mode="after")
     def _check_shape(self) -> FrameSpec:
         n_channels = 3 if self.input == "rgb" else 2
         if len(self.mean) != n_channels or len(self.std) != n_channels:
             raise ValueError(f"{self.input} takes {n_channels} means and standard deviations")
-        if self.crop > self.short_side:
+        if self.short_sides is not None and (
+            self.crops != "random" or not 0 < self.short_sides[0] <= self.short_sides[1]
+        ):
+            raise ValueError("`short_sides` goes with crops = 'random', lower one first")
+        smallest = self.short_side if self.short_sides is None else self.short_sides[0]
+        if self.crops != "random-resized" and self.crop > smallest:
             raise ValueError("`crop` can't be larger than `short_side`")
+        if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError("`area` lies within 0..1, `aspect` above 0, lower one first")
+        if self.input == "rgb" and self.flow != "images":
+            raise ValueError("`flow` goes with input = 'flow'")
         return self
+
+    @property
+    def n_crops(self) -> int:
+        """Gives how many pictures are cut out of one."""
+        return 3 if self.crops == "three" else 1
+
+    @property
+    def is_random(self) -> bool:
+        """Says whether anything is drawn."""
+        return self.crops in ("random", "random-resized") or 0 < self.flip < 1
+
+    @property
+    def source(self) -> Literal["rgb", "flow"]:
+        """Gives which media are read: flow that is computed comes from the pictures."""
+        return "rgb" if self.input == "rgb" or self.flow != "images" else "flow"
 
 
 class AudioSpec(SpecModel):
@@ -124,7 +173,18 @@ class FeatureSpec(SpecModel):
             raise ValueError("a spec has either `frame` or `audio`")
         if len({output.name for output in self.outputs}) != len(self.outputs):
             raise ValueError("an output is named twice")
+        is_random = self.clip.sampling == "random" or (self.frame is not None and self.frame.is_random)
+        if self.clip.n_views > 1 and not is_random:
+            raise ValueError("`n_views` views are all the same where neither clips nor crops nor flips are random")
         return self
+
+    @property
+    def n_entries_per_clip(self) -> int:
+        """Gives how many entries of the second axis come from one clip: its views, or its crops.
+
+        Entry number (clip * n_views + view) * n_crops + crop.
+        """
+        return self.clip.n_views * (1 if self.frame is None else self.frame.n_crops)
 
 
 def fingerprint(spec: FeatureSpec) -> str:

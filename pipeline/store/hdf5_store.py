@@ -168,6 +168,11 @@ class Hdf5FeatureStore:
         with self._open("r+") as file:
             file[f"outputs/{name}"][rows, clips] = values
 
+    def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
+        """Writes zeros."""
+        with self._open("r+") as file:
+            file[f"outputs/{name}"][start_row:stop_row, start_clip:stop_clip] = 0
+
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Writes checksums of the outputs, then the shard's index, `state` last, each step flushed before the next."""
         with self._open("r+") as file:

@@ -116,6 +116,10 @@ class FeatureStore(Protocol):
         """
         ...
 
+    def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
+        """Makes whole chunks of one output zero; where none of their clips exists they needn't be stored at all."""
+        ...
+
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Writes the shard's index, `state` last."""
         ...

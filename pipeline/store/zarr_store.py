@@ -154,6 +154,11 @@ class ZarrFeatureStore:
         assert stop_clip % array.chunks[1] == 0 or stop_clip == array.shape[1], "clips must end at a chunk's border"
         array[start_row:stop_row, start_clip:stop_clip] = values
 
+    def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
+        """Removes whole chunks of one output: zarr drops a chunk that holds nothing but the fill value."""
+        array = self._open_array(f"outputs/{name}").with_config({"write_empty_chunks": False})
+        array[start_row:stop_row, start_clip:stop_clip] = 0
+
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Writes the shard's index, `state` last."""
         for name in ROW_ARRAYS:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from extract import pictures
-from extract.pictures import plan_centre_crop, plan_resized_shape, prepare_clips
+from extract.crops import plan_centre_crop, plan_resized_shape
+from extract.pictures import prepare_clips
 from extract.torchvision_import import ensure_torchvision
 from pipeline.errors import SpecError
 from pipeline.specs import FrameSpec
@@ -100,7 +101,7 @@ def test_resized_shapes(size, expected):
 
 
 def test_wrong_pictures_are_refused():
-    with pytest.raises(SpecError, match=r"must be uint8 \[B, T, H, W, C\], are torch.float32 \[1, 2, 8, 8, 3\]"):
+    with pytest.raises(SpecError, match=r"must be uint8 \[N, H, W, C\], are torch.float32 \[2, 8, 8, 3\]"):
         prepare_clips(torch.zeros(1, 2, 8, 8, 3), KINETICS)
     with pytest.raises(SpecError, match="must be uint8"):
         prepare_clips(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), KINETICS)
