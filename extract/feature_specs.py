@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from extract.encoders.registry import EncoderEntry, find_encoder
+from extract.presets import apply_preset, find_preset
 from extract.weights.resolve import WeightsRecord
 from pipeline.errors import SpecError
 from pipeline.specs import FeatureSpec, OutputSpec
@@ -31,10 +32,12 @@ def make_feature_spec(
     options: StoreOptions,
     *,
     outputs: Sequence[str] = (),
+    preset: str = "",
     overrides: Sequence[str] = (),
 ) -> FeatureSpec:
-    """Makes the specification of an encoder's store.
+    """Makes the specification of an encoder's store: the encoder's own preprocessing, then a preset's, then overrides.
 
+    `outputs` are names, or `default`, `trunk` and `all` for those of a level (ARCHITECTURE, two cache levels).
     `overrides` are `part.field=value` with part clip, frame or audio, or `ENCODER.part.field=value` for one encoder
     alone, such as `clip.n_clips=10` or `i3d_rgb.clip.rate_hz=none`. One without an encoder passes over those that have
     no such part, and over sound that no clip has a say in. Raises SpecError naming the override or output.
@@ -43,6 +46,8 @@ def make_feature_spec(
     parts: dict[str, dict[str, Any]] = {
         part: getattr(entry, part).model_dump() for part in SPEC_PARTS if getattr(entry, part) is not None
     }
+    if preset:
+        apply_preset(find_preset(preset), entry, parts)
     for override in sorted(overrides, key=lambda o: "clip." in o):  # whether clips matter to sound is known last
         _apply_override(entry, parts, override)
     try:
@@ -51,7 +56,7 @@ def make_feature_spec(
         fault = error.errors()[0]
         raise SpecError(f"{encoder}: {'.'.join(map(str, fault['loc'])) or 'override'}: {fault['msg']}") from error
     shapes = entry.output_shapes(specs["clip"], specs.get("frame") or specs["audio"])
-    chosen = tuple(outputs) or entry.default_outputs
+    chosen = _expand_outputs(outputs or ("default",), entry, tuple(shapes))
     for name in chosen:
         if name not in shapes:
             raise SpecError(f"{encoder} has no output {name!r}; it has {', '.join(shapes)}")
@@ -65,6 +70,16 @@ def make_feature_spec(
         revision=entry.revision,
         **specs,
     )
+
+
+def _expand_outputs(names: Sequence[str], entry: EncoderEntry, known: tuple[str, ...]) -> tuple[str, ...]:
+    levels = {
+        "default": entry.default_outputs,
+        "trunk": tuple(name for name in known if name.startswith("trunk") or name == "map"),
+        "all": known,
+    }
+    expanded = [(name,) if name in known else levels.get(name, (name,)) for name in names]
+    return tuple(dict.fromkeys(output for outputs in expanded for output in outputs))
 
 
 def _apply_override(entry: EncoderEntry, parts: dict[str, dict[str, Any]], override: str) -> None:

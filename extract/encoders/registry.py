@@ -16,6 +16,7 @@ from extract.encoders.output_shapes import (
     plan_slowfast_outputs,
     plan_slowonly_outputs,
 )
+from extract.sound.recipes import ZHANG2022
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
@@ -59,20 +60,6 @@ _RGB_CLIP = ClipSpec(n_frames=32, stride=2, rate_hz=60, n_clips=5)
 _SLOWONLY_CLIP = ClipSpec(n_frames=8, stride=4, rate_hz=30, n_clips=5)
 _I3D_FLOW_CLIP = ClipSpec(n_frames=32, stride=1, rate_hz=30, n_clips=5)
 _DEMO_CLIP = ClipSpec(n_frames=8, stride=2, rate_hz=15, n_clips=5)
-
-
-def _zhang_audio(duration_s: float) -> AudioSpec:
-    return AudioSpec(
-        recipe="zhang2022",
-        span="segment",
-        rate_hz=16000,
-        duration_s=duration_s,
-        n_window=512,
-        n_hop=159,
-        n_fft=512,
-        log_floor=1e-7,
-        standardise=True,
-    )
 
 
 def _rgb(side: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...]) -> FrameSpec:
@@ -173,7 +160,7 @@ _ENTRIES = (
         revision=1,
         clip=_RGB_CLIP.model_copy(update={"n_clips": 1}),
         frame=None,
-        audio=_zhang_audio(duration_s=10),
+        audio=ZHANG2022,
         default_outputs=("map", "pooled"),
         build=_build_resnet18_audio,
         output_shapes=partial(plan_audio_outputs, 256, 512, 309),
@@ -184,7 +171,7 @@ _ENTRIES = (
         revision=1,
         clip=_DEMO_CLIP.model_copy(update={"n_clips": 1}),
         frame=None,
-        audio=_zhang_audio(duration_s=2),
+        audio=ZHANG2022.model_copy(update={"duration_s": 2.0}),
         default_outputs=("map", "pooled"),
         build=_build_resnet_demo,
         output_shapes=partial(plan_audio_outputs, 64, 128, 6),

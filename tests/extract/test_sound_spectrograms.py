@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
 from extract.sound.spectrograms import (
-    PLANAMENTE2021,
-    ZHANG2022,
     augment_spectrograms,
     log_spectrogram,
     plan_spectrogram_shape,
