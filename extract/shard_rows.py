@@ -60,6 +60,7 @@ class ShardRows:
         i, k = row - self._shard.start_row, len(times)
         self._times[i, :k], self._frames[i, :k], self._n_valid[i] = times, frames, k
         self._is_awaited[i, k:] = False
+        self._write_complete(row)
 
     def end_sound(self, row: int, has_audio: bool, loudness_dbfs: float) -> None:
         """Notes how loud a row is; one without sound is complete, with NaN for features."""

@@ -181,6 +181,6 @@ def test_presets_are_the_papers_recipes():
     assert charades.clip.n_clips == 10 and charades.frame.crop == 256
     rna = make("resnet18_audio", "rna-test")
     assert (rna.audio.rate_hz, rna.audio.span, rna.clip.n_clips) == (24000, "clip", 5)
-    assert dict((o.name, o.shape) for o in rna.outputs)["map"] == (256, 16, 16)
+    assert {o.name: o.shape for o in rna.outputs}["map"] == (256, 16, 16)
     with pytest.raises(SpecError, match="did you mean 'charades-test'"):
         make("slowfast_r50", "charades-tset")
