@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -16,22 +16,23 @@ def index_segments(store: FeatureStore) -> dict[str, int]:
     return {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
 
 
-def find_done_rows(store: FeatureStore, segment_ids: Iterable[str]) -> np.ndarray:
-    """Finds the rows of done segments, int64 [n]; raises StoreError naming the first that is absent or not done."""
-    row_of = index_segments(store)
-    state = store.read_array("state")
-    rows = []
-    for segment_id in segment_ids:
-        row = row_of.get(segment_id)
-        if row is None:
-            raise StoreError(f"segment {segment_id} is not in {store.path}; extract the manifest that holds it")
-        if state[row] != DONE:
-            raise StoreError(
-                f"segment {segment_id} is {STATE_NAMES[int(state[row])]} in {store.path}; "
-                f"`echoshift store explain` says why"
-            )
-        rows.append(row)
-    return np.asarray(rows, dtype=np.int64)
+def find_rows(path: str, row_of: Mapping[str, int], segment_ids: Iterable[str]) -> np.ndarray:
+    """Finds the rows of segments, int64 [n]; raises StoreError naming the first that is absent."""
+    try:
+        return np.fromiter(map(row_of.__getitem__, segment_ids), dtype=np.int64)
+    except KeyError as error:
+        raise StoreError(f"segment {error.args[0]} is not in {path}; extract the manifest that holds it") from error
+
+
+def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> None:
+    """Raises StoreError naming the first segment that is not done; `states` are those of its row, uint8 [n]."""
+    refused = states != DONE
+    if refused.any():
+        first = int(np.argmax(refused))
+        segment_id = next(s for i, s in enumerate(segment_ids) if i == first)
+        raise StoreError(
+            f"segment {segment_id} is {STATE_NAMES[int(states[first])]} in {path}; `echoshift store explain` says why"
+        )
 
 
 def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:

@@ -26,7 +26,9 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.reading import find_done_rows, find_missing
+from pipeline.store.local_rows import LocalRows
+from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
+from pipeline.store.reading import find_missing, find_rows, index_segments, require_done
 
 
 def create_zarr_store(
@@ -70,6 +72,9 @@ class ZarrFeatureStore:
         self._group = group
         self._segment_ids: list[str] | None = None
         self._arrays: dict[str, zarr.Array] = {}
+        self._row_of: dict[str, int] | None = None
+        self._raw: dict[str, RawArray | None] = {}
+        self._rows: LocalRows | None = None
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -102,13 +107,31 @@ class ZarrFeatureStore:
             ) from error
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Reads one output of done segments, in their order."""
-        rows = find_done_rows(self, segment_ids)
+        """Reads one output of done segments, in their order; LocalRows says what holds while others write."""
+        ids = list(segment_ids)
+        if self._row_of is None:
+            self._row_of = index_segments(self)
+        rows = find_rows(self.path, self._row_of, ids)
+        local = self._find_local(f"outputs/{output}")
+        if local is not None:
+            return local[0].read_rows(local[1], rows, ids)
+        require_done(self.path, ids, self.read_array("state")[rows])
         return np.asarray(self._open_array(f"outputs/{output}").oindex[rows])
 
     def read_all(self, output: str) -> np.ndarray:
-        """Reads one output of every row."""
-        return self.read_array(f"outputs/{output}")
+        """Reads one output of every row from the files as they are now, every checksum compared."""
+        local = self._find_local(f"outputs/{output}")
+        return read_whole(local[1], self.layout.n_rows) if local is not None else self.read_array(f"outputs/{output}")
+
+    def _find_local(self, name: str) -> tuple[LocalRows, RawArray] | None:
+        """Finds the files behind an output of a local store; None where zarr has to read it."""
+        if name not in self._raw:
+            self._raw[name] = describe_raw_array(self._open_array(name))
+        if self._rows is None:
+            state = describe_raw_array(self._open_array("state"))
+            self._rows = None if state is None else LocalRows(self.path, state)
+        array = self._raw[name]
+        return None if array is None or self._rows is None else (self._rows, array)
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
         """Says for each row whether it is pending or stale."""
@@ -135,8 +158,9 @@ class ZarrFeatureStore:
             self._open_array(array.name).resize(array.shape)
         self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
         self._group.attrs.update({"n_rows": layout.n_rows, "n_clips": layout.n_clips})
-        self.layout, self._segment_ids = layout, ids
+        self.layout, self._segment_ids, self._row_of, self._rows = layout, ids, None, None
         self._arrays.clear()
+        self._raw.clear()
 
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""
