@@ -139,6 +139,11 @@ class FeatureSpec(SpecModel):
             raise ValueError("an output is named twice")
         return self
 
+    @property
+    def holds_sound(self) -> bool:
+        """Says whether the store says for each row if there was sound."""
+        return self.audio is not None or (self.imported is not None and self.imported.modality == "audio")
+
 
 def fingerprint(spec: FeatureSpec) -> str:
     """Computes the 12 hex digits that name the spec's store: sha256 of its canonical JSON."""

@@ -70,7 +70,7 @@ def _create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: s
 
 def _write_checksum(file: h5py.File, name: str, shard: Shard) -> None:
     rows = np.ascontiguousarray(file[name][shard.start_row : shard.stop_row])
-    file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows.tobytes())
+    file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows)
 
 
 class Hdf5FeatureStore:
@@ -190,11 +190,12 @@ class Hdf5FeatureStore:
         state = self.read_array("state")
         with self._open() as file:
             for array in plan_arrays(self.spec, self.layout):
+                checksums = file[f"checksums/{array.name}"][:].tolist()
                 for shard in plan_shards(self.layout):
                     if not (state[shard.start_row : shard.stop_row] == DONE).any():
                         continue
                     rows = np.ascontiguousarray(file[array.name][shard.start_row : shard.stop_row])
-                    if google_crc32c.value(rows.tobytes()) != int(file[f"checksums/{array.name}"][shard.index]):
+                    if google_crc32c.value(rows) != checksums[shard.index]:
                         first_id = self.segment_ids[shard.start_row]
                         faults.append(
                             VerifyFault(array.name, first_id, f"rows {shard.start_row} to {shard.stop_row}: checksum")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
+from pipeline.store.chunk_checking import find_chunk_faults
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
-    DONE,
     PENDING,
     ROW_ARRAYS,
     ArrayLayout,
@@ -24,7 +23,6 @@ from pipeline.store.layout import (
     decode_segment_ids,
     encode_segment_ids,
     plan_arrays,
-    plan_shards,
 )
 from pipeline.store.local_rows import LocalRows
 from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
@@ -184,33 +182,6 @@ class ZarrFeatureStore:
                 self._open_array(name)[shard.start_row : shard.stop_row] = values
 
     def find_checksum_faults(self) -> list[VerifyFault]:
-        """Reads every chunk under done rows; zarr checks each chunk's crc32c as it reads."""
-        faults = []
-        state = self.read_array("state")
-        for array_layout in plan_arrays(self.spec, self.layout):
-            array = self._open_array(array_layout.name)
-            for shard in plan_shards(self.layout):
-                if not (state[shard.start_row : shard.stop_row] == DONE).any():
-                    continue
-                faults += self._check_rows(array, array_layout, shard)
-        return faults
-
-    def _check_rows(self, array: zarr.Array, layout: ArrayLayout, shard: Shard) -> list[VerifyFault]:
-        faults = []
-        n_per_chunk = layout.chunks[0]
-        for start in range(shard.start_row - shard.start_row % n_per_chunk, shard.stop_row, n_per_chunk):
-            first_row = max(start, shard.start_row)
-            stop_row = min(start + n_per_chunk, shard.stop_row)
-            segment_id = self.segment_ids[first_row]
-            n_clip_chunks = math.ceil(layout.shape[1] / layout.chunks[1]) if array.ndim > 1 else 1
-            keys = [[str(start // n_per_chunk), str(c), *["0"] * (array.ndim - 2)] for c in range(n_clip_chunks)]
-            names = ["/".join(["c", *key[: array.ndim]]) for key in keys]
-            absent = [name for name in names if not (Path(self.path) / layout.name / name).exists()]
-            if absent:
-                faults.append(VerifyFault(layout.name, segment_id, f"chunk {absent[0]} is absent"))
-                continue
-            try:
-                np.asarray(array[first_row:stop_row])
-            except ValueError as error:
-                faults.append(VerifyFault(layout.name, segment_id, f"chunk {names[0]}: {error}"))
-        return faults
+        """Reads every chunk that holds a done row."""
+        names = [array.name for array in plan_arrays(self.spec, self.layout)]
+        return find_chunk_faults(self._open_array, names, self.segment_ids)
