@@ -27,6 +27,13 @@ class ExportName(StrEnum):
     epic100 = "epic100"
 
 
+class ImportName(StrEnum):
+    """Lists the forms of an import."""
+
+    npz = "npz"
+    epic100 = "epic100"
+
+
 @app.command("ls")
 def list_(cache: CacheOption = Path("cache")) -> None:
     """List the stores below the cache, with what is in them."""
@@ -123,6 +130,54 @@ def export(
 
     n_rows = export_store(open_store(store), output, to, form.value)
     typer.echo(f"wrote {n_rows} segments to {to}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A folder of SEGMENT_ID.npz or .npy, an exported .npz, or a pickle.")],
+    dataset: Annotated[str, typer.Option(help="A dataset with a card and a manifest in data/manifests.")],
+    encoder: Annotated[str, typer.Option(help="What the features are called; part of the store's name.")],
+    form: Annotated[ImportName, typer.Option(help="npz (folder or file), or EPIC-100's pickle.")] = ImportName.npz,
+    output: Annotated[str, typer.Option(help="The output's name in the store.")] = "pooled",
+    modality: Annotated[str | None, typer.Option(help="RGB, Flow or Audio.")] = None,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Leave out segments that the manifest doesn't have.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="zarr or hdf5.")] = "zarr",
+    cache: CacheOption = Path("cache"),
+    manifests: Annotated[
+        Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
+    ] = MANIFESTS_DIR,
+) -> None:
+    """Make a store of features that were computed elsewhere; nothing in a pickle is run."""
+    from extract.commands.terminal import show_progress
+    from pipeline.cards import read_dataset_card
+    from pipeline.errors import StoreError
+    from pipeline.manifest_csv import locate_manifest, read_manifest
+    from pipeline.store.import_sources import open_import_source
+    from pipeline.store.importing import import_features
+
+    if backend not in ("zarr", "hdf5"):
+        raise StoreError(f"no backend {backend!r}; there are zarr and hdf5")
+    manifest = read_manifest(locate_manifest(dataset, manifests), read_dataset_card(dataset, manifests))
+    opened = open_import_source(source, form.value, modality)
+    with show_progress("segments") as progress:
+        progress.start("importing", len(manifest))
+        summary = import_features(
+            opened,
+            manifest,
+            cache,
+            encoder=encoder,
+            output=output,
+            backend="zarr" if backend == "zarr" else "hdf5",
+            allow_unknown=allow_unknown,
+            notify=progress.advance,
+        )
+    if summary.unknown_ids:
+        typer.echo(f"left out: {len(summary.unknown_ids)} unknown segments, the first {summary.unknown_ids[0]}")
+    typer.echo(
+        f"{summary.path}: {summary.n_done} done ({summary.n_written} written now), {summary.n_pending} without features"
+    )
 
 
 def measure_bytes(path: Path) -> int:
