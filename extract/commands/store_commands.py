@@ -1,4 +1,4 @@
-"""Is `echoshift store`: lists, describes, verifies, explains and exports feature stores."""
+"""Is `echoshift store`: lists, describes, verifies, audits, explains, exports and imports stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.cards import MANIFESTS_DIR
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(no_args_is_help=True, help="List, describe, verify, explain and export feature stores.")
+app = typer.Typer(no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores.")
 
 StoreArgument = Annotated[Path, typer.Argument(help="A store: cache/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
 CacheOption = Annotated[Path, typer.Option(help="Where stores lie.", envvar="ECHOSHIFT_CACHE")]
@@ -130,6 +130,42 @@ def export(
 
     n_rows = export_store(open_store(store), output, to, form.value)
     typer.echo(f"wrote {n_rows} segments to {to}")
+
+
+@app.command()
+def audit(
+    store: StoreArgument,
+    output: Annotated[str | None, typer.Option(help="Which output; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Sum up what the features look like; ends with 1 and a line for every output that can't be right."""
+    import json
+    from dataclasses import asdict
+
+    from extract.commands.terminal import show_progress
+    from extract.describing_audits import describe_audit
+    from pipeline.store.auditing import audit_output, find_audit_faults
+    from pipeline.store.opening import open_store
+
+    opened = open_store(store)
+    names = [output] if output is not None else [o.name for o in opened.spec.outputs]
+    audits = []
+    with show_progress("rows") as progress:
+        for name in names:
+            progress.start(f"auditing {name}", opened.layout.n_rows)
+            audits.append(audit_output(opened, name, progress.advance))
+    faults = [fault for found in audits for fault in find_audit_faults(found)]
+    if as_json:
+        report = {"store": str(store), "outputs": [asdict(found) for found in audits], "faults": faults}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        for found in audits:
+            for line in describe_audit(found):
+                typer.echo(line)
+        for fault in faults:
+            typer.echo(f"{store}: {fault}")
+    if faults:
+        raise typer.Exit(EXIT_FAULTS)
 
 
 @app.command("import")
