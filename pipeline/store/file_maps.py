@@ -1,4 +1,4 @@
-"""Maps files of the local disk into memory, and tells when a file was replaced by another."""
+"""Maps files of the local disk into memory, one alone or many side by side, and tells when a file was replaced."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FIXED = 0x10  # MAP_FIXED, on Linux and macOS; the module doesn't name it
+_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -45,23 +47,65 @@ class FileMap:
 class _Mapping:
     """Owns a mapped stretch of memory; NumPy arrays made of it keep it alive."""
 
-    __slots__ = ("_address", "_n_bytes")
+    __slots__ = ("address", "n_bytes")
 
-    def __init__(self, handle: int, n_bytes: int) -> None:
-        self._address = _LIBC.mmap(None, n_bytes, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
-        if self._address == _MAP_FAILED:
-            self._address = None
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self._n_bytes = n_bytes
+    def __init__(self, handle: int, n_bytes: int, flags: int) -> None:
+        self.address, self.n_bytes = _map(None, n_bytes, flags, handle), n_bytes
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self._n_bytes,), "typestr": "|u1", "data": (self._address, True), "version": 3}
+        return {"shape": (self.n_bytes,), "typestr": "|u1", "data": (self.address, True), "version": 3}
 
     def __del__(self) -> None:
-        if getattr(self, "_address", None):
-            _LIBC.munmap(self._address, self._n_bytes)
+        if hasattr(self, "address"):
+            _LIBC.munmap(self.address, self.n_bytes)
+
+
+def _map(address: int | None, n_bytes: int, flags: int, handle: int) -> int:
+    place = _LIBC.mmap(address, n_bytes, mmap.PROT_READ, flags, handle, 0)
+    if place == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"can't map {n_bytes} bytes: {os.strerror(number)}")
+    return int(place)
+
+
+class MapSpace:
+    """Is a stretch of address space cut into equal slots, each of which shows one file, or zeros.
+
+    Files side by side in it can be indexed as one array, which a NumPy operation does in one go.
+    `slots` is uint8 [n_slots, n_slot_bytes], read-only; address space costs no memory.
+    """
+
+    def __init__(self, n_slots: int, n_file_bytes: int) -> None:
+        self._n_file_bytes = n_file_bytes
+        self._n_slot_bytes = mmap.PAGESIZE * -(-n_file_bytes // mmap.PAGESIZE)
+        self._mapping = _Mapping(-1, n_slots * self._n_slot_bytes, _NOTHING)
+        self.slots = np.asarray(self._mapping).reshape(n_slots, self._n_slot_bytes)
+
+    def show(self, slot: int, path: str) -> FileIdentity | None:
+        """Shows a file in a slot; shows zeros, and gives None, when there is none.
+
+        A file of another length than that of the slot is not shown; look at the identity's `n_bytes`.
+        """
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self.hide(slot)
+            return None
+        try:
+            identity = _make_identity(os.fstat(handle))
+            if identity.n_bytes == self._n_file_bytes:
+                _map(self._find(slot), self._n_file_bytes, mmap.MAP_SHARED | _FIXED, handle)
+            return identity
+        finally:
+            os.close(handle)
+
+    def hide(self, slot: int) -> None:
+        """Shows zeros in a slot."""
+        _map(self._find(slot), self._n_slot_bytes, _NOTHING | _FIXED, -1)
+
+    def _find(self, slot: int) -> int:
+        return self._mapping.address + slot * self._n_slot_bytes
 
 
 def identify_file(path: str) -> FileIdentity | None:
@@ -82,7 +126,7 @@ def map_file(path: str) -> FileMap | None:
         identity = _make_identity(os.fstat(handle))
         if not identity.n_bytes:
             return FileMap(np.zeros(0, np.uint8), identity)
-        return FileMap(np.asarray(_Mapping(handle, identity.n_bytes)), identity)
+        return FileMap(np.asarray(_Mapping(handle, identity.n_bytes, mmap.MAP_SHARED)), identity)
     finally:
         os.close(handle)
 

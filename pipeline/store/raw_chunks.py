@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,12 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from pipeline.errors import StoreError
-from pipeline.store.file_maps import FileMap, identify_file, map_file
+from pipeline.store.file_maps import FileIdentity, FileMap, MapSpace, identify_file, map_file
 
 N_CHECKSUM_BYTES = 4
 # Half of what Linux lets a process map, shared by the few stores that one process reads.
 MAX_MAPS = 8192
 N_READERS = 4
-# Where more rows than this come from each chunk, NumPy's indexing of a chunk beats a loop over rows.
-N_ROWS_WORTH_INDEXING = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +102,15 @@ def make_checksum_error(path: str) -> StoreError:
 
 
 @dataclass(slots=True)
-class _HeldMap:
-    """Is a chunk's map, its values (None: the file is absent), and the version at which it was last compared."""
+class _Shown:
+    """Is which file a chunk's slot shows (None: there is none), and at which version it was last compared."""
 
-    mapped: FileMap | None
-    values: np.ndarray | None
+    identity: FileIdentity | None
     version: int
 
 
 class ChunkMaps:
-    """Holds the maps of one array's chunks, MAX_MAPS at most, and copies rows out of them.
+    """Maps one array's chunks side by side, MAX_MAPS of them at most, and copies rows out of them.
 
     A map is compared with the file of its name whenever the `version` that is given differs from that of the last
     comparison, and made anew if the file was replaced.
@@ -122,73 +118,63 @@ class ChunkMaps:
 
     def __init__(self, array: RawArray) -> None:
         self.array = array
-        self._held: OrderedDict[tuple[int, int], _HeldMap] = OrderedDict()
+        n_row_chunks = math.ceil(array.shape[0] / array.chunks[0])
+        self._space = MapSpace(n_row_chunks * array.n_clip_chunks, array.n_chunk_bytes + N_CHECKSUM_BYTES)
+        chunks = self._space.slots[:, : array.n_chunk_bytes].view(array.dtype)
+        # [row chunk, clip chunk, row, clip, …]; not contiguous, and a view nevertheless
+        self._values = chunks.reshape(n_row_chunks, array.n_clip_chunks, *array.chunks)
+        self._shown: dict[int, _Shown] = {}
 
     def copy_rows(self, rows: np.ndarray, version: int) -> np.ndarray:
         """Copies rows [n, clip, …], 0 where a chunk is absent; raises StoreError for a chunk of a wrong length."""
         array = self.array
-        result = np.empty((len(rows), *array.shape[1:]), array.dtype)
         row_chunks, places = np.divmod(rows, array.chunks[0])
-        if array.n_clip_chunks == 1:
-            self._copy_part(result, row_chunks, places, 0, version)
-            return result
-        for clip_chunk in range(array.n_clip_chunks):
-            start = clip_chunk * array.chunks[1]
-            part = result[:, start : start + array.chunks[1]]
-            self._copy_part(part, row_chunks, places, clip_chunk, version)
+        slots = self._find_slots(row_chunks)
+        if len(slots) > MAX_MAPS and len(rows) > 1:
+            half = len(rows) // 2
+            return np.concatenate([self.copy_rows(rows[:half], version), self.copy_rows(rows[half:], version)])
+        for slot in slots:
+            self._show(slot, version)
+        if array.n_clip_chunks == 1 and array.chunks[1:] == array.shape[1:]:
+            return self._values[row_chunks, 0, places]
+        result = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        for i in range(array.n_clip_chunks):
+            part = result[:, i * array.chunks[1] : (i + 1) * array.chunks[1]]
+            part[...] = self._values[row_chunks, i, places][:, : part.shape[1]]
         return result
-
-    def _copy_part(
-        self, part: np.ndarray, row_chunks: np.ndarray, places: np.ndarray, clip_chunk: int, version: int
-    ) -> None:
-        needed = sorted(set(row_chunks.tolist()))
-        if len(part) > N_ROWS_WORTH_INDEXING * len(needed):
-            order = np.argsort(row_chunks, kind="stable")
-            borders = np.searchsorted(row_chunks[order], needed, side="right")
-            for row_chunk, taken in zip(needed, np.split(order, borders[:-1]), strict=True):
-                values = self._find(row_chunk, clip_chunk, version)
-                part[taken] = 0 if values is None else self._cut(values, part)[places[taken]]
-            return
-        found = {c: self._find(c, clip_chunk, version) for c in needed}
-        whole = part.ndim == 1 or part.shape[1] == self.array.chunks[1]
-        for i, (row_chunk, place) in enumerate(zip(row_chunks.tolist(), places.tolist(), strict=True)):
-            values = found[row_chunk]
-            if values is None:
-                part[i] = 0
-            else:
-                part[i] = values[place] if whole else values[place, : part.shape[1]]
-
-    @staticmethod
-    def _cut(values: np.ndarray, part: np.ndarray) -> np.ndarray:
-        return values if part.ndim == 1 else values[:, : part.shape[1]]
-
-    def _find(self, row_chunk: int, clip_chunk: int, version: int) -> np.ndarray | None:
-        key = (row_chunk, clip_chunk)
-        held = self._held.get(key)
-        if held is not None and held.version == version:
-            return held.values
-        path = self.array.name_chunk(row_chunk, clip_chunk)
-        if held is None or not _is_current(held, path):
-            mapped = map_chunk(self.array, path)
-            held = _HeldMap(mapped, None if mapped is None else self.array.view_chunk(mapped.data), version)
-            self._held[key] = held
-            if len(self._held) > MAX_MAPS:
-                self._held.popitem(last=False)
-        held.version = version
-        return held.values
 
     def are_current(self, rows: np.ndarray) -> bool:
         """Says whether the maps that rows were copied from are still those of the files."""
-        for row_chunk in np.unique(rows // self.array.chunks[0]).tolist():
-            for clip_chunk in range(self.array.n_clip_chunks):
-                held = self._held.get((row_chunk, clip_chunk))
-                if held is None or not _is_current(held, self.array.name_chunk(row_chunk, clip_chunk)):
-                    return False
-        return True
+        return all(
+            slot in self._shown and self._shown[slot].identity == identify_file(self._name(slot))
+            for slot in self._find_slots(rows // self.array.chunks[0])
+        )
 
+    def _find_slots(self, row_chunks: np.ndarray) -> list[int]:
+        n = self.array.n_clip_chunks
+        return [chunk * n + i for chunk in sorted(set(row_chunks.tolist())) for i in range(n)]
 
-def _is_current(held: _HeldMap, path: str) -> bool:
-    return identify_file(path) == (None if held.mapped is None else held.mapped.identity)
+    def _name(self, slot: int) -> str:
+        return self.array.name_chunk(*divmod(slot, self.array.n_clip_chunks))
+
+    def _show(self, slot: int, version: int) -> None:
+        shown = self._shown.get(slot)
+        if shown is not None:
+            if shown.version == version:
+                return
+            if shown.identity == identify_file(self._name(slot)):
+                shown.version = version
+                return
+        elif len(self._shown) >= MAX_MAPS:
+            oldest = next(iter(self._shown))
+            self._space.hide(oldest)
+            del self._shown[oldest]
+        path = self._name(slot)
+        identity = self._space.show(slot, path)
+        if identity is not None and identity.n_bytes != self.array.n_chunk_bytes + N_CHECKSUM_BYTES:
+            self._shown.pop(slot, None)
+            raise _wrong_length(self.array, path, identity.n_bytes)
+        self._shown[slot] = _Shown(identity, version)
 
 
 def read_whole(array: RawArray, n_rows: int) -> np.ndarray:
