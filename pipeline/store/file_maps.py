@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 from dataclasses import dataclass
@@ -73,12 +74,14 @@ class MapSpace:
     """Is a stretch of address space cut into equal slots, each of which shows one file, or zeros.
 
     Files side by side in it can be indexed as one array, which a NumPy operation does in one go.
-    `slots` is uint8 [n_slots, n_slot_bytes], read-only; address space costs no memory.
+    `slots` is uint8 [n_slots, n_slot_bytes], read-only, a slot a multiple of `n_unit_bytes`. Address space costs no
+    memory.
     """
 
-    def __init__(self, n_slots: int, n_file_bytes: int) -> None:
+    def __init__(self, n_slots: int, n_file_bytes: int, n_unit_bytes: int = 1) -> None:
         self._n_file_bytes = n_file_bytes
-        self._n_slot_bytes = mmap.PAGESIZE * -(-n_file_bytes // mmap.PAGESIZE)
+        step = math.lcm(mmap.PAGESIZE, n_unit_bytes)
+        self._n_slot_bytes = step * -(-n_file_bytes // step)
         self._mapping = _Mapping(-1, n_slots * self._n_slot_bytes, _NOTHING)
         self.slots = np.asarray(self._mapping).reshape(n_slots, self._n_slot_bytes)
 

@@ -43,7 +43,9 @@ class LocalRows:
     def read_rows(self, array: RawArray, rows: np.ndarray, segment_ids: Sequence[str]) -> np.ndarray:
         """Copies rows of an output, [n, clip, …]; raises StoreError naming the first that is not done."""
         with self._lock:
-            maps = self._maps.setdefault(array.folder, ChunkMaps(array))
+            maps = self._maps.get(array.folder)
+            if maps is None:
+                maps = self._maps[array.folder] = ChunkMaps(array)
             while True:
                 self._look_at_states()
                 require_done(self._path, segment_ids, self._states[rows])

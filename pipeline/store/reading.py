@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,10 @@ def index_segments(store: FeatureStore) -> dict[str, int]:
     return {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
 
 
-def find_rows(path: str, row_of: Mapping[str, int], segment_ids: Iterable[str]) -> np.ndarray:
+def find_rows(path: str, row_of: Mapping[str, int], segment_ids: Sequence[str]) -> np.ndarray:
     """Finds the rows of segments, int64 [n]; raises StoreError naming the first that is absent."""
     try:
-        return np.fromiter(map(row_of.__getitem__, segment_ids), dtype=np.int64)
+        return np.fromiter(map(row_of.__getitem__, segment_ids), np.int64, len(segment_ids))
     except KeyError as error:
         raise StoreError(f"segment {error.args[0]} is not in {path}; extract the manifest that holds it") from error
 
