@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,7 +208,7 @@ def _summarise(
 ) -> np.ndarray:
     first = int(first_rows[block_info[0]["chunk-location"][0]]) if block_info else 0
     here = exists[first : first + len(values)]
-    vectors = values[here].reshape(int(here.sum()), -1)
+    vectors = values[here].reshape(-1, math.prod(values.shape[2:]))
     finite = np.isfinite(vectors).all(axis=1)
     bad_rows = np.nonzero(here)[0][~finite]
     good = vectors if finite.all() else vectors[finite]

@@ -143,6 +143,7 @@ class ChunkMaps:
         if len(slots) > MAX_MAPS and len(rows) > 1:
             half = len(rows) // 2
             return np.concatenate([self.copy_rows(rows[:half], version), self.copy_rows(rows[half:], version)])
+        self._make_room(slots)
         for slot in slots:
             self._show(slot, version)
         if self._line is not None:
@@ -164,6 +165,15 @@ class ChunkMaps:
         n = self.array.n_clip_chunks
         return [chunk * n + i for chunk in sorted(set(row_chunks.tolist())) for i in range(n)]
 
+    def _make_room(self, slots: list[int]) -> None:
+        """Hides the chunks shown first, but none that is needed now."""
+        n_too_many = len(self._shown) + sum(slot not in self._shown for slot in slots) - MAX_MAPS
+        if n_too_many > 0:
+            needed = set(slots)
+            for slot in [slot for slot in self._shown if slot not in needed][:n_too_many]:
+                self._space.hide(slot)
+                del self._shown[slot]
+
     def _name(self, slot: int) -> str:
         return self.array.name_chunk(*divmod(slot, self.array.n_clip_chunks))
 
@@ -175,10 +185,6 @@ class ChunkMaps:
             if shown.identity == identify_file(self._name(slot)):
                 shown.version = version
                 return
-        elif len(self._shown) >= MAX_MAPS:
-            oldest = next(iter(self._shown))
-            self._space.hide(oldest)
-            del self._shown[oldest]
         path = self._name(slot)
         identity = self._space.show(slot, path)
         if identity is not None and identity.n_bytes != self.array.n_chunk_bytes + N_CHECKSUM_BYTES:
