@@ -36,9 +36,8 @@ def compute_digests(segments: Sequence[Segment | None], identities: Mapping[str,
     `identities` maps a segment's id to its media's identity; NO_MEDIA stands for media that aren't there, so that a row
     turns stale when they appear.
     """
-    digests = np.zeros((len(segments), N_DIGEST_BYTES), dtype=np.uint8)
-    for row, segment in enumerate(segments):
-        if segment is not None:
-            digest = compute_digest(identities[segment.segment_id], segment.start_s, segment.stop_s)
-            digests[row] = np.frombuffer(digest, dtype=np.uint8)
-    return digests
+    nothing = bytes(N_DIGEST_BYTES)
+    packed = b"".join(
+        nothing if s is None else compute_digest(identities[s.segment_id], s.start_s, s.stop_s) for s in segments
+    )
+    return np.frombuffer(packed, dtype=np.uint8).reshape(len(segments), N_DIGEST_BYTES).copy()

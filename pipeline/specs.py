@@ -149,11 +149,23 @@ class OutputSpec(SpecModel):
     shape: tuple[int, ...]
 
 
+class ImportSpec(SpecModel):
+    """Says where features come from that were computed elsewhere: nothing of how they were made is known.
+
+    `source_sha256` is that of the file, or of a folder's files (pipeline/store/importing.py).
+    """
+
+    form: Literal["npz", "epic100"]
+    source_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    modality: Literal["rgb", "flow", "audio"] | None = None
+
+
 class FeatureSpec(SpecModel):
     """Is everything that decides a feature's value; `fingerprint` names its store, any change of a field another one.
 
     `weights` is the sha256 of the network's tensors. `revision` is the encoder's, raised when its numerics change.
-    Exactly one of `frame` and `audio` is set.
+    Exactly one of `frame`, `audio` and `imported` is set; of an imported store `weights` is "imported:" and the
+    source's sha256, and of `clip` only `n_clips` means something: the most clips a segment has.
     """
 
     encoder: str
@@ -161,6 +173,7 @@ class FeatureSpec(SpecModel):
     clip: ClipSpec
     frame: FrameSpec | None = None
     audio: AudioSpec | None = None
+    imported: ImportSpec | None = None
     outputs: tuple[OutputSpec, ...] = Field(min_length=1)
     dtype: Literal["float16", "float32"] = "float16"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -169,8 +182,8 @@ class FeatureSpec(SpecModel):
 
     @model_validator(mode="after")
     def _check_kind(self) -> FeatureSpec:
-        if (self.frame is None) == (self.audio is None):
-            raise ValueError("a spec has either `frame` or `audio`")
+        if [self.frame, self.audio, self.imported].count(None) != 2:
+            raise ValueError("a spec has exactly one of `frame`, `audio` and `imported`")
         if len({output.name for output in self.outputs}) != len(self.outputs):
             raise ValueError("an output is named twice")
         is_random = self.clip.sampling == "random" or (self.frame is not None and self.frame.is_random)
@@ -185,6 +198,11 @@ class FeatureSpec(SpecModel):
         Entry number (clip * n_views + view) * n_crops + crop.
         """
         return self.clip.n_views * (1 if self.frame is None else self.frame.n_crops)
+
+    @property
+    def holds_sound(self) -> bool:
+        """Says whether the store says for each row if there was sound."""
+        return self.audio is not None or (self.imported is not None and self.imported.modality == "audio")
 
 
 def fingerprint(spec: FeatureSpec) -> str:

@@ -1,4 +1,4 @@
-"""Is `echoshift store`: lists, describes, verifies, explains and exports feature stores."""
+"""Is `echoshift store`: lists, describes, verifies, audits, explains, exports and imports stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.cards import MANIFESTS_DIR
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(no_args_is_help=True, help="List, describe, verify, explain and export feature stores.")
+app = typer.Typer(no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores.")
 
 StoreArgument = Annotated[Path, typer.Argument(help="A store: cache/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
 CacheOption = Annotated[Path, typer.Option(help="Where stores lie.", envvar="ECHOSHIFT_CACHE")]
@@ -24,6 +24,13 @@ class ExportName(StrEnum):
     npz = "npz"
     h5 = "h5"
     parquet = "parquet"
+    epic100 = "epic100"
+
+
+class ImportName(StrEnum):
+    """Lists the forms of an import."""
+
+    npz = "npz"
     epic100 = "epic100"
 
 
@@ -123,6 +130,90 @@ def export(
 
     n_rows = export_store(open_store(store), output, to, form.value)
     typer.echo(f"wrote {n_rows} segments to {to}")
+
+
+@app.command()
+def audit(
+    store: StoreArgument,
+    output: Annotated[str | None, typer.Option(help="Which output; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Sum up what the features look like; ends with 1 and a line for every output that can't be right."""
+    import json
+    from dataclasses import asdict
+
+    from extract.commands.terminal import show_progress
+    from extract.describing_audits import describe_audit
+    from pipeline.store.auditing import audit_output, find_audit_faults
+    from pipeline.store.opening import open_store
+
+    opened = open_store(store)
+    names = [output] if output is not None else [o.name for o in opened.spec.outputs]
+    audits = []
+    with show_progress("rows") as progress:
+        for name in names:
+            progress.start(f"auditing {name}", opened.layout.n_rows)
+            audits.append(audit_output(opened, name, progress.advance))
+    faults = [fault for found in audits for fault in find_audit_faults(found)]
+    if as_json:
+        report = {"store": str(store), "outputs": [asdict(found) for found in audits], "faults": faults}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        for found in audits:
+            for line in describe_audit(found):
+                typer.echo(line)
+        for fault in faults:
+            typer.echo(f"{store}: {fault}")
+    if faults:
+        raise typer.Exit(EXIT_FAULTS)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A folder of SEGMENT_ID.npz or .npy, an exported .npz, or a pickle.")],
+    dataset: Annotated[str, typer.Option(help="A dataset with a card and a manifest in data/manifests.")],
+    encoder: Annotated[str, typer.Option(help="What the features are called; part of the store's name.")],
+    form: Annotated[ImportName, typer.Option(help="npz (folder or file), or EPIC-100's pickle.")] = ImportName.npz,
+    output: Annotated[str, typer.Option(help="The output's name in the store.")] = "pooled",
+    modality: Annotated[str | None, typer.Option(help="RGB, Flow or Audio.")] = None,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Leave out segments that the manifest doesn't have.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="zarr or hdf5.")] = "zarr",
+    cache: CacheOption = Path("cache"),
+    manifests: Annotated[
+        Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
+    ] = MANIFESTS_DIR,
+) -> None:
+    """Make a store of features that were computed elsewhere; nothing in a pickle is run."""
+    from extract.commands.terminal import show_progress
+    from pipeline.cards import read_dataset_card
+    from pipeline.errors import StoreError
+    from pipeline.manifest_csv import locate_manifest, read_manifest
+    from pipeline.store.import_sources import open_import_source
+    from pipeline.store.importing import import_features
+
+    if backend not in ("zarr", "hdf5"):
+        raise StoreError(f"no backend {backend!r}; there are zarr and hdf5")
+    manifest = read_manifest(locate_manifest(dataset, manifests), read_dataset_card(dataset, manifests))
+    opened = open_import_source(source, form.value, modality)
+    with show_progress("segments") as progress:
+        progress.start("importing", len(manifest))
+        summary = import_features(
+            opened,
+            manifest,
+            cache,
+            encoder=encoder,
+            output=output,
+            backend="zarr" if backend == "zarr" else "hdf5",
+            allow_unknown=allow_unknown,
+            notify=progress.advance,
+        )
+    if summary.unknown_ids:
+        typer.echo(f"left out: {len(summary.unknown_ids)} unknown segments, the first {summary.unknown_ids[0]}")
+    typer.echo(
+        f"{summary.path}: {summary.n_done} done ({summary.n_written} written now), {summary.n_pending} without features"
+    )
 
 
 def measure_bytes(path: Path) -> int:

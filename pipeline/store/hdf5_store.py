@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
 from pipeline.store.attributes import pack_attributes, unpack_attributes
+from pipeline.store.hdf5_rows import Hdf5Rows
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
     DONE,
@@ -34,7 +35,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.reading import find_done_rows, find_missing
+from pipeline.store.reading import find_missing, find_rows, index_segments
 
 
 def create_hdf5_store(
@@ -69,7 +70,7 @@ def _create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: s
 
 def _write_checksum(file: h5py.File, name: str, shard: Shard) -> None:
     rows = np.ascontiguousarray(file[name][shard.start_row : shard.stop_row])
-    file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows.tobytes())
+    file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows)
 
 
 class Hdf5FeatureStore:
@@ -82,6 +83,8 @@ class Hdf5FeatureStore:
         self.spec = spec
         self.layout = layout
         self._segment_ids: list[str] | None = None
+        self._row_of: dict[str, int] | None = None
+        self._rows = Hdf5Rows(self.path)
 
     @contextmanager
     def _open(self, mode: str = "r") -> Iterator[h5py.File]:
@@ -115,13 +118,11 @@ class Hdf5FeatureStore:
             return np.asarray(file[name][start_row : self.layout.n_rows if stop_row is None else stop_row])
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Reads one output of done segments, in their order."""
-        rows = find_done_rows(self, segment_ids)
-        order, inverse = np.unique(rows, return_inverse=True)
-        with self._open() as file:
-            if f"outputs/{output}" not in file:
-                raise StoreError(f"{self.path} has no output {output!r}")
-            return np.asarray(file[f"outputs/{output}"][order])[inverse]
+        """Reads one output of done segments, in their order; Hdf5Rows says what holds while others write."""
+        ids = list(segment_ids)
+        if self._row_of is None:
+            self._row_of = index_segments(self)
+        return self._rows.read_rows(f"outputs/{output}", find_rows(self.path, self._row_of, ids), ids)
 
     def read_all(self, output: str) -> np.ndarray:
         """Reads one output of every row."""
@@ -154,7 +155,7 @@ class Hdf5FeatureStore:
                     new[array.name][(slice(shard.start_row, shard.stop_row), *map(slice, rows.shape[1:]))] = rows
                     _write_checksum(new, array.name, shard)
         larger.replace(self.path)
-        self.layout, self._segment_ids = layout, ids
+        self.layout, self._segment_ids, self._row_of = layout, ids, None
 
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""
@@ -195,11 +196,12 @@ class Hdf5FeatureStore:
         state = self.read_array("state")
         with self._open() as file:
             for array in plan_arrays(self.spec, self.layout):
+                checksums = file[f"checksums/{array.name}"][:].tolist()
                 for shard in plan_shards(self.layout):
                     if not (state[shard.start_row : shard.stop_row] == DONE).any():
                         continue
                     rows = np.ascontiguousarray(file[array.name][shard.start_row : shard.stop_row])
-                    if google_crc32c.value(rows.tobytes()) != int(file[f"checksums/{array.name}"][shard.index]):
+                    if google_crc32c.value(rows) != checksums[shard.index]:
                         first_id = self.segment_ids[shard.start_row]
                         faults.append(
                             VerifyFault(array.name, first_id, f"rows {shard.start_row} to {shard.stop_row}: checksum")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,13 @@ STATE_NAMES = {PENDING: "pending", DONE: "done", FAILED: "failed"}
 
 N_DIGEST_BYTES = 16
 N_ROWS_PER_SHARD = 64
-N_ROWS_PER_INDEX_CHUNK = 4096
 MAX_CHUNK_BYTES = 16 * 2**20
+N_WANTED_CHUNK_BYTES = 8 * 2**20
+N_SHARDS_AT_LEAST = 8
+MIN_ROWS_PER_SHARD, MAX_ROWS_PER_SHARD = 16, 4096
+# A commit rewrites one chunk of each of these arrays, so they are kept small; a store shouldn't be many files either.
+N_INDEX_CHUNK_BYTES = 2 * 2**20
+MIN_ROWS_PER_INDEX_CHUNK, MAX_ROWS_PER_INDEX_CHUNK = 1024, 65536
 N_WINDOWS_PER_CHUNK = 64
 
 # Written in this order at a commit: `state` last, so that a row counts only when all of it is there.
@@ -71,11 +76,49 @@ def plan_shards(layout: StoreLayout) -> tuple[Shard, ...]:
     return tuple(Shard(i, i * size, min((i + 1) * size, layout.n_rows)) for i in range(layout.n_shards))
 
 
+def plan_rows_per_shard(spec: FeatureSpec, n_rows: int, n_clips: int) -> int:
+    """Chooses the rows of a new store's shards: a power of two, so that a chunk of its largest output is about 8 MiB.
+
+    Between 16 and 4,096, and few enough for a small dataset to have several shards (n_rows / 8, but 16 at least):
+    workers share shards out, and a kill costs those under way. `n_clips` is the most clips that a row has. How long a
+    row takes to compute is not known here: where that is long, take fewer.
+    """
+    n_clips_per_chunk = _count_clips_per_chunk(n_clips, windows=spec.clip.sampling == "windows")
+    n_clip_bytes = max(math.prod(o.shape) for o in spec.outputs) * np.dtype(spec.dtype).itemsize
+    wanted = round(math.log2(N_WANTED_CHUNK_BYTES / max(n_clips_per_chunk * n_clip_bytes, 1)))
+    at_most = math.floor(math.log2(max(n_rows / N_SHARDS_AT_LEAST, 1)))
+    return min(max(2 ** max(min(wanted, at_most), 0), MIN_ROWS_PER_SHARD), MAX_ROWS_PER_SHARD)
+
+
+def plan_rows_per_index_chunk(n_rows: int, n_row_bytes: int) -> int:
+    """Chooses the rows a chunk of an array of the index: a power of two, up to 2 MiB, not far beyond the rows."""
+    by_bytes = 2 ** math.floor(math.log2(max(N_INDEX_CHUNK_BYTES / n_row_bytes, 1)))
+    by_rows = 2 ** math.ceil(math.log2(max(n_rows, 1)))
+    return min(max(min(by_bytes, by_rows), MIN_ROWS_PER_INDEX_CHUNK), MAX_ROWS_PER_INDEX_CHUNK)
+
+
+def _count_clips_per_chunk(n_clips: int, *, windows: bool) -> int:
+    return min(n_clips, N_WINDOWS_PER_CHUNK) if windows else n_clips
+
+
+def plan_row_blocks(layout: StoreLayout, n_row_bytes: int, n_block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cuts the rows into stretches to be read at a time: (start, stop), whole shards, or even parts of one."""
+    n_rows = max(n_block_bytes // max(n_row_bytes, 1), 1)
+    size = layout.n_rows_per_shard
+    if n_rows >= size:
+        n_rows -= n_rows % size
+    else:
+        while size % n_rows:
+            n_rows -= 1
+    for start in range(0, layout.n_rows, n_rows):
+        yield start, min(start + n_rows, layout.n_rows)
+
+
 def plan_output_array(
     name: str, clip_shape: tuple[int, ...], dtype: str, layout: StoreLayout, *, windows: bool
 ) -> ArrayLayout:
     """Plans one output's array [row, clip, ...]: whole rows a chunk up to 16 MiB, dividing the shard; else one clip."""
-    n_clips_per_chunk = min(layout.n_clips, N_WINDOWS_PER_CHUNK) if windows else layout.n_clips
+    n_clips_per_chunk = _count_clips_per_chunk(layout.n_clips, windows=windows)
     n_clip_bytes = int(np.prod(clip_shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     n_rows_per_chunk = layout.n_rows_per_shard
     while n_rows_per_chunk > 1 and (
@@ -96,19 +139,21 @@ def plan_output_array(
 def plan_arrays(spec: FeatureSpec, layout: StoreLayout) -> tuple[ArrayLayout, ...]:
     """Lists every array of a store (FORMAT.md, section 3)."""
     windows = spec.clip.sampling == "windows"
-    n, k, c = layout.n_rows, layout.n_clips, N_ROWS_PER_INDEX_CHUNK
-    arrays = [plan_output_array(o.name, o.shape, spec.dtype, layout, windows=windows) for o in spec.outputs]
-    arrays += [
-        ArrayLayout("segment_id", (n, layout.n_id_bytes), "uint8", (c, layout.n_id_bytes)),
-        ArrayLayout("times", (n, k, 2), "float64", (c, k, 2)),
-        ArrayLayout("frames", (n, k, 2), "int64", (c, k, 2)),
-        ArrayLayout("n_valid", (n,), "int32", (c,)),
-        ArrayLayout("digest", (n, N_DIGEST_BYTES), "uint8", (c, N_DIGEST_BYTES)),
-        ArrayLayout("state", (n,), "uint8", (c,)),
+    n, k = layout.n_rows, layout.n_clips
+    index = [
+        ("segment_id", (layout.n_id_bytes,), "uint8"),
+        ("times", (k, 2), "float64"),
+        ("frames", (k, 2), "int64"),
+        ("n_valid", (), "int32"),
+        ("digest", (N_DIGEST_BYTES,), "uint8"),
+        ("state", (), "uint8"),
     ]
-    if spec.audio is not None:
-        arrays.append(ArrayLayout("has_audio", (n,), "uint8", (c,)))
-        arrays.append(ArrayLayout("loudness_dbfs", (n,), "float32", (c,)))
+    if spec.holds_sound:
+        index += [("has_audio", (), "uint8"), ("loudness_dbfs", (), "float32")]
+    arrays = [plan_output_array(o.name, o.shape, spec.dtype, layout, windows=windows) for o in spec.outputs]
+    for name, row_shape, dtype in index:
+        c = plan_rows_per_index_chunk(n, math.prod(row_shape) * np.dtype(dtype).itemsize)
+        arrays.append(ArrayLayout(name, (n, *row_shape), dtype, (c, *row_shape)))
     return tuple(arrays)
 
 

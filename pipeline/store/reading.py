@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.errors import StoreError
 from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE, PENDING, STATE_NAMES
+from pipeline.store.layout import DONE, PENDING, STATE_NAMES, plan_row_blocks
+
+N_BLOCK_BYTES = 32 * 2**20
 
 
 def index_segments(store: FeatureStore) -> dict[str, int]:
@@ -16,22 +20,23 @@ def index_segments(store: FeatureStore) -> dict[str, int]:
     return {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
 
 
-def find_done_rows(store: FeatureStore, segment_ids: Iterable[str]) -> np.ndarray:
-    """Finds the rows of done segments, int64 [n]; raises StoreError naming the first that is absent or not done."""
-    row_of = index_segments(store)
-    state = store.read_array("state")
-    rows = []
-    for segment_id in segment_ids:
-        row = row_of.get(segment_id)
-        if row is None:
-            raise StoreError(f"segment {segment_id} is not in {store.path}; extract the manifest that holds it")
-        if state[row] != DONE:
-            raise StoreError(
-                f"segment {segment_id} is {STATE_NAMES[int(state[row])]} in {store.path}; "
-                f"`echoshift store explain` says why"
-            )
-        rows.append(row)
-    return np.asarray(rows, dtype=np.int64)
+def find_rows(path: str, row_of: Mapping[str, int], segment_ids: Sequence[str]) -> np.ndarray:
+    """Finds the rows of segments, int64 [n]; raises StoreError naming the first that is absent."""
+    try:
+        return np.fromiter(map(row_of.__getitem__, segment_ids), np.int64, len(segment_ids))
+    except KeyError as error:
+        raise StoreError(f"segment {error.args[0]} is not in {path}; extract the manifest that holds it") from error
+
+
+def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> None:
+    """Raises StoreError naming the first segment that is not done; `states` are those of its row, uint8 [n]."""
+    refused = states != DONE
+    if refused.any():
+        first = int(np.argmax(refused))
+        segment_id = next(s for i, s in enumerate(segment_ids) if i == first)
+        raise StoreError(
+            f"segment {segment_id} is {STATE_NAMES[int(states[first])]} in {path}; `echoshift store explain` says why"
+        )
 
 
 def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
@@ -39,3 +44,55 @@ def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
     return np.asarray(
         (store.read_array("state") == PENDING) | (store.read_array("digest") != digests).any(axis=1), dtype=bool
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DoneBlock:
+    """Is a stretch of a store's done rows with the facts of the index that go with them.
+
+    Attributes:
+        rows: row numbers, int64 [n].
+        values: one output, [n, clip, …], in the store's dtype.
+        exists: which clips exist, bool [n, clip].
+        has_sound: False where a store of sound found none, so that the values are NaN, bool [n].
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    exists: np.ndarray
+    has_sound: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class DoneIndex:
+    """Is what is known of every row: done or not, clips that exist, sound or not; each [row]."""
+
+    done: np.ndarray
+    n_valid: np.ndarray
+    has_sound: np.ndarray
+
+
+def read_done_index(store: FeatureStore) -> DoneIndex:
+    """Reads a store's states, numbers of clips, and where there was sound; all True in a store of pictures."""
+    done = store.read_array("state") == DONE
+    has_sound = store.read_array("has_audio") == 1 if store.spec.holds_sound else np.ones(len(done), dtype=bool)
+    return DoneIndex(done, store.read_array("n_valid"), has_sound)
+
+
+def read_done_block(store: FeatureStore, output: str, start: int, stop: int, index: DoneIndex) -> DoneBlock:
+    """Reads the done rows between two rows."""
+    chosen = index.done[start:stop]
+    values = store.read_array(f"outputs/{output}", start, stop)
+    rows = start + np.flatnonzero(chosen)
+    exists = np.arange(values.shape[1])[None] < index.n_valid[rows, None]
+    return DoneBlock(rows, values if chosen.all() else values[chosen], exists, index.has_sound[rows])
+
+
+def iterate_done_blocks(store: FeatureStore, output: str, n_block_bytes: int = N_BLOCK_BYTES) -> Iterator[DoneBlock]:
+    """Reads one output of every done row, in row order, about `n_block_bytes` at a time."""
+    index = read_done_index(store)
+    shape = next(o.shape for o in store.spec.outputs if o.name == output)
+    n_row_bytes = store.layout.n_clips * math.prod(shape) * np.dtype(store.spec.dtype).itemsize
+    for start, stop in plan_row_blocks(store.layout, n_row_bytes, n_block_bytes):
+        if index.done[start:stop].any():
+            yield read_done_block(store, output, start, stop, index)

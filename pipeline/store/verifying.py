@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.store.interface import FeatureStore, VerifyFault
-from pipeline.store.layout import DONE, FAILED, plan_shards
+from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import read_failures
+from pipeline.store.reading import iterate_done_blocks
 
 
 def verify_store(store: FeatureStore) -> list[VerifyFault]:
@@ -18,12 +19,11 @@ def verify_store(store: FeatureStore) -> list[VerifyFault]:
     if "state" in broken:
         return faults
     state = store.read_array("state")
-    done = state == DONE
     if not broken & {"times", "n_valid"}:
-        faults += _check_times(store, done)
+        faults += _check_times(store, state == DONE)
     for output in store.spec.outputs:
-        if f"outputs/{output.name}" not in broken:
-            faults += _check_values(store, output.name, done)
+        if not broken & {f"outputs/{output.name}", "n_valid", "has_audio"}:
+            faults += _check_values(store, output.name)
     failures = read_failures(Path(store.path))
     for row in np.flatnonzero(state == FAILED).tolist():
         if store.segment_ids[row] not in failures:
@@ -34,29 +34,33 @@ def verify_store(store: FeatureStore) -> list[VerifyFault]:
 def _check_times(store: FeatureStore, done: np.ndarray) -> list[VerifyFault]:
     times, n_valid = store.read_array("times"), store.read_array("n_valid")
     exists = np.arange(times.shape[1])[None] < n_valid[:, None]
+    unknown = np.isnan(times).all(axis=-1)
     with np.errstate(invalid="ignore"):
-        good = np.where(exists, times[..., 1] > times[..., 0], np.isnan(times).all(axis=-1)).all(axis=1)
-    good &= n_valid > 0
+        known = times[..., 1] > times[..., 0]
+    if store.spec.imported is not None:
+        known |= unknown  # a source that says nothing of times
+    good = np.where(exists, known, unknown).all(axis=1) & (n_valid > 0)
     return [
         VerifyFault("times", store.segment_ids[row], "a clip's time is missing, or its end is not after its start")
         for row in np.flatnonzero(done & ~good).tolist()
     ]
 
 
-def _check_values(store: FeatureStore, output: str, done: np.ndarray) -> list[VerifyFault]:
+def _check_values(store: FeatureStore, output: str) -> list[VerifyFault]:
     faults = []
-    n_valid = store.read_array("n_valid")
-    has_sound = store.read_array("has_audio") == 1 if store.spec.audio is not None else np.ones(len(done), dtype=bool)
-    for shard in plan_shards(store.layout):
-        rows = np.arange(shard.start_row, shard.stop_row)
-        rows = rows[done[rows]]
-        if not len(rows):
-            continue
-        values = store.read_array(f"outputs/{output}", shard.start_row, shard.stop_row)
-        for row in rows.tolist():
-            clips = values[row - shard.start_row, : n_valid[row]].astype(np.float32, copy=False)
-            if has_sound[row] and not np.isfinite(clips).all():
-                faults.append(VerifyFault(f"outputs/{output}", store.segment_ids[row], "holds NaN or infinity"))
-            if not has_sound[row] and not np.isnan(clips).all():
-                faults.append(VerifyFault(f"outputs/{output}", store.segment_ids[row], "no sound, but features"))
+    for block in iterate_done_blocks(store, output):
+        finite = np.isfinite(block.values).reshape(*block.exists.shape, -1)
+        if not finite.all():
+            # With sound every value is finite; without any, none is a number.
+            bad = (block.exists & ~finite.all(axis=-1)).any(axis=1) & block.has_sound
+        else:
+            bad = np.zeros(len(block.rows), bool)
+        faults += [
+            VerifyFault(f"outputs/{output}", store.segment_ids[row], "holds NaN or infinity")
+            for row in block.rows[bad].tolist()
+        ]
+        for i in np.flatnonzero(~block.has_sound).tolist():
+            if not np.isnan(block.values[i, block.exists[i]]).all():
+                segment_id = store.segment_ids[int(block.rows[i])]
+                faults.append(VerifyFault(f"outputs/{output}", segment_id, "no sound, but features"))
     return faults

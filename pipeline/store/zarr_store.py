@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
+from pipeline.store.chunk_checking import find_chunk_faults
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
-    DONE,
     PENDING,
     ROW_ARRAYS,
     ArrayLayout,
@@ -24,9 +23,10 @@ from pipeline.store.layout import (
     decode_segment_ids,
     encode_segment_ids,
     plan_arrays,
-    plan_shards,
 )
-from pipeline.store.reading import find_done_rows, find_missing
+from pipeline.store.local_rows import LocalRows
+from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
+from pipeline.store.reading import find_missing, find_rows, index_segments, require_done
 
 
 def create_zarr_store(
@@ -70,6 +70,9 @@ class ZarrFeatureStore:
         self._group = group
         self._segment_ids: list[str] | None = None
         self._arrays: dict[str, zarr.Array] = {}
+        self._row_of: dict[str, int] | None = None
+        self._raw: dict[str, RawArray | None] = {}
+        self._rows: LocalRows | None = None
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -102,13 +105,31 @@ class ZarrFeatureStore:
             ) from error
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Reads one output of done segments, in their order."""
-        rows = find_done_rows(self, segment_ids)
+        """Reads one output of done segments, in their order; LocalRows says what holds while others write."""
+        ids = list(segment_ids)
+        if self._row_of is None:
+            self._row_of = index_segments(self)
+        rows = find_rows(self.path, self._row_of, ids)
+        local = self._find_local(f"outputs/{output}")
+        if local is not None:
+            return local[0].read_rows(local[1], rows, ids)
+        require_done(self.path, ids, self.read_array("state")[rows])
         return np.asarray(self._open_array(f"outputs/{output}").oindex[rows])
 
     def read_all(self, output: str) -> np.ndarray:
-        """Reads one output of every row."""
-        return self.read_array(f"outputs/{output}")
+        """Reads one output of every row from the files as they are now, every checksum compared."""
+        local = self._find_local(f"outputs/{output}")
+        return read_whole(local[1], self.layout.n_rows) if local is not None else self.read_array(f"outputs/{output}")
+
+    def _find_local(self, name: str) -> tuple[LocalRows, RawArray] | None:
+        """Finds the files behind an output of a local store; None where zarr has to read it."""
+        if name not in self._raw:
+            self._raw[name] = describe_raw_array(self._open_array(name))
+        if self._rows is None:
+            state = describe_raw_array(self._open_array("state"))
+            self._rows = None if state is None else LocalRows(self.path, state)
+        array = self._raw[name]
+        return None if array is None or self._rows is None else (self._rows, array)
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
         """Says for each row whether it is pending or stale."""
@@ -135,8 +156,9 @@ class ZarrFeatureStore:
             self._open_array(array.name).resize(array.shape)
         self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
         self._group.attrs.update({"n_rows": layout.n_rows, "n_clips": layout.n_clips})
-        self.layout, self._segment_ids = layout, ids
+        self.layout, self._segment_ids, self._row_of, self._rows = layout, ids, None, None
         self._arrays.clear()
+        self._raw.clear()
 
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""
@@ -167,33 +189,6 @@ class ZarrFeatureStore:
                 self._open_array(name)[shard.start_row : shard.stop_row] = values
 
     def find_checksum_faults(self) -> list[VerifyFault]:
-        """Reads every chunk under done rows; zarr checks each chunk's crc32c as it reads."""
-        faults = []
-        state = self.read_array("state")
-        for array_layout in plan_arrays(self.spec, self.layout):
-            array = self._open_array(array_layout.name)
-            for shard in plan_shards(self.layout):
-                if not (state[shard.start_row : shard.stop_row] == DONE).any():
-                    continue
-                faults += self._check_rows(array, array_layout, shard)
-        return faults
-
-    def _check_rows(self, array: zarr.Array, layout: ArrayLayout, shard: Shard) -> list[VerifyFault]:
-        faults = []
-        n_per_chunk = layout.chunks[0]
-        for start in range(shard.start_row - shard.start_row % n_per_chunk, shard.stop_row, n_per_chunk):
-            first_row = max(start, shard.start_row)
-            stop_row = min(start + n_per_chunk, shard.stop_row)
-            segment_id = self.segment_ids[first_row]
-            n_clip_chunks = math.ceil(layout.shape[1] / layout.chunks[1]) if array.ndim > 1 else 1
-            keys = [[str(start // n_per_chunk), str(c), *["0"] * (array.ndim - 2)] for c in range(n_clip_chunks)]
-            names = ["/".join(["c", *key[: array.ndim]]) for key in keys]
-            absent = [name for name in names if not (Path(self.path) / layout.name / name).exists()]
-            if absent:
-                faults.append(VerifyFault(layout.name, segment_id, f"chunk {absent[0]} is absent"))
-                continue
-            try:
-                np.asarray(array[first_row:stop_row])
-            except ValueError as error:
-                faults.append(VerifyFault(layout.name, segment_id, f"chunk {names[0]}: {error}"))
-        return faults
+        """Reads every chunk that holds a done row."""
+        names = [array.name for array in plan_arrays(self.spec, self.layout)]
+        return find_chunk_faults(self._open_array, names, self.segment_ids)

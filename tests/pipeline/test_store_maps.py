@@ -1,0 +1,214 @@
+"""Checks reading through memory maps: the values, and that nothing stale, half-written or damaged comes back."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import StoreError
+from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from pipeline.store import raw_chunks
+from pipeline.store.interface import Backend, FeatureStore, ShardIndex
+from pipeline.store.layout import DONE, Shard, plan_arrays, plan_rows_per_shard, plan_shards
+from pipeline.store.opening import create_store, open_store
+from pipeline.store.verifying import verify_store
+
+N_ROWS, N_CLIPS = 40, 3
+
+
+def make_spec(*shape: int, dtype: str = "float32", sampling: str = "uniform") -> FeatureSpec:
+    windows = {"sampling": "windows", "step": 4} if sampling == "windows" else {"n_clips": N_CLIPS}
+    return FeatureSpec.model_validate(
+        {
+            "encoder": "toy",
+            "weights": "0" * 64,
+            "clip": {"n_frames": 4, **windows},
+            "frame": FrameSpec(short_side=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1)),
+            "outputs": (OutputSpec(name="pooled", shape=shape),),
+            "dtype": dtype,
+        }
+    )
+
+
+def make_store(path: Path, spec: FeatureSpec, n_rows: int = N_ROWS, n_clips: int = N_CLIPS) -> FeatureStore:
+    ids = [f"s{i:03d}" for i in range(n_rows)]
+    return create_store(
+        path, "toy", spec, ids, n_clips=n_clips, manifest_sha256="m", weights_source="t", n_rows_per_shard=16
+    )
+
+
+def make_index(shard: Shard, n_valid: np.ndarray, n_clips: int) -> ShardIndex:
+    exists = np.arange(n_clips)[None] < n_valid[:, None]
+    return ShardIndex(
+        times=np.where(exists[..., None], [0.0, 1.0], np.nan),
+        frames=np.where(exists[..., None], 0, -1),
+        n_valid=n_valid.astype(np.int32),
+        digest=np.ones((shard.n_rows, 16), np.uint8),
+        state=np.full(shard.n_rows, DONE, np.uint8),
+    )
+
+
+def fill(store: FeatureStore, values: np.ndarray, shards: tuple[int, ...] | None = None) -> None:
+    for shard in plan_shards(store.layout):
+        if shards is None or shard.index in shards:
+            store.begin_shard(shard)
+            store.write_outputs("pooled", shard.start_row, values[shard.start_row : shard.stop_row])
+            n_valid = np.full(shard.n_rows, store.layout.n_clips)
+            store.commit_shard(shard, make_index(shard, n_valid, store.layout.n_clips))
+
+
+def make_values(*shape: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((N_ROWS, N_CLIPS, *shape)).astype(dtype)
+
+
+@pytest.fixture(params=["zarr", "hdf5"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+def name_path(folder: Path, backend: Backend) -> Path:
+    return folder / ("x.zarr" if backend == "zarr" else "x.h5")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5,), "float32"), ((7,), "float16"), ((2, 3), "float16"), ((), "float32")]
+)
+def test_rows_are_those_of_plain_numpy(tmp_path: Path, backend: Backend, shape: tuple[int, ...], dtype: str) -> None:
+    values = make_values(*shape, dtype=dtype)
+    store = make_store(name_path(tmp_path, backend), make_spec(*shape, dtype=dtype))
+    fill(store, values)
+    rows = np.random.default_rng(1).integers(0, N_ROWS, 100)
+    ids = [f"s{row:03d}" for row in rows]
+    np.testing.assert_array_equal(store.read(ids, "pooled"), values[rows])
+    np.testing.assert_array_equal(store.read_all("pooled"), values)
+    assert store.read([], "pooled").shape == (0, N_CLIPS, *shape)
+    copied = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(copied.read(ids, "pooled"), values[rows])
+
+
+def test_rows_of_clip_chunks_agree_however_few_maps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw_chunks, "MAX_MAPS", 4)
+    spec = make_spec(6, sampling="windows")
+    store = make_store(tmp_path / "x.zarr", spec, n_clips=70)
+    assert plan_arrays(spec, store.layout)[0].chunks == (16, 64, 6)
+    values = np.random.default_rng(3).standard_normal((N_ROWS, 70, 6)).astype(np.float32)
+    fill(store, values)
+    for _ in range(3):
+        rows = np.random.default_rng(4).integers(0, N_ROWS, 60)
+        np.testing.assert_array_equal(store.read([f"s{r:03d}" for r in rows], "pooled"), values[rows])
+    np.testing.assert_array_equal(store.read_all("pooled"), values)
+
+
+def test_a_reader_sees_what_another_process_recomputed(tmp_path: Path, backend: Backend) -> None:
+    path = name_path(tmp_path, backend)
+    old, new = make_values(5), make_values(5, seed=9)
+    fill(make_store(path, make_spec(5)), old)
+    reader = open_store(path)
+    ids = [f"s{row:03d}" for row in range(N_ROWS)]
+    np.testing.assert_array_equal(reader.read(ids, "pooled"), old)
+    np.save(tmp_path / "new.npy", new)
+    write = (
+        "import sys, numpy as np; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from test_store_maps import fill, make_index\n"
+        "from pipeline.store.opening import open_store\n"
+        "store, values = open_store(Path(sys.argv[2])), np.load(sys.argv[3])\n"
+        "fill(store, values, (1,))\n"
+        "store.begin_shard(__import__('pipeline.store.layout', fromlist=['x']).plan_shards(store.layout)[2])\n"
+        "store.write_outputs('pooled', 32, values[32:])\n"
+    )
+    arguments = [sys.executable, "-c", write, str(Path(__file__).parent), str(path), str(tmp_path / "new.npy")]
+    subprocess.run(arguments, check=True, timeout=120)
+    expected = np.concatenate([old[:16], new[16:32]])
+    np.testing.assert_array_equal(reader.read(ids[:32], "pooled"), expected)
+    np.testing.assert_array_equal(reader.read_all("pooled")[:32], expected)
+    with pytest.raises(StoreError, match="segment s032 is pending"):
+        reader.read(ids, "pooled")
+
+
+def test_a_shard_begun_between_the_looks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "x.zarr", make_spec(5))
+    fill(store, make_values(5))
+    writer = open_store(tmp_path / "x.zarr")
+    copy_rows = raw_chunks.ChunkMaps.copy_rows
+
+    def copy_while_one_writes(self: raw_chunks.ChunkMaps, rows: np.ndarray, version: int) -> np.ndarray:
+        copied = copy_rows(self, rows, version)
+        writer.begin_shard(plan_shards(writer.layout)[0])
+        return copied
+
+    monkeypatch.setattr(raw_chunks.ChunkMaps, "copy_rows", copy_while_one_writes)
+    with pytest.raises(StoreError, match="segment s003 is pending"):
+        store.read(["s003"], "pooled")
+
+
+def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = make_values(5), make_values(5, seed=9)
+    store = make_store(tmp_path / "x.zarr", make_spec(5))
+    fill(store, old)
+    writer = open_store(tmp_path / "x.zarr")
+    copy_rows, done = raw_chunks.ChunkMaps.copy_rows, []
+
+    def copy_while_one_writes(self: raw_chunks.ChunkMaps, rows: np.ndarray, version: int) -> np.ndarray:
+        copied = copy_rows(self, rows, version)
+        if not done:
+            fill(writer, new, (0,))
+            done.append(1)
+        return copied
+
+    monkeypatch.setattr(raw_chunks.ChunkMaps, "copy_rows", copy_while_one_writes)
+    np.testing.assert_array_equal(store.read(["s003", "s020"], "pooled"), np.stack([new[3], old[20]]))
+
+
+def test_a_chunk_of_a_wrong_length_is_named(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "x.zarr", make_spec(5))
+    fill(store, make_values(5))
+    chunk = tmp_path / "x.zarr/outputs/pooled/c/1/0/0"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-7])
+    with pytest.raises(StoreError, match=r"c/1/0/0 has 957 bytes instead of 964; `echoshift store verify`"):
+        store.read(["s017"], "pooled")
+    with pytest.raises(StoreError, match=r"c/1/0/0 has 957 bytes instead of 964"):
+        store.read_all("pooled")
+    faults = verify_store(store)
+    assert [(f.segment_id, f.message) for f in faults] == [("s016", "chunk c/1/0/0 has 957 bytes instead of 964")]
+    chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StoreError, match=r"c/1/0/0: its crc32c is not that of its content"):
+        store.read_all("pooled")
+
+
+def test_chunks_may_be_absent_where_no_valid_clip_is(tmp_path: Path) -> None:
+    spec = make_spec(6, sampling="windows")
+    store = make_store(tmp_path / "x.zarr", spec, n_clips=70)
+    fill(store, np.ones((N_ROWS, 70, 6), np.float32))
+    second = tmp_path / "x.zarr/outputs/pooled/c/1/1/0"
+    second.unlink()
+    assert [(f.segment_id, f.message) for f in verify_store(store)] == [("s016", "chunk c/1/1/0 is absent")]
+    shard = plan_shards(store.layout)[1]
+    store.commit_shard(shard, make_index(shard, np.full(16, 64), 70))
+    assert verify_store(store) == []
+    read = open_store(tmp_path / "x.zarr").read(["s016"], "pooled")[0]
+    assert (read[:64] == 1).all() and (read[64:] == 0).all()
+    n_valid = np.full(16, 64)
+    n_valid[5] = 65
+    store.commit_shard(shard, make_index(shard, n_valid, 70))
+    assert [(f.segment_id, f.message) for f in verify_store(store)] == [("s021", "chunk c/1/1/0 is absent")]
+
+
+def test_shards_are_sized_by_bytes_and_rows() -> None:
+    spec = make_spec(2304)
+    assert plan_rows_per_shard(spec, 100_000, 1) == 1024  # 9.4 MB
+    assert plan_rows_per_shard(spec, 100_000, 5) == 256  # 11.8 MB, nearer in proportion than 5.9
+    assert plan_rows_per_shard(spec, 1000, 1) == 64  # not above 1000 / 8
+    assert plan_rows_per_shard(spec, 10, 1) == 16
+    assert plan_rows_per_shard(make_spec(8), 1_000_000, 1) == 4096
+    assert plan_rows_per_shard(make_spec(1280, 8, 14, 14), 1_000_000, 5) == 16
+    clip = ClipSpec(n_frames=4, sampling="windows", step=4)
+    windows = spec.model_copy(update={"clip": clip})
+    assert plan_rows_per_shard(windows, 100_000, 1000) == 16  # 64 windows a chunk
