@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -42,7 +41,7 @@ def process_shard(
     with the number of rows read since the last call.
     """
     if stores is None:
-        stores = {path: open_store(Path(path)) for path in task.store_paths}
+        stores = {path: open_store(path) for path in task.store_paths}
     device = resolve_device(plan.device)
     rows = {path: ShardRows(stores[path], task.shard, plan.targets[path].digests) for path in task.store_paths}
     encoders = {

@@ -14,8 +14,8 @@ EXIT_FAULTS = 1
 
 app = typer.Typer(no_args_is_help=True, help="List, describe, verify, explain and export feature stores.")
 
-StoreArgument = Annotated[Path, typer.Argument(help="A store: cache/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
-CacheOption = Annotated[Path, typer.Option(help="Where stores lie.", envvar="ECHOSHIFT_CACHE")]
+StoreArgument = Annotated[str, typer.Argument(help="A store: CACHE/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
+CacheOption = Annotated[str, typer.Option(help="Where stores lie: a folder or a URL.", envvar="ECHOSHIFT_CACHE")]
 
 
 class ExportName(StrEnum):
@@ -28,7 +28,7 @@ class ExportName(StrEnum):
 
 
 @app.command("ls")
-def list_(cache: CacheOption = Path("cache")) -> None:
+def list_(cache: CacheOption = "cache") -> None:
     """List the stores below the cache, with what is in them."""
     from extract.commands.terminal import print_table
     from pipeline.store.layout import DONE, FAILED
@@ -49,7 +49,7 @@ def list_(cache: CacheOption = Path("cache")) -> None:
                 int((state == DONE).sum()),
                 int((state == FAILED).sum()),
                 store.layout.n_rows,
-                f"{measure_bytes(path) / 1e6:.1f}",
+                f"{path.measure_bytes() / 1e6:.1f}",
                 path,
             ]
         )
@@ -65,13 +65,14 @@ def info(store: StoreArgument) -> None:
     import numpy as np
 
     from pipeline.store.layout import STATE_NAMES
+    from pipeline.store.location import locate
     from pipeline.store.opening import open_store
 
     opened = open_store(store)
     typer.echo(json.dumps(dict(opened.attributes), indent=2, ensure_ascii=False))
     states, counts = np.unique(opened.read_array("state"), return_counts=True)
     text = ", ".join(f"{n} {STATE_NAMES[s]}" for s, n in zip(states.tolist(), counts.tolist(), strict=True))
-    typer.echo(f"rows: {text}; {measure_bytes(store) / 1e6:.1f} MB on disk")
+    typer.echo(f"rows: {text}; {locate(store).measure_bytes() / 1e6:.1f} MB on disk")
 
 
 @app.command()
@@ -123,10 +124,3 @@ def export(
 
     n_rows = export_store(open_store(store), output, to, form.value)
     typer.echo(f"wrote {n_rows} segments to {to}")
-
-
-def measure_bytes(path: Path) -> int:
-    """Adds up the bytes of a file or of a folder's files."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -13,6 +13,7 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
+from pipeline.store.faults import tell_store_faults
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
     DONE,
@@ -26,6 +27,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
+from pipeline.store.location import Place, locate
 from pipeline.store.reading import find_done_rows, find_missing
 
 
@@ -58,12 +60,13 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
+@tell_store_faults
 class ZarrFeatureStore:
     """Is a FeatureStore in a folder of Zarr v3; any zarr library reads it (FORMAT.md)."""
 
     backend: Backend = "zarr"
 
-    def __init__(self, path: Path, group: zarr.Group, spec: FeatureSpec, layout: StoreLayout) -> None:
+    def __init__(self, path: Place, group: zarr.Group, spec: FeatureSpec, layout: StoreLayout) -> None:
         self.path = str(path)
         self.spec = spec
         self.layout = layout
@@ -181,7 +184,7 @@ class ZarrFeatureStore:
             n_clip_chunks = math.ceil(layout.shape[1] / layout.chunks[1]) if array.ndim > 1 else 1
             keys = [[str(start // n_per_chunk), str(c), *["0"] * (array.ndim - 2)] for c in range(n_clip_chunks)]
             names = ["/".join(["c", *key[: array.ndim]]) for key in keys]
-            absent = [name for name in names if not (Path(self.path) / layout.name / name).exists()]
+            absent = [name for name in names if not (locate(self.path) / layout.name / name).exists()]
             if absent:
                 faults.append(VerifyFault(layout.name, segment_id, f"chunk {absent[0]} is absent"))
                 continue
