@@ -42,7 +42,7 @@ def explain_segment(store: FeatureStore, segment_id: str, manifests_dir: Path, m
 
 def _explain_state(store: FeatureStore, row: int, state: int, segment_id: str) -> list[str]:
     if state == FAILED:
-        failure = read_failures(Path(store.path)).get(segment_id)
+        failure = read_failures(store.path).get(segment_id)
         if failure is None:
             return ["failed: the failure ledger has no line for it; run `echoshift extract --retry-failed`"]
         retry = "a retry can help: --retry-failed" if failure.retryable else "trying again won't help"

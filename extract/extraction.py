@@ -17,16 +17,19 @@ from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segm
 from extract.run_options import RunOptions
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import DatasetCard
-from pipeline.errors import SpecError
+from pipeline.errors import SpecError, StoreReadOnlyError
 from pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
 from pipeline.rows import compute_digests, order_segments, plan_new_rows
 from pipeline.segments import Manifest, Segment
 from pipeline.specs import FeatureSpec
 from pipeline.store.attributes import describe_versions, describe_writer
+from pipeline.store.holding import StoreHold, hold_store
 from pipeline.store.interface import Backend, Failure, FeatureStore
 from pipeline.store.layout import DONE, FAILED, N_ROWS_PER_SHARD
 from pipeline.store.ledger import append_run, read_failures
-from pipeline.store.opening import create_store, hold_store, name_store, open_store
+from pipeline.store.location import Location, Place
+from pipeline.store.opening import create_store, has_store, name_store, open_store
+from pipeline.store.space import check_space, count_needed_bytes
 
 
 class ExtractionProgress(Protocol):
@@ -45,18 +48,21 @@ class ExtractionProgress(Protocol):
 class ExtractionRequest:
     """Is what the user asks for: which features of which segments, from where, into what.
 
-    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost.
+    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost. `wait_s` is how long to wait for
+    another run on a store, None not at all; `allow_full_disk` begins even where the disk has no room for all rows.
     """
 
     card: DatasetCard
     manifest: Manifest
     media_root: Path
-    cache_dir: Path
+    cache_dir: Place
     backend: Backend
     encoders: tuple[tuple[FeatureSpec, WeightsRecord], ...]
     options: RunOptions = field(default_factory=RunOptions)
     retry_failed: bool = False
     n_rows_per_shard: int = N_ROWS_PER_SHARD
+    wait_s: float | None = None
+    allow_full_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +104,19 @@ class _Work:
     weights: WeightsRecord
     digests: np.ndarray
     wanted: np.ndarray
+    hold: StoreHold | None = None
     n_computed: int = 0
 
 
-def extract_features(request: ExtractionRequest, progress: ExtractionProgress) -> ExtractionSummary:
+def extract_features(
+    request: ExtractionRequest,
+    progress: ExtractionProgress,
+    notify_waiting: Callable[[str], None] = lambda message: None,
+) -> ExtractionSummary:
     """Fills the stores of a request; resumes what is there, records failures and goes on.
 
-    Raises StoreBusyError when another run writes one of the stores, SpecError when nothing is asked for.
+    Raises StoreBusyError when another run writes one of the stores, StoreReadOnlyError and StoreFullError when there is
+    work to do and no right or no room to write it, SpecError when nothing is asked for.
     """
     if not request.encoders or not len(request.manifest):
         raise SpecError("nothing to extract: no encoder, or a manifest without segments")
@@ -115,8 +127,16 @@ def extract_features(request: ExtractionRequest, progress: ExtractionProgress) -
         progress.start("looking at media", len(segments) * len(request.encoders))
         for spec, weights in request.encoders:
             path = name_store(request.cache_dir, request.card.name, spec, request.backend)
-            held.enter_context(hold_store(path))
-            works.append(_open_work(request, survey, path, spec, weights, segments, progress.advance))
+            hold, refusal = None, None
+            try:
+                hold = held.enter_context(hold_store(path, wait_s=request.wait_s, notify=notify_waiting))
+            except StoreReadOnlyError as error:
+                refusal = error  # which only matters if there is something to write
+            work = _open_work(request, survey, path, spec, weights, segments, progress.advance, refusal)
+            work.hold = hold
+            works.append(work)
+        if not request.allow_full_disk:
+            check_space([(work.store.path, count_needed_bytes(work.store, work.wanted)) for work in works])
         n_rows = max(int(work.wanted.sum()) for work in works)
         progress.start("extracting", n_rows)
         started = time.perf_counter()
@@ -126,23 +146,28 @@ def extract_features(request: ExtractionRequest, progress: ExtractionProgress) -
         summaries = tuple(_summarise(work, segments) for work in works)
         for work in works:
             if work.n_computed:
-                append_run(Path(work.store.path), _describe_run(request, work, duration_s))
+                append_run(work.store.path, _describe_run(request, work, duration_s))
     return ExtractionSummary(summaries, duration_s)
 
 
 def _open_work(
     request: ExtractionRequest,
     survey: MediaSurvey,
-    path: Path,
+    path: Location,
     spec: FeatureSpec,
     weights: WeightsRecord,
     segments: dict[str, Segment],
     notify: Callable[[], None],
+    refusal: StoreReadOnlyError | None,
 ) -> _Work:
+    if refusal is not None and not has_store(path):
+        raise refusal
     identities = identify_segments(survey, list(segments.values()), spec, notify)
-    if path.exists():
+    if has_store(path):
         store = open_store(path)
         new_ids = plan_new_rows(store.segment_ids, segments.values())
+        if new_ids and refusal is not None:
+            raise refusal
         if new_ids:
             store.extend(new_ids, count_clips_at_most(survey, [segments[i] for i in new_ids], spec))
     else:
@@ -160,6 +185,8 @@ def _open_work(
     digests = compute_digests(rows, identities)
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
+    if refusal is not None and selection.any():
+        raise refusal
     return _Work(store, spec, weights, digests, selection)
 
 
@@ -182,7 +209,8 @@ def _run_works(
         stores = {work.store.path: work.store for work in group}
         rows = [segments.get(segment_id) for segment_id in group[0].store.segment_ids]
         process = partial(_process_and_count, plan, rows, stores, by_path, notify)
-        run_in_process(process, tasks, stores)
+        holds = {work.store.path: work.hold for work in group if work.hold is not None}
+        run_in_process(process, tasks, stores, holds)
 
 
 def _process_and_count(
@@ -209,7 +237,7 @@ def _summarise(work: _Work, segments: dict[str, Segment]) -> StoreSummary:
     silent = 0
     if work.spec.audio is not None:
         silent = int(((work.store.read_array("has_audio")[in_manifest] == 0) & (state == DONE)).sum())
-    failures = read_failures(Path(work.store.path))
+    failures = read_failures(work.store.path)
     return StoreSummary(
         path=work.store.path,
         spec=work.spec,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -44,7 +43,7 @@ def process_shard(
     """
     task = work.task
     if stores is None:
-        stores = {path: open_store(Path(path)) for path in task.store_paths}
+        stores = {path: open_store(path) for path in task.store_paths}
     device = resolve_device(plan.options.device)
     n_readers = plan.options.n_readers or choose_n_readers(device.type, os.cpu_count() or 1)
     with OutputWriter() as writer, RowReaders(plan, work, n_readers) as readers:

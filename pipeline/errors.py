@@ -71,3 +71,15 @@ class StoreError(EchoshiftError):
 
 class StoreBusyError(StoreError):
     """Another run holds the store; the message says which."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The place of a store can be read but not written; reading goes on, a run with work to do can't."""
+
+
+class StoreFullError(StoreError):
+    """The disk under a store is full, or would be; what is committed stays, and the same command goes on from there."""
+
+
+class LeaseLostError(StoreError):
+    """Another process has taken over a store while this one was out of reach; this one must not write any more."""

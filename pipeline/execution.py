@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from pipeline.store.holding import StoreHold
 from pipeline.store.interface import FeatureStore, ShardIndex
 from pipeline.store.layout import FAILED, Shard, StoreLayout, plan_shards
-from pipeline.store.ledger import read_failures, write_failures
+from pipeline.store.ledger import FailureLedger
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +51,36 @@ def plan_tasks(wanted: Mapping[str, np.ndarray], layout: StoreLayout) -> list[Sh
     return tasks
 
 
-def commit_report(stores: Mapping[str, FeatureStore], report: ShardReport) -> None:
-    """Commits a shard in every store it was computed for: the ledger first, then the index with `state` last."""
+def commit_report(
+    stores: Mapping[str, FeatureStore], report: ShardReport, holds: Mapping[str, StoreHold] | None = None
+) -> None:
+    """Commits a shard in every store it was computed for: the ledger first, then the index with `state` last.
+
+    `holds` are the rights to write the stores, by path; each keeps its store's ledger in memory. Raises LeaseLostError
+    before anything is written when a store has been taken over by another process.
+    """
     shard = report.task.shard
     for path, index in report.indices.items():
         store = stores[path]
-        failures = read_failures(Path(path))
-        before = dict(failures)
-        for segment_id in store.segment_ids[shard.start_row : shard.stop_row]:
-            failures.pop(segment_id, None)
-        failures.update({f.segment_id: f for f in index.failures})
-        if failures != before:
-            write_failures(Path(path), failures.values())
+        if holds is None:
+            ledger = FailureLedger(path)
+        else:
+            holds[path].check()
+            ledger = holds[path].ledger
+        ledger.settle(store.segment_ids[shard.start_row : shard.stop_row], index.failures)
         store.commit_shard(shard, index)
 
 
 def run_in_process(
-    process: Callable[[ShardTask], ShardReport], tasks: Iterable[ShardTask], stores: Mapping[str, FeatureStore]
+    process: Callable[[ShardTask], ShardReport],
+    tasks: Iterable[ShardTask],
+    stores: Mapping[str, FeatureStore],
+    holds: Mapping[str, StoreHold] | None = None,
 ) -> None:
     """Runs tasks one after the other in this process, each committed before the next begins."""
     for task in tasks:
         for path in task.store_paths:
+            if holds is not None:
+                holds[path].check()
             stores[path].begin_shard(task.shard)
-        commit_report(stores, process(task))
+        commit_report(stores, process(task), holds)

@@ -62,7 +62,10 @@ def extract(
         typer.Option("--set", help="[ENCODER.]part.field=value, such as clip.n_clips=10 or frame.crop=224."),
     ] = None,
     backend: Annotated[BackendName, typer.Option(help="How the store lies on disk.")] = BackendName.zarr,
-    cache: Annotated[Path, typer.Option(help="Where stores lie.", envvar="ECHOSHIFT_CACHE")] = Path("cache"),
+    cache: Annotated[
+        str,
+        typer.Option(help="Where stores lie: a folder, or a URL such as s3://bucket/prefix.", envvar="ECHOSHIFT_CACHE"),
+    ] = "cache",
     manifest: Annotated[Path | None, typer.Option(help="Another manifest than data/manifests/DATASET.csv.")] = None,
     manifests: Annotated[
         Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
@@ -77,6 +80,15 @@ def extract(
         int, typer.Option(help="Rows committed at a time, the most a kill can cost; counts for a new store.", min=1)
     ] = N_ROWS_PER_SHARD,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed segments again.")] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds to wait for another run on the same store, inf for ever; default: refuse at once.", min=0
+        ),
+    ] = None,
+    allow_full_disk: Annotated[
+        bool, typer.Option("--allow-full-disk", help="Begin even where the disk has no room for all rows.")
+    ] = False,
 ) -> None:
     """Extract features into stores; resumes, skips what is done, ends with 3 if any segment failed."""
     from extract.commands.terminal import show_progress
@@ -115,9 +127,11 @@ def extract(
         options=RunOptions(device=device),
         retry_failed=retry_failed,
         n_rows_per_shard=rows_per_shard,
+        wait_s=wait,
+        allow_full_disk=allow_full_disk,
     )
     with show_progress("segments") as progress:
-        summary = extract_features(request, progress)
+        summary = extract_features(request, progress, lambda message: typer.echo(message, err=True))
     print_summary(summary)
     if summary.n_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -151,4 +165,4 @@ def print_summary(summary: ExtractionSummary) -> None:
         for failure in store.failures[:10]:
             typer.echo(f"failed: {store.spec.encoder}: {failure.segment_id}: {failure.exception}: {failure.reason}")
         if len(store.failures) > 10:
-            typer.echo(f"… and {len(store.failures) - 10} more in {failures_path(Path(store.path))}")
+            typer.echo(f"… and {len(store.failures) - 10} more in {failures_path(store.path)}")

@@ -14,8 +14,8 @@ EXIT_FAULTS = 1
 
 app = typer.Typer(no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores.")
 
-StoreArgument = Annotated[Path, typer.Argument(help="A store: cache/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
-CacheOption = Annotated[Path, typer.Option(help="Where stores lie.", envvar="ECHOSHIFT_CACHE")]
+StoreArgument = Annotated[str, typer.Argument(help="A store: CACHE/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
+CacheOption = Annotated[str, typer.Option(help="Where stores lie: a folder or a URL.", envvar="ECHOSHIFT_CACHE")]
 
 
 class ExportName(StrEnum):
@@ -35,7 +35,7 @@ class ImportName(StrEnum):
 
 
 @app.command("ls")
-def list_(cache: CacheOption = Path("cache")) -> None:
+def list_(cache: CacheOption = "cache") -> None:
     """List the stores below the cache, with what is in them."""
     from extract.commands.terminal import print_table
     from pipeline.store.layout import DONE, FAILED
@@ -56,7 +56,7 @@ def list_(cache: CacheOption = Path("cache")) -> None:
                 int((state == DONE).sum()),
                 int((state == FAILED).sum()),
                 store.layout.n_rows,
-                f"{measure_bytes(path) / 1e6:.1f}",
+                f"{path.measure_bytes() / 1e6:.1f}",
                 path,
             ]
         )
@@ -72,13 +72,14 @@ def info(store: StoreArgument) -> None:
     import numpy as np
 
     from pipeline.store.layout import STATE_NAMES
+    from pipeline.store.location import locate
     from pipeline.store.opening import open_store
 
     opened = open_store(store)
     typer.echo(json.dumps(dict(opened.attributes), indent=2, ensure_ascii=False))
     states, counts = np.unique(opened.read_array("state"), return_counts=True)
     text = ", ".join(f"{n} {STATE_NAMES[s]}" for s, n in zip(states.tolist(), counts.tolist(), strict=True))
-    typer.echo(f"rows: {text}; {measure_bytes(store) / 1e6:.1f} MB on disk")
+    typer.echo(f"rows: {text}; {locate(store).measure_bytes() / 1e6:.1f} MB on disk")
 
 
 @app.command()
@@ -180,7 +181,7 @@ def import_(
         bool, typer.Option("--allow-unknown", help="Leave out segments that the manifest doesn't have.")
     ] = False,
     backend: Annotated[str, typer.Option(help="zarr or hdf5.")] = "zarr",
-    cache: CacheOption = Path("cache"),
+    cache: CacheOption = "cache",
     manifests: Annotated[
         Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
     ] = MANIFESTS_DIR,
@@ -214,10 +215,3 @@ def import_(
     typer.echo(
         f"{summary.path}: {summary.n_done} done ({summary.n_written} written now), {summary.n_pending} without features"
     )
-
-
-def measure_bytes(path: Path) -> int:
-    """Adds up the bytes of a file or of a folder's files."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

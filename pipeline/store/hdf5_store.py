@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
 from pipeline.store.attributes import pack_attributes, unpack_attributes
+from pipeline.store.faults import tell_store_faults
 from pipeline.store.hdf5_rows import Hdf5Rows
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
@@ -73,6 +74,7 @@ def _write_checksum(file: h5py.File, name: str, shard: Shard) -> None:
     file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows)
 
 
+@tell_store_faults
 class Hdf5FeatureStore:
     """Is a FeatureStore in one HDF5 file; opened for each access, so it can be pickled and shared by processes."""
 

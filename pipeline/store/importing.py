@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,8 @@ from pipeline.store.import_sources import ImportSource
 from pipeline.store.interface import Backend, FeatureStore, ShardIndex
 from pipeline.store.layout import DONE, PENDING, Shard, plan_rows_per_shard, plan_shards
 from pipeline.store.ledger import append_run
-from pipeline.store.opening import create_store, hold_store, name_store, open_store
+from pipeline.store.location import Location, Place
+from pipeline.store.opening import create_store, has_store, hold_store, name_store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def compute_import_digests(segment_ids: list[str], segments: dict[str, Segment],
 def import_features(
     source: ImportSource,
     manifest: Manifest,
-    cache_dir: Path,
+    cache_dir: Place,
     *,
     encoder: str,
     output: str = "pooled",
@@ -103,15 +103,15 @@ def import_features(
                 n_written += int(here[rows].sum())
             notify(shard.n_rows)
         if n_written:
-            append_run(Path(store.path), {**describe_writer(), "imported_from": source.place, "n_rows": n_written})
+            append_run(store.path, {**describe_writer(), "imported_from": source.place, "n_rows": n_written})
         state = store.read_array("state")
     return ImportSummary(store.path, int((state == DONE).sum()), int((state == PENDING).sum()), n_written, unknown)
 
 
 def _open_or_create(
-    path: Path, spec: FeatureSpec, manifest: Manifest, segments: dict[str, Segment], source: ImportSource
+    path: Location, spec: FeatureSpec, manifest: Manifest, segments: dict[str, Segment], source: ImportSource
 ) -> FeatureStore:
-    if path.exists():
+    if has_store(path):
         store = open_store(path)
         new_ids = plan_new_rows(store.segment_ids, segments.values())
         if new_ids:

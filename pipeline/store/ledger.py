@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.store.interface import Failure
+from pipeline.store.location import Location, Place, locate
 
 
-def failures_path(store_path: Path) -> Path:
+def failures_path(store_path: Place) -> Location:
     """Gives the place of a store's failure ledger, one JSON line a failed segment."""
-    return Path(f"{store_path}.failures.jsonl")
+    return locate(store_path).beside(".failures.jsonl")
 
 
-def read_failures(store_path: Path) -> dict[str, Failure]:
+def read_failures(store_path: Place) -> dict[str, Failure]:
     """Reads the failed segments by id; none when there is no ledger."""
     path = failures_path(store_path)
-    if not path.exists():
-        return {}
     failures = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate((path.read_text() or "").splitlines(), start=1):
         try:
             failure = Failure(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
@@ -33,19 +30,42 @@ def read_failures(store_path: Path) -> dict[str, Failure]:
     return failures
 
 
-def write_failures(store_path: Path, failures: Iterable[Failure]) -> None:
+def write_failures(store_path: Place, failures: Iterable[Failure]) -> None:
     """Replaces the ledger in one step, sorted by segment; removes it when nothing failed."""
     path = failures_path(store_path)
     lines = [json.dumps(asdict(f), ensure_ascii=False) for f in sorted(failures, key=lambda f: f.segment_id)]
     if not lines:
-        path.unlink(missing_ok=True)
+        path.unlink()
         return
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    path.write_text("\n".join(lines) + "\n")
 
 
-def append_run(store_path: Path, record: dict[str, Any]) -> None:
-    """Appends one line about a run to the store's history."""
-    with Path(f"{store_path}.runs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def append_run(store_path: Place, record: Mapping[str, Any]) -> None:
+    """Appends one line about a run to the store's history; on an object store only its holder may."""
+    locate(store_path).beside(".runs.jsonl").append_text(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class FailureLedger:
+    """Keeps a store's failures in the memory of the one process that commits, and writes them when they change."""
+
+    def __init__(self, store_path: Place) -> None:
+        self._store_path = locate(store_path)
+        self._failures: dict[str, Failure] | None = None
+
+    @property
+    def failures(self) -> Mapping[str, Failure]:
+        """Gives the failures by segment, read from the disk the first time."""
+        if self._failures is None:
+            self._failures = read_failures(self._store_path)
+        return self._failures
+
+    def settle(self, segment_ids: Iterable[str], failures: Iterable[Failure]) -> None:
+        """Replaces what is known of these segments; the disk is touched only if that is something new."""
+        before = self.failures
+        new = {f.segment_id: f for f in failures}
+        old = {s: before[s] for s in segment_ids if s in before}
+        if old == new:
+            return
+        after = {s: f for s, f in before.items() if s not in old} | new
+        write_failures(self._store_path, after.values())
+        self._failures = after

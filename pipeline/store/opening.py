@@ -1,42 +1,67 @@
-"""Names, creates, opens and lists stores below a cache folder, and guards the one writer a store has."""
+"""Names, creates, opens and lists the stores below a cache: a folder, or a URL of any file system that fsspec knows."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
-
-from pipeline.errors import StoreBusyError, StoreError
+from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec, fingerprint
-from pipeline.store.attributes import describe_writer, make_attributes, parse_attributes, unpack_attributes
+from pipeline.store.attributes import make_attributes, parse_attributes, unpack_attributes
+from pipeline.store.faults import telling_faults
+from pipeline.store.holding import hold_store
 from pipeline.store.interface import Backend, FeatureStore
 from pipeline.store.layout import N_ROWS_PER_SHARD, StoreLayout, measure_id_bytes
+from pipeline.store.location import STORAGE_OPTIONS, Location, Place, locate
+from pipeline.store.space import check_space, plan_store_bytes
+
+__all__ = ["create_store", "has_store", "hold_store", "list_stores", "name_store", "open_store"]
 
 ENDINGS: dict[Backend, str] = {"zarr": ".zarr", "hdf5": ".h5"}
+ROOT_METADATA = "zarr.json"
 
 
-def name_store(cache_dir: Path, dataset: str, spec: FeatureSpec, backend: Backend) -> Path:
-    """Gives a store's path: <cache>/<dataset>/<encoder>-<fingerprint>.zarr or .h5."""
-    return cache_dir / dataset / f"{spec.encoder}-{fingerprint(spec)}{ENDINGS[backend]}"
+def name_store(cache: Place, dataset: str, spec: FeatureSpec, backend: Backend) -> Location:
+    """Gives a store's place: <cache>/<dataset>/<encoder>-<fingerprint>.zarr or .h5; .h5 on a URL is a StoreError."""
+    place = locate(cache) / dataset / f"{spec.encoder}-{fingerprint(spec)}{ENDINGS[backend]}"
+    _refuse_remote_hdf5(place)
+    return place
 
 
-def open_store(path: Path) -> FeatureStore:
+def has_store(place: Place) -> bool:
+    """Says whether a store is there; on an object store it is once its root's metadata are, which are written last."""
+    path = locate(place)
+    return (path / ROOT_METADATA).exists() if path.is_remote else path.exists()
+
+
+def open_store(place: Place) -> FeatureStore:
     """Opens a store of either backend; raises StoreError when there is none or it is not one of ours."""
+    path = locate(place)
+    _refuse_remote_hdf5(path)
     if path.suffix == ENDINGS["zarr"]:
         import zarr
 
         from pipeline.store.zarr_store import ZarrFeatureStore
 
+        if path.is_remote and not has_store(path):
+            raise StoreError(f"no feature store at {path}")
         try:
-            group = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r", zarr_format=3)
-        except (FileNotFoundError, ValueError) as error:
-            raise StoreError(f"no feature store at {path}") from error
-        return ZarrFeatureStore(path, group, *parse_attributes(str(path), dict(group.attrs)))
+            with telling_faults(path):
+                if path.is_remote:
+                    remote = zarr.storage.FsspecStore.from_url(str(path), storage_options=dict(STORAGE_OPTIONS))
+                    group = zarr.open_group(remote, mode="r+", zarr_format=3)
+                else:
+                    group = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r", zarr_format=3)
+                attributes = dict(group.attrs)
+        except (StoreError, ValueError) as error:
+            if isinstance(error, ValueError) or isinstance(error.__cause__, FileNotFoundError):
+                raise StoreError(f"no feature store at {path}") from error
+            raise
+        return ZarrFeatureStore(path, group, *parse_attributes(str(path), attributes))
     if path.suffix == ENDINGS["hdf5"]:
         import h5py
 
@@ -47,12 +72,17 @@ def open_store(path: Path) -> FeatureStore:
                 attributes = unpack_attributes(file.attrs)
         except OSError as error:
             raise StoreError(f"no feature store at {path}: {error}") from error
-        return Hdf5FeatureStore(path, *parse_attributes(str(path), attributes))
+        return Hdf5FeatureStore(Path(path), *parse_attributes(str(path), attributes))
     raise StoreError(f"{path} ends in neither .zarr nor .h5")
 
 
+def _refuse_remote_hdf5(path: Location) -> None:
+    if path.is_remote and path.suffix == ENDINGS["hdf5"]:
+        raise StoreError(f"{path}: HDF5 is local and single-writer; on a URL use Zarr (--backend zarr)")
+
+
 def create_store(
-    path: Path,
+    place: Place,
     dataset: str,
     spec: FeatureSpec,
     segment_ids: Sequence[str],
@@ -62,7 +92,15 @@ def create_store(
     weights_source: str,
     n_rows_per_shard: int = N_ROWS_PER_SHARD,
 ) -> FeatureStore:
-    """Creates an empty store beside its place and renames it there, so that a half-made one is never seen."""
+    """Creates an empty store so that a half-made one is never seen.
+
+    On a disk it is made beside its place and renamed; on an object store the root's metadata come last, and whatever
+    lies there without them is a leftover and goes first. Raises StoreError where a store exists already.
+    """
+    path = locate(place)
+    _refuse_remote_hdf5(path)
+    if has_store(path):
+        raise StoreError(f"{path} exists already")
     layout = StoreLayout(
         n_rows=len(segment_ids),
         n_clips=n_clips,
@@ -70,11 +108,34 @@ def create_store(
         n_id_bytes=measure_id_bytes(segment_ids),
     )
     attributes = make_attributes(dataset, spec, layout, manifest_sha256, weights_source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f"{path.name}.creating-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    fresh = path.with_name(f"{path.name}.creating-{os.getpid()}")
-    if path.suffix == ENDINGS["zarr"]:
+    if path.is_remote:
+        with tempfile.TemporaryDirectory(prefix="echoshift-") as folder:
+            fresh = Path(folder) / path.name
+            _create_empty(fresh, spec, layout, segment_ids, attributes)
+            path.remove_tree()
+            path.upload(fresh, last=ROOT_METADATA)
+        return open_store(path)
+    if path.suffix == ENDINGS["hdf5"]:  # which allocates everything now, and would write zeros until the disk is full
+        check_space([(path, plan_store_bytes(spec, layout))])
+    path.make_parent()
+    local = Path(path)
+    with telling_faults(path):
+        for leftover in local.parent.glob(f"{local.name}.creating-*"):
+            _remove(leftover)
+        fresh = local.with_name(f"{local.name}.creating-{os.getpid()}")
+        try:
+            _create_empty(fresh, spec, layout, segment_ids, attributes)
+        except OSError:
+            _remove(fresh)  # a full disk must not stay fuller
+            raise
+        fresh.rename(local)
+    return open_store(path)
+
+
+def _create_empty(
+    fresh: Path, spec: FeatureSpec, layout: StoreLayout, segment_ids: Sequence[str], attributes: Mapping[str, Any]
+) -> None:
+    if fresh.name.partition(".creating-")[0].endswith(ENDINGS["zarr"]):
         from pipeline.store.zarr_store import create_zarr_store
 
         create_zarr_store(fresh, spec, layout, segment_ids, attributes)
@@ -82,32 +143,18 @@ def create_store(
         from pipeline.store.hdf5_store import create_hdf5_store
 
         create_hdf5_store(fresh, spec, layout, segment_ids, attributes)
-    fresh.rename(path)
-    return open_store(path)
 
 
-def list_stores(cache_dir: Path) -> list[Path]:
-    """Lists the stores below a cache folder, sorted."""
-    return sorted(p for ending in ENDINGS.values() for p in cache_dir.glob(f"*/*{ending}"))
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-@contextmanager
-def hold_store(path: Path) -> Iterator[None]:
-    """Holds the right to write a store; the system frees it when the process dies, however it dies.
-
-    Raises StoreBusyError naming the holder when another process has it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    holder_file = Path(f"{path}.holder.json")
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        holder = holder_file.read_text() if holder_file.exists() else "an unknown process"
-        raise StoreBusyError(f"{path} is being written by {holder.strip()}; wait for it to end, or stop it") from error
-    try:
-        holder_file.write_text(json.dumps({"pid": os.getpid(), **describe_writer()}) + "\n")
-        yield
-    finally:
-        holder_file.unlink(missing_ok=True)
-        lock.release()
+def list_stores(cache: Place) -> list[Location]:
+    """Lists the stores below a cache, sorted."""
+    root = locate(cache)
+    endings = [ENDINGS["zarr"]] if root.is_remote else list(ENDINGS.values())
+    found = [path for ending in endings for path in root.list_folders_and_files(f"*/*{ending}")]
+    return sorted((path for path in found if has_store(path)), key=str)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from pipeline.store.interface import FeatureStore, VerifyFault
@@ -24,7 +22,7 @@ def verify_store(store: FeatureStore) -> list[VerifyFault]:
     for output in store.spec.outputs:
         if not broken & {f"outputs/{output.name}", "n_valid", "has_audio"}:
             faults += _check_values(store, output.name)
-    failures = read_failures(Path(store.path))
+    failures = read_failures(store.path)
     for row in np.flatnonzero(state == FAILED).tolist():
         if store.segment_ids[row] not in failures:
             faults.append(VerifyFault("state", store.segment_ids[row], "failed, but not in the failure ledger"))

@@ -13,6 +13,7 @@ from zarr.codecs import Crc32cCodec
 from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
 from pipeline.store.chunk_checking import find_chunk_faults
+from pipeline.store.faults import tell_store_faults
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
     PENDING,
@@ -25,6 +26,7 @@ from pipeline.store.layout import (
     plan_arrays,
 )
 from pipeline.store.local_rows import LocalRows
+from pipeline.store.location import Place
 from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
 from pipeline.store.reading import find_missing, find_rows, index_segments, require_done
 
@@ -58,12 +60,13 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
+@tell_store_faults
 class ZarrFeatureStore:
     """Is a FeatureStore in a folder of Zarr v3; any zarr library reads it (FORMAT.md)."""
 
     backend: Backend = "zarr"
 
-    def __init__(self, path: Path, group: zarr.Group, spec: FeatureSpec, layout: StoreLayout) -> None:
+    def __init__(self, path: Place, group: zarr.Group, spec: FeatureSpec, layout: StoreLayout) -> None:
         self.path = str(path)
         self.spec = spec
         self.layout = layout

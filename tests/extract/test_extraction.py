@@ -367,7 +367,7 @@ def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path
     assert 0 < seen[-1] < 2 * len(segments)
     finish(start_command(tmp_path, "broken", backend))
     for path in list_stores(tmp_path / "unbroken"):
-        other = broken / path.relative_to(tmp_path / "unbroken")
+        other = broken / Path(path).relative_to(tmp_path / "unbroken")
         assert read_every_array(str(path)) == read_every_array(str(other))
         assert verify_store(open_store(other)) == []
 

@@ -1,0 +1,235 @@
+"""Says where a store, or a file beside it, lies: a local path, or a URL of any file system that fsspec knows.
+
+Not universal_pathlib: its paths answer from fsspec's cache of listings (a store made by another process stays unseen, a
+file that was replaced can't be read), and it has neither the atomic nor the exclusive write that a ledger and a lease
+need. Nothing here is cached; a location is text, so it travels between processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pipeline.errors import StoreError
+from pipeline.store.faults import ask_for_options, telling_faults
+
+# Another process's writes must be seen at once.
+STORAGE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
+DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "sftp": "paramiko",
+}
+WITH_EXTRA = {"s3fs": "pip install 'echoshift[s3]' (in the checkout: pip install -e '.[s3]')"}
+# S3 puts an object only if it is still the one that was read; fsspec has no common name for that.
+CONDITIONAL_PUT_PROTOCOLS = frozenset({"s3", "s3a"})
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Is a local path or a URL, as text; made by `locate`."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __fspath__(self) -> str:
+        if self.is_remote:
+            raise StoreError(f"{self.text} is a URL, and this needs a local file or folder")
+        return self.text
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(f"{self.text.rstrip('/')}/{name}" if self.text != "." else name)
+
+    @property
+    def is_remote(self) -> bool:
+        """Says whether fsspec, not the operating system, reads and writes here."""
+        return "://" in self.text
+
+    @property
+    def name(self) -> str:
+        """Gives the last part."""
+        return self.text.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """Gives the ending with its dot."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> Location:
+        """Gives the folder, or the prefix, that this lies in."""
+        return Location(self.text.rpartition("/")[0]) if self.is_remote else Location(str(Path(self.text).parent))
+
+    def beside(self, ending: str) -> Location:
+        """Gives the file beside a store whose name is the store's and an ending."""
+        return Location(f"{self.text}{ending}")
+
+    def exists(self) -> bool:
+        """Says whether anything is here; on an object store also where only longer keys begin so."""
+        return self._remote(lambda fs, path: fs.exists(path)) if self.is_remote else Path(self.text).exists()
+
+    def read_text(self) -> str | None:
+        """Reads a small UTF-8 file; None where there is none."""
+        try:
+            if self.is_remote:
+                return self._remote(lambda fs, path: bytes(fs.cat_file(path)).decode())
+            with telling_faults(self):
+                return Path(self.text).read_text(encoding="utf-8")
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def write_text(self, text: str) -> None:
+        """Replaces a small UTF-8 file in one step."""
+        if self.is_remote:
+            self._write_bytes(text.encode())
+            return
+        fresh = Path(f"{self.text}.{os.getpid()}.partial")
+        with telling_faults(self):
+            try:
+                fresh.write_text(text, encoding="utf-8")
+                fresh.replace(self.text)
+            except OSError:
+                fresh.unlink(missing_ok=True)
+                raise
+
+    def append_text(self, text: str) -> None:
+        """Appends to a small UTF-8 file; on an object store by writing it anew, which only a store's holder may."""
+        if self.is_remote:
+            self.write_text((self.read_text() or "") + text)
+            return
+        with telling_faults(self), Path(self.text).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def create_text(self, text: str) -> bool:
+        """Writes a small UTF-8 object where there is none, and says whether it did; URLs only."""
+        try:
+            self._remote(lambda fs, path: fs.pipe_file(path, text.encode(), mode="create"))
+        except StoreError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                return False
+            raise
+        return True
+
+    def read_version(self) -> tuple[str, str] | None:
+        """Reads a small object and the mark of its version, "" where its file system has none; URLs only."""
+        conditional = self.text.partition("://")[0] in CONDITIONAL_PUT_PROTOCOLS
+        try:
+            # The mark first: if the object changes in between, the write that follows is refused.
+            version = str(self._remote(lambda fs, path: fs.info(path)["ETag"])) if conditional else ""
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+        text = self.read_text()
+        return None if text is None else (text, version)
+
+    def replace_version(self, text: str, version: str) -> bool:
+        """Replaces a small object if it is still that version, and says whether it did; without a mark always."""
+        options = {"IfMatch": version} if version else {}
+        try:
+            self._remote(lambda fs, path: fs.pipe_file(path, text.encode(), **options))
+        except StoreError as error:
+            # s3fs has no class of error for a refused condition (412, or 409 while two put at once; 404: it is gone).
+            if re.search(r"pre-?condition|conditional", str(error.__cause__), re.IGNORECASE):
+                return False
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+        return True
+
+    def make_parent(self) -> None:
+        """Makes the folder this lies in; object stores have none."""
+        if not self.is_remote:
+            with telling_faults(self):
+                Path(self.text).parent.mkdir(parents=True, exist_ok=True)
+
+    def unlink(self) -> None:
+        """Removes a file, if there is one."""
+        if self.is_remote:
+            if self.exists():
+                self._remote(lambda fs, path: fs.rm_file(path))
+            return
+        with telling_faults(self):
+            Path(self.text).unlink(missing_ok=True)
+
+    def remove_tree(self) -> None:
+        """Removes every object below a URL."""
+        if self.exists():
+            self._remote(lambda fs, path: fs.rm(path, recursive=True))
+
+    def upload(self, folder: Path, last: str) -> None:
+        """Copies a folder's files below this URL, the one named `last` after all others."""
+        files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p == folder / last, p))
+        for file in files:
+            (self / file.relative_to(folder).as_posix())._write_bytes(file.read_bytes())
+
+    def list_folders_and_files(self, pattern: str) -> list[Location]:
+        """Lists what matches a pattern of parts with `*` below here, sorted; nothing where there is no such place."""
+        if not self.is_remote:
+            return [Location(str(path)) for path in sorted(Path(self.text).glob(pattern))]
+        found = self._remote(lambda fs, path: [fs.unstrip_protocol(p) for p in fs.glob(f"{path}/{pattern}")])
+        return [Location(str(url).rstrip("/")) for url in sorted(found)]
+
+    def measure_bytes(self) -> int:
+        """Adds up the bytes of a file, or of all files below."""
+        if self.is_remote:
+            return int(self._remote(lambda fs, path: fs.du(path)))
+        path = Path(self.text)
+        if path.is_file():
+            return path.stat().st_size
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+    def _write_bytes(self, data: bytes) -> None:
+        self._remote(lambda fs, path: fs.pipe_file(path, data))
+
+    def _remote(self, act: Callable[[Any, str], T]) -> T:
+        """Acts on the URL's file system and the path in it; what its driver refuses becomes a StoreError."""
+        import fsspec.core  # type: ignore[import-untyped]
+
+        with telling_faults(self):
+            try:
+                fs, path = fsspec.core.url_to_fs(self.text, **STORAGE_OPTIONS)
+            except ImportError as error:
+                protocol = self.text.partition("://")[0]
+                driver = DRIVERS.get(protocol, "its driver")
+                how = WITH_EXTRA.get(driver, f"pip install {driver}")
+                raise StoreError(f"{self.text}: {protocol}:// needs the package {driver}: {how}") from error
+            except ValueError as error:
+                raise StoreError(f"{self.text}: {error}; {ask_for_options(self.text)}") from error
+            return act(fs, path)
+
+
+Place = str | os.PathLike[str]
+
+
+def locate(place: Place) -> Location:
+    """Makes a Location of a path or a URL; raises StoreError where a URL carries a password or lost a slash."""
+    if isinstance(place, Location):
+        return place
+    text = os.fspath(place)
+    if re.match(r"[a-z][a-z0-9+]+:/[^/]", text):
+        raise StoreError(f"{text} is neither a path nor a URL; a URL has two slashes after the colon")
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        return Location(str(Path(text)))
+    parts = urlsplit(text)
+    if parts.password or parts.query:
+        hidden = f"{parts.scheme}://…@{parts.hostname}{parts.path}"
+        raise StoreError(f"{hidden}: a cache's URL may hold no password and no query; {ask_for_options(hidden)}")
+    return Location(text.rstrip("/"))

@@ -1,0 +1,277 @@
+"""Checks stores, ledgers and leases on a URL, against a local S3-compatible server."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import LeaseLostError, StoreBusyError, StoreError
+from pipeline.execution import ShardReport, ShardTask, commit_report
+from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from pipeline.store.holding import LeaseTiming, hold_store
+from pipeline.store.interface import Failure, FeatureStore, ShardIndex
+from pipeline.store.layout import plan_shards
+from pipeline.store.ledger import append_run, failures_path, read_failures
+from pipeline.store.location import locate
+from pipeline.store.opening import create_store, has_store, list_stores, name_store, open_store
+from pipeline.store.verifying import verify_store
+
+SPEC = FeatureSpec(
+    encoder="toy",
+    weights="0" * 64,
+    clip=ClipSpec(n_frames=4, stride=2, rate_hz=30, n_clips=3),
+    frame=FrameSpec(short_side=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1)),
+    outputs=(OutputSpec(name="pooled", shape=(5,)),),
+    dtype="float32",
+)
+IDS = [f"s{i:03d}" for i in range(20)]
+FAST = LeaseTiming(beat_s=0.1, takeover_s=0.8)
+
+
+def make_store(cache: str | Path) -> FeatureStore:
+    path = name_store(cache, "toy", SPEC, "zarr")
+    options = {"n_clips": 3, "manifest_sha256": "m", "weights_source": "test", "n_rows_per_shard": 8}
+    return create_store(path, "toy", SPEC, IDS, **options)
+
+
+def fill(store: FeatureStore, failed: frozenset[int] = frozenset()) -> None:
+    with hold_store(store.path) as hold:
+        for shard in plan_shards(store.layout):
+            rows = np.arange(shard.start_row, shard.stop_row)
+            store.begin_shard(shard)
+            store.write_outputs("pooled", shard.start_row, make_values(rows))
+            index = ShardIndex(
+                times=np.tile(np.asarray([0.0, 1.0]), (len(rows), 3, 1)),
+                frames=np.zeros((len(rows), 3, 2), dtype=np.int64),
+                n_valid=np.full(len(rows), 3, dtype=np.int32),
+                digest=np.ones((len(rows), 16), dtype=np.uint8),
+                state=np.asarray([2 if r in failed else 1 for r in rows], dtype=np.uint8),
+                failures=tuple(Failure(IDS[r], "v", "DecodeError", "bad", False) for r in rows if r in failed),
+            )
+            report = ShardReport(ShardTask(shard, (store.path,)), {store.path: index})
+            commit_report({store.path: store}, report, {store.path: hold})
+
+
+def make_values(rows: np.ndarray) -> np.ndarray:
+    return np.stack([np.random.default_rng(r).standard_normal((3, 5)).astype(np.float32) for r in rows])
+
+
+def read_pooled(place: str) -> bytes:
+    """Reads in another process, or thread, all that it knows being the place."""
+    return open_store(place).read_all("pooled").tobytes()
+
+
+def list_objects(cache: str) -> dict[str, bytes]:
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(cache, use_listings_cache=False)
+    return {name.removeprefix(path): fs.cat_file(name) for name in fs.find(path)}
+
+
+def list_files(cache: Path) -> dict[str, bytes]:
+    return {str(p).removeprefix(str(cache)): p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+
+
+def test_a_store_on_a_url_holds_the_bytes_of_a_local_one(s3_bucket: str, tmp_path: Path) -> None:
+    cache = f"{s3_bucket}/one"
+    remote, local = make_store(cache), make_store(tmp_path / "one")
+    fill(remote, failed=frozenset({9}))
+    fill(local, failed=frozenset({9}))
+    objects, files = list_objects(cache), list_files(tmp_path / "one")
+    assert {k for k in files if not k.endswith(".lock")} == set(objects)
+    differing = [k for k in objects if objects[k] != files[k]]
+    assert [k for k in differing if not k.endswith(".zarr/zarr.json")] == []  # which says when it was created
+    assert verify_store(open_store(remote.path)) == []
+    assert [str(p) for p in list_stores(cache)] == [remote.path]
+    assert open_store(remote.path).read(["s003"], "pooled").tobytes() == make_values(np.asarray([3])).tobytes()
+    assert read_failures(remote.path) == read_failures(local.path)
+    append_run(remote.path, {"n": 1})
+    append_run(remote.path, {"n": 2})
+    assert locate(remote.path).beside(".runs.jsonl").read_text() == '{"n": 1}\n{"n": 2}\n'
+
+
+def test_an_absent_and_a_damaged_object_are_found(s3_bucket: str) -> None:
+    store = make_store(f"{s3_bucket}/faults")
+    fill(store)
+    chunk = locate(store.path) / "outputs" / "pooled" / "c"
+    (chunk / "1/0/0").unlink()
+    damaged = chunk / "2/0/0"
+    damaged.write_text("x" * (4 * 3 * 5 * 8 + 4))
+    found = [(f.array, f.segment_id, f.message[:20]) for f in verify_store(open_store(store.path))]
+    assert [f[:2] for f in found] == [("outputs/pooled", "s008"), ("outputs/pooled", "s016")]
+    assert found[0][2] == "chunk c/1/0/0 is abs"
+
+
+def test_rows_are_appended_on_a_url(s3_bucket: str) -> None:
+    store = make_store(f"{s3_bucket}/more")
+    fill(store)
+    store.extend(["new"], 3)
+    store = open_store(store.path)
+    assert (store.segment_ids[-1], store.read_array("state").tolist()) == ("new", [1] * 20 + [0])
+
+
+def test_what_lacks_its_root_metadata_is_no_store_and_is_made_anew(s3_bucket: str) -> None:
+    store = make_store(f"{s3_bucket}/left")
+    fill(store)
+    (locate(store.path) / "zarr.json").unlink()
+    assert not has_store(store.path) and list_stores(f"{s3_bucket}/left") == []
+    with pytest.raises(StoreError, match="no feature store at s3://"):
+        open_store(store.path)
+    again = make_store(f"{s3_bucket}/left")
+    assert not again.read_array("state").any()
+    assert not [k for k in list_objects(f"{s3_bucket}/left") if "/outputs/pooled/c/" in k]
+
+
+def test_threads_and_other_processes_open_the_place_themselves(s3_bucket: str) -> None:
+    store = make_store(f"{s3_bucket}/many")
+    fill(store)
+    expected = make_values(np.arange(20)).tobytes()
+    assert pickle.loads(pickle.dumps(locate(store.path))) == locate(store.path)
+    with ThreadPoolExecutor(3) as threads:
+        assert set(threads.map(read_pooled, [store.path] * 6)) == {expected}
+        assert set(threads.map(lambda _: store.read_all("pooled").tobytes(), range(6))) == {expected}
+    code = (
+        "import sys; from pipeline.store.opening import open_store; "
+        "sys.stdout.buffer.write(open_store(sys.argv[1]).read_all('pooled').tobytes())"
+    )
+    assert subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, check=True).stdout == expected
+
+
+def test_hdf5_passwords_unknown_protocols_and_missing_drivers_are_refused(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError, match=r"HDF5 is local and single-writer; on a URL use Zarr"):
+        name_store(s3_bucket, "toy", SPEC, "hdf5")
+    with pytest.raises(StoreError, match=r"HDF5 is local and single-writer"):
+        open_store(f"{s3_bucket}/toy/a.h5")
+    with pytest.raises(StoreError, match="may hold no password") as caught:
+        locate("ftp://me:secret@host/x")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(StoreError, match="a URL has two slashes"):
+        locate(Path("s3://bucket/x"))
+    with pytest.raises(StoreError, match="Protocol not known: nix"):
+        list_stores("nix://bucket/x")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(StoreError, match=r"gs:// needs the package gcsfs: pip install gcsfs"):
+        open_store("gs://bucket/x/y.zarr")
+
+
+def test_a_server_that_is_away_is_one_error_that_says_where_options_come_from(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    from fsspec.config import conf, set_conf_env
+
+    monkeypatch.setitem(conf, "s3", {})
+    set_conf_env(conf)
+    conf["s3"]["config_kwargs"] = {"retries": {"max_attempts": 0}}
+    with pytest.raises(StoreError, match=r"127.0.0.1:9.*takes options from AWS_\* variables \(AWS_ENDPOINT_URL"):
+        list_stores(f"{s3_bucket}/away")
+
+
+def test_a_living_lease_is_refused_and_names_its_holder(s3_bucket: str) -> None:
+    place = f"{s3_bucket}/hold/toy/a.zarr"
+    told: list[str] = []
+    with hold_store(place, timing=FAST):
+        for wait_s in (None, 0.3):
+            with (
+                pytest.raises(StoreBusyError, match=r"is being written by process \d+ of .* \(dataset toy\); wait"),
+                hold_store(place, timing=FAST, wait_s=wait_s, notify=told.append),
+            ):
+                pass
+    assert "watching for up to 0.8 s" in told[0]
+    assert not locate(place).beside(".holder.json").exists()
+    with hold_store(place, timing=FAST):
+        pass
+
+
+def test_a_waiting_run_gets_the_lease_when_it_is_given_back(s3_bucket: str) -> None:
+    place = f"{s3_bucket}/wait/toy/a.zarr"
+    entered: list[float] = []
+
+    def wait_for_it() -> None:
+        with hold_store(place, timing=FAST, wait_s=20):
+            entered.append(time.monotonic())
+
+    with hold_store(place, timing=FAST):
+        waiter = threading.Thread(target=wait_for_it)
+        waiter.start()
+        time.sleep(1.2)  # longer than a lease may stand still: it is alive, so it isn't taken
+        assert entered == []
+        left = time.monotonic()
+    waiter.join()
+    assert len(entered) == 1 and entered[0] >= left
+
+
+def test_a_lease_that_stands_still_is_taken_over_once_and_its_old_holder_stops(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(f"{s3_bucket}/taken")
+    monkeypatch.setattr("pipeline.store.holding._Lease._beat_on", lambda self: None)  # as in a process that is stopped
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            with hold_store(store.path, timing=FAST):
+                outcomes.append("held")
+                done.wait()
+        except StoreBusyError:
+            outcomes.append("refused")
+
+    done = threading.Event()
+    with hold_store(store.path, timing=FAST) as hold:
+        monkeypatch.undo()
+        started = time.monotonic()
+        takers = [threading.Thread(target=take) for _ in range(3)]
+        for taker in takers:
+            taker.start()
+        while len(outcomes) < 3 and time.monotonic() - started < 20:
+            time.sleep(0.05)
+        assert time.monotonic() - started >= FAST.takeover_s
+        assert sorted(outcomes) == ["held", "refused", "refused"]
+        before = list_objects(f"{s3_bucket}/taken")
+        shard = plan_shards(store.layout)[0]
+        task = ShardTask(shard, (store.path,))
+        with pytest.raises(LeaseLostError, match=r"the lease was taken from this process; it is held by process \d+"):
+            commit_report({store.path: store}, ShardReport(task, {store.path: None}), {store.path: hold})
+        after = list_objects(f"{s3_bucket}/taken")
+        holder = next(k for k in after if k.endswith(".holder.json"))
+        assert {k: v for k, v in before.items() if k != holder} == {k: v for k, v in after.items() if k != holder}
+    assert locate(store.path).beside(".holder.json").exists(), "the old holder must not remove the new one's lease"
+    done.set()
+    for taker in takers:
+        taker.join()
+    assert not locate(store.path).beside(".holder.json").exists()
+
+
+def test_the_ledger_is_read_once_and_written_only_when_it_changes(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("read_failures", "write_failures"):
+        original = getattr(sys.modules["pipeline.store.ledger"], name)
+        counted = partial(count_call, calls, name, original)
+        monkeypatch.setattr(f"pipeline.store.ledger.{name}", counted)
+    for cache in (f"{s3_bucket}/ledger", tmp_path):
+        store = make_store(cache)
+        calls.clear()
+        fill(store, failed=frozenset({9}))
+        assert calls == ["read_failures", "write_failures"]
+        assert list(read_failures(store.path)) == ["s009"]
+        fill(store)
+        assert not failures_path(store.path).exists()
+
+
+def count_call(calls: list[str], name: str, function: Callable[..., object], *arguments: object) -> object:
+    calls.append(name)
+    return function(*arguments)
