@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
 from extract.run_options import RunOptions
+from extract.shard_jobs import ExtractionJob
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import DatasetCard
+from pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
+from pipeline.dask_execution import run_with_dask
 from pipeline.errors import SpecError
 from pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
 from pipeline.rows import compute_digests, order_segments, plan_new_rows
@@ -45,7 +50,8 @@ class ExtractionProgress(Protocol):
 class ExtractionRequest:
     """Is what the user asks for: which features of which segments, from where, into what.
 
-    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost.
+    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost. Without a `cluster` all is done
+    in this process. `wait_s` is how long to wait for another run to let go of a store.
     """
 
     card: DatasetCard
@@ -55,8 +61,10 @@ class ExtractionRequest:
     backend: Backend
     encoders: tuple[tuple[FeatureSpec, WeightsRecord], ...]
     options: RunOptions = field(default_factory=RunOptions)
+    cluster: ClusterRequest | None = None
     retry_failed: bool = False
     n_rows_per_shard: int = N_ROWS_PER_SHARD
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,9 @@ class _Work:
     store: FeatureStore
     spec: FeatureSpec
     weights: WeightsRecord
+    rows: list[Segment | None]
+    rows_sha256: bytes
+    in_manifest: np.ndarray
     digests: np.ndarray
     wanted: np.ndarray
     n_computed: int = 0
@@ -104,10 +115,13 @@ class _Work:
 def extract_features(request: ExtractionRequest, progress: ExtractionProgress) -> ExtractionSummary:
     """Fills the stores of a request; resumes what is there, records failures and goes on.
 
-    Raises StoreBusyError when another run writes one of the stores, SpecError when nothing is asked for.
+    Raises StoreBusyError when another run writes one of the stores, SpecError when nothing is asked for or the cluster
+    can't have it, ClusterError when workers can't be had or the scheduler goes.
     """
     if not request.encoders or not len(request.manifest):
         raise SpecError("nothing to extract: no encoder, or a manifest without segments")
+    if request.cluster is not None:
+        request = _share_request(request)
     segments = {segment.segment_id: segment for segment in request.manifest}
     survey = MediaSurvey(request.media_root, request.card.media)
     with ExitStack() as held:
@@ -115,19 +129,33 @@ def extract_features(request: ExtractionRequest, progress: ExtractionProgress) -
         progress.start("looking at media", len(segments) * len(request.encoders))
         for spec, weights in request.encoders:
             path = name_store(request.cache_dir, request.card.name, spec, request.backend)
-            held.enter_context(hold_store(path))
+            held.enter_context(hold_store(path))  # to take wait_s=request.wait_s
             works.append(_open_work(request, survey, path, spec, weights, segments, progress.advance))
-        n_rows = max(int(work.wanted.sum()) for work in works)
-        progress.start("extracting", n_rows)
-        started = time.perf_counter()
-        if n_rows:
-            _run_works(request, works, segments, progress.advance)
-        duration_s = time.perf_counter() - started
-        summaries = tuple(_summarise(work, segments) for work in works)
+        jobs = _plan_jobs(request, works)
+        duration_s = 0.0
+        if any(tasks for _, tasks in jobs):
+            duration_s = _run_jobs(request, jobs, works, progress)
+        summaries = tuple(_summarise(work) for work in works)
         for work in works:
             if work.n_computed:
                 append_run(Path(work.store.path), _describe_run(request, work, duration_s))
     return ExtractionSummary(summaries, duration_s)
+
+
+def _share_request(request: ExtractionRequest) -> ExtractionRequest:
+    """Makes a request that means the same to a worker with another working directory."""
+    if request.backend == "hdf5":
+        raise SpecError("HDF5 is local and has a single writer; extract with --backend zarr, or without workers")
+    encoders = tuple(
+        (spec, record if record.path is None else replace(record, path=record.path.absolute()))
+        for spec, record in request.encoders
+    )
+    return replace(
+        request,
+        media_root=request.media_root.absolute(),
+        cache_dir=request.cache_dir.absolute(),
+        encoders=encoders,
+    )
 
 
 def _open_work(
@@ -157,54 +185,67 @@ def _open_work(
             n_rows_per_shard=request.n_rows_per_shard,
         )
     rows = [segments.get(segment_id) for segment_id in store.segment_ids]
+    rows_sha256 = hashlib.sha256(store.read_array("segment_id").tobytes()).digest()
     digests = compute_digests(rows, identities)
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
-    return _Work(store, spec, weights, digests, selection)
+    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection)
 
 
-def _run_works(
-    request: ExtractionRequest, works: Sequence[_Work], segments: dict[str, Segment], notify: Callable[[int], None]
-) -> None:
-    """Runs the stores together whose rows are the same, so that they share each decode."""
-    alike: dict[tuple[object, ...], list[_Work]] = {}
+def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
+    """Joins the stores whose rows are the same, so that they share each decode."""
+    alike: dict[tuple[int, bytes], list[_Work]] = {}
     for work in works:
-        alike.setdefault((work.store.layout.n_rows_per_shard, *work.store.segment_ids), []).append(work)
+        alike.setdefault((work.store.layout.n_rows_per_shard, work.rows_sha256), []).append(work)
+    jobs = []
     for group in alike.values():
-        tasks = plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)
-        by_path = {work.store.path: work for work in group}
         plan = ExtractionPlan(
             media_root=request.media_root,
             media_layout=request.card.media,
             targets={w.store.path: StoreTarget(w.store.path, w.spec, w.weights) for w in group},
             options=request.options,
         )
-        stores = {work.store.path: work.store for work in group}
-        rows = [segments.get(segment_id) for segment_id in group[0].store.segment_ids]
-        process = partial(_process_and_count, plan, rows, stores, by_path, notify)
-        run_in_process(process, tasks, stores)
+        job = ExtractionJob(
+            plan=plan,
+            rows=group[0].rows,
+            digests={work.store.path: work.digests for work in group},
+            stores={work.store.path: work.store for work in group},
+            n_threads=None if request.cluster is None else count_threads_per_worker(request.cluster),
+        )
+        jobs.append((job, plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)))
+    return jobs
 
 
-def _process_and_count(
-    plan: ExtractionPlan,
-    rows: Sequence[Segment | None],
-    stores: Mapping[str, FeatureStore],
-    works: Mapping[str, _Work],
-    notify: Callable[[int], None],
-    task: ShardTask,
-) -> ShardReport:
-    from extract.shard import process_shard  # brings torch, which a run with nothing to do needn't wait for
+def _run_jobs(
+    request: ExtractionRequest,
+    jobs: Sequence[tuple[ExtractionJob, Sequence[ShardTask]]],
+    works: Sequence[_Work],
+    progress: ExtractionProgress,
+) -> float:
+    """Runs all shards, here or on the request's cluster, and gives the seconds it took, without the cluster's start."""
+    by_path = {work.store.path: work for work in works}
 
-    of_shard = slice(task.shard.start_row, task.shard.stop_row)
-    work = ShardWork(task, tuple(rows[of_shard]), {path: works[path].digests[of_shard] for path in task.store_paths})
-    report = process_shard(plan, work, stores, notify)
-    for path in task.store_paths:
-        works[path].n_computed += task.shard.n_rows
-    return report
+    def count(report: ShardReport) -> None:
+        for path in report.indices:
+            by_path[path].n_computed += report.task.shard.n_rows
+
+    with ExitStack() as held:
+        client = None
+        if request.cluster is not None:
+            progress.start("starting workers", request.cluster.n_workers)
+            client = held.enter_context(connect_cluster(request.cluster))
+        progress.start("extracting", sum(task.shard.n_rows for _, tasks in jobs for task in tasks))
+        started = time.perf_counter()
+        for job, tasks in jobs:
+            if client is None:
+                run_in_process(partial(job.compute, notify=progress.advance), tasks, job.stores, count)
+            else:
+                run_with_dask(client, job, tasks, job.stores, progress.advance, count)
+        return time.perf_counter() - started
 
 
-def _summarise(work: _Work, segments: dict[str, Segment]) -> StoreSummary:
-    in_manifest = np.asarray([segment_id in segments for segment_id in work.store.segment_ids])
+def _summarise(work: _Work) -> StoreSummary:
+    in_manifest = work.in_manifest
     state = work.store.read_array("state")[in_manifest]
     silent = 0
     if work.spec.audio is not None:
@@ -218,7 +259,11 @@ def _summarise(work: _Work, segments: dict[str, Segment]) -> StoreSummary:
         n_pending=int((state == 0).sum()),
         n_silent=silent,
         n_computed=work.n_computed,
-        failures=tuple(failures[s] for s in work.store.segment_ids if s in failures and s in segments),
+        failures=tuple(
+            failures[segment.segment_id]
+            for segment in compress(work.rows, work.in_manifest & (work.store.read_array("state") == FAILED))
+            if segment is not None and segment.segment_id in failures
+        ),
     )
 
 
@@ -228,6 +273,7 @@ def _describe_run(request: ExtractionRequest, work: _Work, duration_s: float) ->
         "manifest_sha256": request.manifest.sha256,
         "media_root": str(request.media_root),
         "device": request.options.device,
+        "workers": describe_cluster(request.cluster),
         "n_rows": work.n_computed,
         "duration_s": round(duration_s, 3),
         "versions": describe_versions(),

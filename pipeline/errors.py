@@ -53,3 +53,7 @@ class StoreError(EchoshiftError):
 
 class StoreBusyError(StoreError):
     """Another run holds the store; the message says which."""
+
+
+class ClusterError(EchoshiftError):
+    """Workers can't be started or reached, don't see the same files or versions, or the scheduler is gone."""
