@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ClusterError
 
@@ -77,9 +77,10 @@ def connect_cluster(request: ClusterRequest) -> Iterator[Client]:
         try:
             client.wait_for_workers(1, timeout=timeout_s)
         except TimeoutError as error:
+            place = request.address or "of this run"
             raise ClusterError(
-                f"the scheduler {client.scheduler.address} has had no worker for {timeout_s} s; start some with "
-                f"`dask worker {client.scheduler.address} --nthreads 1`"
+                f"the scheduler {place} has had no worker for {timeout_s} s; start some with "
+                f"`dask worker ADDRESS --nthreads 1`"
             ) from error
         yield client
 
@@ -168,7 +169,7 @@ def _start_slurm(request: ClusterRequest) -> Iterator[SpecCluster]:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise ClusterError("--slurm needs dask-jobqueue; install it: pip install 'echoshift[slurm]'") from error
-    options = dict(request.slurm_options)
+    options: dict[str, Any] = dict(request.slurm_options)
     given = options.pop("worker_extra_args", [])
     # One shard at a time a worker: it uses a job's cores by itself. The last of two --nthreads counts.
     extra = [*(given if isinstance(given, Sequence) and not isinstance(given, str) else [given]), "--nthreads", "1"]

@@ -122,7 +122,7 @@ class _DaskRun:
         self._n_runs += 1
         waiting = iter(tasks)
         under_way: dict[str, tuple[Future, ShardTask]] = {}
-        suspects = []
+        suspects: list[ShardTask] = []
         self._client.subscribe_topic(self._topic, self._rows.see)
         finished = as_completed(loop=self._client.loop)
         try:
