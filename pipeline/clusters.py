@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -153,12 +154,18 @@ def _start_local(request: ClusterRequest) -> Iterator[SpecCluster]:
             options["env"] = {"CUDA_VISIBLE_DEVICES": request.gpus[i % len(request.gpus)]}
         return {"cls": Nanny, "options": options}
 
-    cluster = SpecCluster(
-        workers={i: describe_worker(i) for i in range(request.n_workers)},
-        scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}},
-        silence_logs=logging.CRITICAL,
-        name="echoshift",
-    )
+    # A terminal's Ctrl-C reaches every process; ending the workers is this process' business alone. Dask's threads, and
+    # the processes that they start, now and later, inherit that SIGINT is blocked; this thread takes it again.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        cluster = SpecCluster(
+            workers={i: describe_worker(i) for i in range(request.n_workers)},
+            scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}},
+            silence_logs=logging.CRITICAL,
+            name="echoshift",
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     with cluster:
         yield cluster
 

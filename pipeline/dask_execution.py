@@ -135,6 +135,10 @@ class _DaskRun:
                 if not under_way:
                     return suspects
                 future = next(finished)
+                if future.status in ("pending", "lost"):
+                    # It was finished, and the worker that held the result died before we had it: it runs again.
+                    finished.add(future)
+                    continue
                 _, task = under_way.pop(str(future.key))
                 report = self._receive(future)
                 if report is None:
@@ -160,17 +164,18 @@ class _DaskRun:
 
     def _receive(self, future: Future) -> ShardReport | None:
         """Gives a finished call's report, None when its workers died; raises whatever the call raised."""
+        from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
 
-        if future.status not in ("finished", "error"):
+        if future.status == "cancelled":
             raise self._explain_loss()
-        try:
-            error = future.exception() if future.status == "error" else None
-            if error is None:
+        error = future.exception() if future.status == "error" else None
+        if error is None:
+            try:
                 report: ShardReport = future.result()
                 return report
-        except (OSError, TimeoutError) as lost:
-            raise self._explain_loss() from lost
+            except FutureCancelledError as lost:
+                raise self._explain_loss() from lost
         if isinstance(error, KilledWorker):
             return None
         raise error
