@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -156,6 +157,7 @@ def _start_local(request: ClusterRequest) -> Iterator[SpecCluster]:
 
     # A terminal's Ctrl-C reaches every process; ending the workers is this process' business alone. Dask's threads, and
     # the processes that they start, now and later, inherit that SIGINT is blocked; this thread takes it again.
+    resource_tracker.ensure_running()  # multiprocessing unblocks SIGINT where it starts this one, so not there
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         cluster = SpecCluster(
