@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
 from extract.run_options import RunOptions
+from extract.shard_jobs import ExtractionJob
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import DatasetCard
+from pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
+from pipeline.dask_execution import run_with_dask
 from pipeline.errors import SpecError, StoreReadOnlyError
 from pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
 from pipeline.rows import compute_digests, order_segments, plan_new_rows
@@ -25,11 +30,14 @@ from pipeline.specs import FeatureSpec
 from pipeline.store.attributes import describe_versions, describe_writer
 from pipeline.store.holding import StoreHold, hold_store
 from pipeline.store.interface import Backend, Failure, FeatureStore
-from pipeline.store.layout import DONE, FAILED, N_ROWS_PER_SHARD
+from pipeline.store.layout import DONE, FAILED, plan_rows_per_shard
 from pipeline.store.ledger import append_run, read_failures
-from pipeline.store.location import Location, Place
+from pipeline.store.location import Location, Place, locate
 from pipeline.store.opening import create_store, has_store, name_store, open_store
 from pipeline.store.space import check_space, count_needed_bytes
+
+# A shard is the most that a kill costs, and on a CPU each of its rows takes seconds.
+MAX_ROWS_PER_SHARD_ON_CPU = 64
 
 
 class ExtractionProgress(Protocol):
@@ -48,8 +56,9 @@ class ExtractionProgress(Protocol):
 class ExtractionRequest:
     """Is what the user asks for: which features of which segments, from where, into what.
 
-    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost. `wait_s` is how long to wait for
-    another run on a store, None not at all; `allow_full_disk` begins even where the disk has no room for all rows.
+    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost; None lets size and device decide.
+    Without a `cluster` all is done in this process. `wait_s` is how long to wait for another run on a store, None not
+    at all; `allow_full_disk` begins even where the disk has no room for all rows.
     """
 
     card: DatasetCard
@@ -59,8 +68,9 @@ class ExtractionRequest:
     backend: Backend
     encoders: tuple[tuple[FeatureSpec, WeightsRecord], ...]
     options: RunOptions = field(default_factory=RunOptions)
+    cluster: ClusterRequest | None = None
     retry_failed: bool = False
-    n_rows_per_shard: int = N_ROWS_PER_SHARD
+    n_rows_per_shard: int | None = None
     wait_s: float | None = None
     allow_full_disk: bool = False
 
@@ -102,6 +112,9 @@ class _Work:
     store: FeatureStore
     spec: FeatureSpec
     weights: WeightsRecord
+    rows: list[Segment | None]
+    rows_sha256: bytes
+    in_manifest: np.ndarray
     digests: np.ndarray
     wanted: np.ndarray
     hold: StoreHold | None = None
@@ -116,10 +129,13 @@ def extract_features(
     """Fills the stores of a request; resumes what is there, records failures and goes on.
 
     Raises StoreBusyError when another run writes one of the stores, StoreReadOnlyError and StoreFullError when there is
-    work to do and no right or no room to write it, SpecError when nothing is asked for.
+    work to do and no right or no room to write it, SpecError when nothing is asked for or the cluster can't have it,
+    ClusterError when workers can't be had or the scheduler goes.
     """
     if not request.encoders or not len(request.manifest):
         raise SpecError("nothing to extract: no encoder, or a manifest without segments")
+    if request.cluster is not None:
+        request = _share_request(request)
     segments = {segment.segment_id: segment for segment in request.manifest}
     survey = MediaSurvey(request.media_root, request.card.media)
     with ExitStack() as held:
@@ -137,17 +153,31 @@ def extract_features(
             works.append(work)
         if not request.allow_full_disk:
             check_space([(work.store.path, count_needed_bytes(work.store, work.wanted)) for work in works])
-        n_rows = max(int(work.wanted.sum()) for work in works)
-        progress.start("extracting", n_rows)
-        started = time.perf_counter()
-        if n_rows:
-            _run_works(request, works, segments, progress.advance)
-        duration_s = time.perf_counter() - started
-        summaries = tuple(_summarise(work, segments) for work in works)
+        jobs = _plan_jobs(request, works)
+        duration_s = 0.0
+        if any(tasks for _, tasks in jobs):
+            duration_s = _run_jobs(request, jobs, works, progress)
+        summaries = tuple(_summarise(work) for work in works)
         for work in works:
             if work.n_computed:
                 append_run(work.store.path, _describe_run(request, work, duration_s))
     return ExtractionSummary(summaries, duration_s)
+
+
+def _share_request(request: ExtractionRequest) -> ExtractionRequest:
+    """Makes a request that means the same to a worker with another working directory."""
+    if request.backend == "hdf5":
+        raise SpecError("HDF5 is local and has a single writer; extract with --backend zarr, or without workers")
+    encoders = tuple(
+        (spec, record if record.path is None else replace(record, path=record.path.absolute()))
+        for spec, record in request.encoders
+    )
+    return replace(
+        request,
+        media_root=request.media_root.absolute(),
+        cache_dir=locate(request.cache_dir).absolute(),
+        encoders=encoders,
+    )
 
 
 def _open_work(
@@ -179,60 +209,90 @@ def _open_work(
             n_clips=count_clips_at_most(survey, list(segments.values()), spec),
             manifest_sha256=request.manifest.sha256,
             weights_source=f"{weights.ref}: {weights.source}",
-            n_rows_per_shard=request.n_rows_per_shard,
+            n_rows_per_shard=request.n_rows_per_shard or _choose_rows_per_shard(request, survey, segments.values()),
         )
     rows = [segments.get(segment_id) for segment_id in store.segment_ids]
+    rows_sha256 = hashlib.sha256(store.read_array("segment_id").tobytes()).digest()
     digests = compute_digests(rows, identities)
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
     if refusal is not None and selection.any():
         raise refusal
-    return _Work(store, spec, weights, digests, selection)
+    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection)
 
 
-def _run_works(
-    request: ExtractionRequest, works: Sequence[_Work], segments: dict[str, Segment], notify: Callable[[int], None]
-) -> None:
-    """Runs the stores together whose rows are the same, so that they share each decode."""
-    alike: dict[tuple[object, ...], list[_Work]] = {}
+def _choose_rows_per_shard(request: ExtractionRequest, survey: MediaSurvey, segments: Collection[Segment]) -> int:
+    """Chooses the rows a shard of a new store: those of the run's other stores, so that they share each decode.
+
+    Where there is none yet, what the largest of them wants; on a CPU at most MAX_ROWS_PER_SHARD_ON_CPU.
+    """
+    from extract.inference import resolve_device  # brings torch
+
+    wanted = 1
+    for spec, _ in request.encoders:
+        path = name_store(request.cache_dir, request.card.name, spec, request.backend)
+        if has_store(path):
+            return open_store(path).layout.n_rows_per_shard
+        wanted = max(wanted, plan_rows_per_shard(spec, len(segments), count_clips_at_most(survey, segments, spec)))
+    on_cpu = resolve_device(request.options.device).type == "cpu"
+    return min(wanted, MAX_ROWS_PER_SHARD_ON_CPU) if on_cpu else wanted
+
+
+def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
+    """Joins the stores whose rows are the same, so that they share each decode."""
+    alike: dict[tuple[int, bytes], list[_Work]] = {}
     for work in works:
-        alike.setdefault((work.store.layout.n_rows_per_shard, *work.store.segment_ids), []).append(work)
+        alike.setdefault((work.store.layout.n_rows_per_shard, work.rows_sha256), []).append(work)
+    jobs = []
     for group in alike.values():
-        tasks = plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)
-        by_path = {work.store.path: work for work in group}
         plan = ExtractionPlan(
             media_root=request.media_root,
             media_layout=request.card.media,
             targets={w.store.path: StoreTarget(w.store.path, w.spec, w.weights) for w in group},
             options=request.options,
         )
-        stores = {work.store.path: work.store for work in group}
-        rows = [segments.get(segment_id) for segment_id in group[0].store.segment_ids]
-        process = partial(_process_and_count, plan, rows, stores, by_path, notify)
-        holds = {work.store.path: work.hold for work in group if work.hold is not None}
-        run_in_process(process, tasks, stores, holds)
+        job = ExtractionJob(
+            plan=plan,
+            rows=group[0].rows,
+            digests={work.store.path: work.digests for work in group},
+            stores={work.store.path: work.store for work in group},
+            n_threads=None if request.cluster is None else count_threads_per_worker(request.cluster),
+        )
+        jobs.append((job, plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)))
+    return jobs
 
 
-def _process_and_count(
-    plan: ExtractionPlan,
-    rows: Sequence[Segment | None],
-    stores: Mapping[str, FeatureStore],
-    works: Mapping[str, _Work],
-    notify: Callable[[int], None],
-    task: ShardTask,
-) -> ShardReport:
-    from extract.shard import process_shard  # brings torch, which a run with nothing to do needn't wait for
+def _run_jobs(
+    request: ExtractionRequest,
+    jobs: Sequence[tuple[ExtractionJob, Sequence[ShardTask]]],
+    works: Sequence[_Work],
+    progress: ExtractionProgress,
+) -> float:
+    """Runs all shards, here or on the request's cluster, and gives the seconds it took, without the cluster's start."""
+    by_path = {work.store.path: work for work in works}
 
-    of_shard = slice(task.shard.start_row, task.shard.stop_row)
-    work = ShardWork(task, tuple(rows[of_shard]), {path: works[path].digests[of_shard] for path in task.store_paths})
-    report = process_shard(plan, work, stores, notify)
-    for path in task.store_paths:
-        works[path].n_computed += task.shard.n_rows
-    return report
+    def count(report: ShardReport) -> None:
+        for path in report.indices:
+            by_path[path].n_computed += report.task.shard.n_rows
+
+    with ExitStack() as held:
+        client = None
+        if request.cluster is not None:
+            progress.start("starting workers", request.cluster.n_workers)
+            client = held.enter_context(connect_cluster(request.cluster))
+        progress.start("extracting", sum(task.shard.n_rows for _, tasks in jobs for task in tasks))
+        started = time.perf_counter()
+        holds = {work.store.path: work.hold for work in works if work.hold is not None}
+        for job, tasks in jobs:
+            if client is None:
+                run_in_process(partial(job.compute, notify=progress.advance), tasks, job.stores, count, holds)
+            else:
+                run_with_dask(client, job, tasks, job.stores, progress.advance, count, holds)
+        return time.perf_counter() - started
 
 
-def _summarise(work: _Work, segments: dict[str, Segment]) -> StoreSummary:
-    in_manifest = np.asarray([segment_id in segments for segment_id in work.store.segment_ids])
+def _summarise(work: _Work) -> StoreSummary:
+    in_manifest = work.in_manifest
     state = work.store.read_array("state")[in_manifest]
     silent = 0
     if work.spec.audio is not None:
@@ -246,7 +306,11 @@ def _summarise(work: _Work, segments: dict[str, Segment]) -> StoreSummary:
         n_pending=int((state == 0).sum()),
         n_silent=silent,
         n_computed=work.n_computed,
-        failures=tuple(failures[s] for s in work.store.segment_ids if s in failures and s in segments),
+        failures=tuple(
+            failures[segment.segment_id]
+            for segment in compress(work.rows, work.in_manifest & (work.store.read_array("state") == FAILED))
+            if segment is not None and segment.segment_id in failures
+        ),
     )
 
 
@@ -256,6 +320,7 @@ def _describe_run(request: ExtractionRequest, work: _Work, duration_s: float) ->
         "manifest_sha256": request.manifest.sha256,
         "media_root": str(request.media_root),
         "device": request.options.device,
+        "workers": describe_cluster(request.cluster),
         "n_rows": work.n_computed,
         "duration_s": round(duration_s, 3),
         "versions": describe_versions(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def find_modality(spec: FeatureSpec) -> Modality:
 
 
 def identify_segments(
-    survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec, notify: Callable[[], None] = lambda: None
+    survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec, notify: Callable[[], None] = lambda: None
 ) -> dict[str, str]:
     """Maps each segment's id to the identity of what its row is made from."""
     identities = {}
@@ -86,7 +86,7 @@ def identify_sources(identify: Callable[[Segment, Modality], str], segment: Segm
     return identity
 
 
-def count_clips_at_most(survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec) -> int:
+def count_clips_at_most(survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec) -> int:
     """Gives the length of a store's clip axis."""
     if spec.audio is not None and spec.audio.span == "segment":
         return 1

@@ -83,3 +83,7 @@ class StoreFullError(StoreError):
 
 class LeaseLostError(StoreError):
     """Another process has taken over a store while this one was out of reach; this one must not write any more."""
+
+
+class ClusterError(EchoshiftError):
+    """Workers can't be started or reached, don't see the same files or versions, or the scheduler is gone."""

@@ -71,16 +71,26 @@ def commit_report(
         store.commit_shard(shard, index)
 
 
+def begin_task(
+    stores: Mapping[str, FeatureStore], task: ShardTask, holds: Mapping[str, StoreHold] | None = None
+) -> None:
+    """Sets the rows of a task to pending in every store it is for, so that a run killed inside it redoes them all."""
+    for path in task.store_paths:
+        if holds is not None:
+            holds[path].check()
+        stores[path].begin_shard(task.shard)
+
+
 def run_in_process(
     process: Callable[[ShardTask], ShardReport],
     tasks: Iterable[ShardTask],
     stores: Mapping[str, FeatureStore],
+    committed: Callable[[ShardReport], None] = lambda report: None,
     holds: Mapping[str, StoreHold] | None = None,
 ) -> None:
     """Runs tasks one after the other in this process, each committed before the next begins."""
     for task in tasks:
-        for path in task.store_paths:
-            if holds is not None:
-                holds[path].check()
-            stores[path].begin_shard(task.shard)
-        commit_report(stores, process(task), holds)
+        begin_task(stores, task, holds)
+        report = process(task)
+        commit_report(stores, report, holds)
+        committed(report)

@@ -52,6 +52,7 @@ def main() -> None:
         show_usage(error)
         sys.exit(EXIT_ERROR)
     except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:  # newer typers turn the interrupt into this code by themselves, and say nothing
         print("interrupted; what is committed is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
     sys.exit(code)

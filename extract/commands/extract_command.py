@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.run_options import RunOptions
 from pipeline.cards import MANIFESTS_DIR
-from pipeline.store.layout import N_ROWS_PER_SHARD
 
 if TYPE_CHECKING:
     from extract.extraction import ExtractionSummary
@@ -77,9 +77,35 @@ def extract(
         DecoderName, typer.Option(help="pyav is exact; decord returns wrong frames on some files.")
     ] = DecoderName.pyav,
     rows_per_shard: Annotated[
-        int, typer.Option(help="Rows committed at a time, the most a kill can cost; counts for a new store.", min=1)
-    ] = N_ROWS_PER_SHARD,
+        int | None,
+        typer.Option(
+            help="Rows committed at a time, the most a kill can cost; counts for a new store; default: by bytes.", min=1
+        ),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed segments again.")] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="Clips through a network at once; default: 1 on a CPU, 16 on a GPU.", min=1)
+    ] = None,
+    readers: Annotated[
+        int | None, typer.Option(help="Threads that read media; default: the device's own number.", min=1)
+    ] = None,
+    segment_timeout: Annotated[
+        float, typer.Option(help="Seconds that a decoder may hang before its segment fails.", min=1)
+    ] = RunOptions().segment_timeout_s,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Worker processes, each with a GPU or a share of the cores; jobs under --slurm.", min=1),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler: its address or its scheduler file.")
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Start --workers jobs under SLURM (needs the extra `slurm`).")
+    ] = False,
+    slurm_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for dask_jobqueue.SLURMCluster, such as memory=32GB, over Dask's own settings."),
+    ] = None,
     wait: Annotated[
         float | None,
         typer.Option(
@@ -91,15 +117,16 @@ def extract(
     ] = False,
 ) -> None:
     """Extract features into stores; resumes, skips what is done, ends with 3 if any segment failed."""
+    from extract.commands.cluster_options import end_on_sigterm, plan_cluster
     from extract.commands.terminal import show_progress
     from extract.extraction import ExtractionRequest, extract_features
     from extract.feature_specs import StoreOptions, make_feature_spec
-    from extract.run_options import RunOptions
     from extract.weights.resolve import default_weights, resolve_weights
     from pipeline.cards import read_dataset_card
     from pipeline.errors import SpecError
     from pipeline.manifest_csv import read_manifest
 
+    cluster = plan_cluster(workers, scheduler, slurm=slurm, slurm_options=slurm_option or [], device=device)
     card = read_dataset_card(dataset, manifests)
     names = encoders.split() or list(card.encoders)
     if not names:
@@ -124,13 +151,14 @@ def extract(
         cache_dir=cache,
         backend=backend.value,
         encoders=tuple(specs),
-        options=RunOptions(device=device),
+        options=RunOptions(device, batch, readers, segment_timeout),
+        cluster=cluster,
         retry_failed=retry_failed,
         n_rows_per_shard=rows_per_shard,
         wait_s=wait,
         allow_full_disk=allow_full_disk,
     )
-    with show_progress("segments") as progress:
+    with end_on_sigterm(), show_progress("segments") as progress:
         summary = extract_features(request, progress, lambda message: typer.echo(message, err=True))
     print_summary(summary)
     if summary.n_failed:

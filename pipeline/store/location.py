@@ -73,6 +73,10 @@ class Location:
         """Gives the folder, or the prefix, that this lies in."""
         return Location(self.text.rpartition("/")[0]) if self.is_remote else Location(str(Path(self.text).parent))
 
+    def absolute(self) -> Location:
+        """Gives the same place for a process with another working directory."""
+        return self if self.is_remote else Location(str(Path(self.text).absolute()))
+
     def beside(self, ending: str) -> Location:
         """Gives the file beside a store whose name is the store's and an ending."""
         return Location(f"{self.text}{ending}")

@@ -15,7 +15,7 @@ from pipeline.store.attributes import make_attributes, parse_attributes, unpack_
 from pipeline.store.faults import telling_faults
 from pipeline.store.holding import hold_store
 from pipeline.store.interface import Backend, FeatureStore
-from pipeline.store.layout import N_ROWS_PER_SHARD, StoreLayout, measure_id_bytes
+from pipeline.store.layout import StoreLayout, measure_id_bytes
 from pipeline.store.location import STORAGE_OPTIONS, Location, Place, locate
 from pipeline.store.space import check_space, plan_store_bytes
 
@@ -90,7 +90,7 @@ def create_store(
     n_clips: int,
     manifest_sha256: str,
     weights_source: str,
-    n_rows_per_shard: int = N_ROWS_PER_SHARD,
+    n_rows_per_shard: int,
 ) -> FeatureStore:
     """Creates an empty store so that a half-made one is never seen.
 

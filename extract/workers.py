@@ -1,0 +1,141 @@
+"""Is what runs on a Dask worker: checks once a run that the worker sees what the driver sees, then computes shards."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extract.encoders.registry import find_encoder
+from extract.extraction_plan import ExtractionPlan, ShardWork
+from extract.media_survey import MediaSurvey, identify_segments
+from pipeline.errors import ClusterError, EchoshiftError
+from pipeline.execution import ShardReport
+from pipeline.rows import compute_digests
+from pipeline.store.attributes import describe_versions
+from pipeline.store.interface import FeatureStore
+from pipeline.store.opening import open_store
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+TELL_EVERY_S = 1.0
+# Of 0 to 1000; the kernel, when memory runs out, kills what has the highest first: a worker, and not the driver.
+OOM_SCORE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class RunTicket:
+    """Is what a worker must know of a run to trust itself with it.
+
+    Attributes:
+        topic: names the run; rows read are told under it.
+        n_threads: of torch, None for as many as the worker was started with.
+        versions: of the driver's packages.
+    """
+
+    topic: str
+    n_threads: int | None
+    versions: tuple[tuple[str, str], ...]
+
+
+def make_ticket(topic: str, n_threads: int | None) -> RunTicket:
+    """Makes the ticket of a run from the packages of this process."""
+    return RunTicket(topic, n_threads, tuple(sorted(describe_versions().items())))
+
+
+def compute_shard_on_worker(ticket: RunTicket, plan: ExtractionPlan, work: ShardWork) -> ShardReport:
+    """Computes a shard inside a Dask worker; raises ClusterError where the worker isn't fit for the run."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    stores = {path: _open_store(ticket, path, worker.address) for path in work.task.store_paths}
+    _check_run(ticket, worker)
+    _check_files(ticket, plan, work, worker.address)
+    from extract.shard import process_shard  # brings torch
+
+    if ticket.n_threads is not None:
+        import torch
+
+        torch.set_num_threads(ticket.n_threads)
+    n_read, told = 0, time.monotonic()
+
+    def tell(n_rows: int) -> None:
+        nonlocal n_read, told
+        n_read += n_rows
+        if time.monotonic() - told >= TELL_EVERY_S:
+            told = time.monotonic()
+            worker.log_event(ticket.topic, (work.task.shard.index, n_read))
+
+    return process_shard(plan, work, stores, tell)
+
+
+@lru_cache(maxsize=16)
+def _open_store(ticket: RunTicket, path: str, address: str) -> FeatureStore:
+    """Opens a store once a run."""
+    try:
+        return open_store(path)
+    except (EchoshiftError, OSError) as error:
+        raise ClusterError(
+            f"the worker {address} can't open the store {path}: {error}; mount the cache at the same place everywhere"
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _check_run(ticket: RunTicket, worker: Worker) -> None:
+    """Checks threads and package versions, and offers this process to the kernel before the driver, once a run."""
+    if worker.state.nthreads != 1:
+        raise ClusterError(
+            f"the worker {worker.address} has {worker.state.nthreads} threads and would compute as many shards at "
+            f"once; start it with --nthreads 1 (networks take their threads from OMP_NUM_THREADS)"
+        )
+    here = describe_versions()
+    # torch's builds, such as +cpu and +cu130, differ where driver and worker have other hardware.
+    differing = [
+        f"{name} {here.get(name)} (driver: {wanted})"
+        for name, wanted in ticket.versions
+        if (here.get(name) or "").partition("+")[0] != wanted.partition("+")[0]
+    ]
+    if differing:
+        raise ClusterError(
+            f"the worker {worker.address} has other packages than the driver: {', '.join(differing)}; install the same"
+        )
+    if sys.platform == "linux":
+        with suppress(OSError):  # a container may forbid it; then the kernel chooses by size
+            Path(f"/proc/{os.getpid()}/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+_checked: set[tuple[str, str]] = set()
+
+
+def _check_files(ticket: RunTicket, plan: ExtractionPlan, work: ShardWork, address: str) -> None:
+    """Checks encoders, weights and media, once a run: a missing mount must not become a ledger full of failures."""
+    row = next(i for i, segment in enumerate(work.segments) if segment is not None)
+    segment = work.segments[row]
+    assert segment is not None, "a shard has something to do"
+    for path in work.task.store_paths:
+        if (ticket.topic, path) in _checked:
+            continue
+        spec, weights = plan.targets[path].spec, plan.targets[path].weights
+        revision = find_encoder(spec.encoder).revision
+        if revision != spec.revision:
+            raise ClusterError(
+                f"the worker {address} has revision {revision} of {spec.encoder}, the driver {spec.revision}; install "
+                f"the same echoshift"
+            )
+        if weights.path is not None and not weights.path.is_file():
+            raise ClusterError(f"the worker {address} finds no weights at {weights.path}; put the same file there")
+        if not plan.media_root.is_dir():
+            raise ClusterError(f"the worker {address} finds no media folder {plan.media_root}; mount it there")
+        identities = identify_segments(MediaSurvey(plan.media_root, plan.media_layout), [segment], spec)
+        if (compute_digests([segment], identities)[0] != work.digests[path][row]).any():
+            raise ClusterError(
+                f"the worker {address} sees another {segment.video_id} below {plan.media_root} than the driver saw; "
+                f"mount the same folder there, or, if the file was replaced meanwhile, give the command again"
+            )
+        _checked.add((ticket.topic, path))

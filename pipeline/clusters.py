@@ -1,0 +1,209 @@
+"""Starts, joins and ends the workers of a run: processes here, a running Dask scheduler, or jobs under SLURM."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ClusterError
+
+if TYPE_CHECKING:
+    from distributed import Client
+    from distributed.deploy.spec import SpecCluster
+
+CONNECT_TIMEOUT_S = 10
+FIRST_WORKER_TIMEOUT_S = 60
+# A shard that is being computed when its worker dies goes to another; when that dies too it is set aside.
+N_DEATHS_ALLOWED = 1
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRequest:
+    """Is who computes a run's shards.
+
+    Attributes:
+        kind: `local` processes of this machine; `scheduler`, which runs already; `slurm` jobs.
+        n_workers: how many to start; none are started under `scheduler`.
+        address: of the scheduler, such as tcp://host:8786, or its scheduler file.
+        gpus: local workers take these in turn, each one: entries for CUDA_VISIBLE_DEVICES; empty: none is given out.
+        slurm_options: for dask_jobqueue.SLURMCluster, over Dask's own configuration (`jobqueue.slurm`).
+    """
+
+    kind: Literal["local", "scheduler", "slurm"]
+    n_workers: int = 1
+    address: str = ""
+    gpus: tuple[str, ...] = ()
+    slurm_options: Mapping[str, object] = field(default_factory=dict)
+
+
+@contextmanager
+def connect_cluster(request: ClusterRequest) -> Iterator[Client]:
+    """Gives a client with at least one worker; whatever this starts has ended when the block ends, however it ends.
+
+    Raises ClusterError when a package is missing, or no scheduler or worker answers.
+    """
+    import dask
+
+    settings: dict[str, object] = {
+        "distributed.scheduler.allowed-failures": N_DEATHS_ALLOWED,
+        "distributed.comm.timeouts.connect": f"{CONNECT_TIMEOUT_S}s",
+        # Features go to the store and not through Dask, so spilling and pausing have nothing to gain: they would only
+        # stall a worker whose networks fill its memory.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+    }
+    if request.kind == "local":
+        n_threads = str(count_threads_per_worker(request))
+        settings |= {f"distributed.nanny.pre-spawn-environ.{name}": n_threads for name in THREAD_VARIABLES}
+    with ExitStack() as held:
+        held.enter_context(dask.config.set(settings))
+        from distributed import Client
+
+        held.enter_context(_quiet_logs())
+
+        if request.kind == "scheduler":
+            client = held.enter_context(_join_scheduler(request.address))
+        else:
+            start = _start_local if request.kind == "local" else _start_slurm
+            client = held.enter_context(Client(held.enter_context(start(request)), set_as_default=False))
+        timeout_s = None if request.kind == "slurm" else FIRST_WORKER_TIMEOUT_S  # a queue may take hours
+        try:
+            client.wait_for_workers(1, timeout=timeout_s)
+        except TimeoutError as error:
+            place = request.address or "of this run"
+            raise ClusterError(
+                f"the scheduler {place} has had no worker for {timeout_s} s; start some with "
+                f"`dask worker ADDRESS --nthreads 1`"
+            ) from error
+        yield client
+
+
+def count_threads_per_worker(request: ClusterRequest) -> int | None:
+    """Gives how many threads a worker's networks may use; None: what the worker was started with."""
+    from dask.system import CPU_COUNT
+
+    return max(1, CPU_COUNT // request.n_workers) if request.kind == "local" else None
+
+
+def describe_cluster(request: ClusterRequest | None) -> str:
+    """Says in a few words who computes, for a store's history."""
+    if request is None:
+        return "in process"
+    return f"scheduler {request.address}" if request.kind == "scheduler" else f"{request.n_workers} {request.kind}"
+
+
+def read_scheduler_address(address: str) -> dict[str, str]:
+    """Turns what --scheduler says into the client's argument: an address, or the path of a scheduler file."""
+    if Path(address).is_file():
+        return {"scheduler_file": address}
+    if address.endswith(".json"):
+        raise ClusterError(f"no scheduler file {address}; `dask scheduler --scheduler-file {address}` writes it")
+    return {"address": address}
+
+
+@contextmanager
+def _join_scheduler(address: str) -> Iterator[Client]:
+    from distributed import Client
+
+    try:
+        client = Client(**read_scheduler_address(address), timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"no Dask scheduler answers at {address}: {error}; is `dask scheduler` running?") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that needn't be the same
+            client.get_versions(check=True)
+    except ValueError as error:
+        client.close(timeout=2)
+        lines = " ".join(str(error).split())
+        raise ClusterError(f"the scheduler {address} and its workers have other packages than here: {lines}") from error
+    try:
+        yield client
+    finally:
+        client.close(timeout=2)
+
+
+@contextmanager
+def _start_local(request: ClusterRequest) -> Iterator[SpecCluster]:
+    """Starts worker processes, each with a nanny in this process that starts it again when it dies.
+
+    A worker ends by itself when this process does, whichever way: it watches a pipe that we hold.
+    """
+    from distributed import Nanny, Scheduler
+    from distributed.deploy.spec import SpecCluster
+    from distributed.system import MEMORY_LIMIT
+
+    def describe_worker(i: int) -> dict[str, object]:
+        options: dict[str, object] = {
+            "nthreads": 1,
+            "host": "127.0.0.1",
+            # Not a share: the most that a shard needs is known to nobody, and one alone may have all there is.
+            "memory_limit": MEMORY_LIMIT,
+            "dashboard": False,
+            "silence_logs": logging.CRITICAL,
+        }
+        if request.gpus:
+            options["env"] = {"CUDA_VISIBLE_DEVICES": request.gpus[i % len(request.gpus)]}
+        return {"cls": Nanny, "options": options}
+
+    # A terminal's Ctrl-C reaches every process; ending the workers is this process' business alone. Dask's threads, and
+    # the processes that they start, now and later, inherit that SIGINT is blocked; this thread takes it again.
+    resource_tracker.ensure_running()  # multiprocessing unblocks SIGINT where it starts this one, so not there
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        cluster = SpecCluster(
+            workers={i: describe_worker(i) for i in range(request.n_workers)},
+            scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}},
+            silence_logs=logging.CRITICAL,
+            name="echoshift",
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with cluster:
+        yield cluster
+
+
+@contextmanager
+def _start_slurm(request: ClusterRequest) -> Iterator[SpecCluster]:
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as error:
+        raise ClusterError("--slurm needs dask-jobqueue; install it: pip install 'echoshift[slurm]'") from error
+    options: dict[str, Any] = dict(request.slurm_options)
+    given = options.pop("worker_extra_args", [])
+    # One shard at a time a worker: it uses a job's cores by itself. The last of two --nthreads counts.
+    extra = [*(given if isinstance(given, Sequence) and not isinstance(given, str) else [given]), "--nthreads", "1"]
+    try:
+        cluster = SLURMCluster(worker_extra_args=extra, **options)
+    except (ValueError, TypeError) as error:
+        raise ClusterError(
+            f"SLURM: {' '.join(str(error).split())}; set jobqueue.slurm in ~/.config/dask/jobqueue.yaml, or give "
+            f"--slurm-option cores=8 --slurm-option memory=32GB and the like"
+        ) from error
+    with cluster:
+        cluster.scale(n=request.n_workers)
+        yield cluster
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keeps what distributed and tornado log off the terminal: what matters reaches the user as a line of ours."""
+    roots = ("distributed", "tornado", "asyncio")
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(roots)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,339 @@
+"""Kills workers, schedulers and drivers of real runs, and interrupts them: stores verify, no process is left over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+
+from pipeline.cards import DatasetCard, write_card
+from pipeline.manifest_csv import write_manifest
+from pipeline.segments import Segment
+from pipeline.store.layout import DONE, FAILED, PENDING
+from pipeline.store.ledger import read_failures
+from pipeline.store.opening import list_stores, open_store
+from pipeline.store.verifying import verify_store
+
+CARD = DatasetCard(
+    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
+)
+N_VIDEOS, N_EACH, N_ROWS_PER_SHARD = 3, 28, 4
+N_ROWS = N_VIDEOS * N_EACH
+COMMAND = "from train.cli import main; main()"
+INTERRUPTED = "interrupted; what is committed is kept, the same command goes on from there"
+
+# Kills the worker that is given rows 8 to 12, as the kernel does when memory runs out; workers import this by its name.
+DEADLY = """
+import os, signal
+import extract.shard_jobs, extract.workers
+from pathlib import Path
+
+def compute(ticket, plan, work):
+    if work.task.shard.index == 2:
+        with Path(os.environ["DEATHS"]).open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return extract.workers.compute_shard_on_worker(ticket, plan, work)
+
+extract.shard_jobs.compute_shard_on_worker = compute
+"""
+
+
+def write_video(path: Path, seed: int) -> None:
+    """Writes 3 s of moving noise at 15 Hz, 96 x 72."""
+    base = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=15, options={"threads": "1"})
+        video.width, video.height, video.pix_fmt = 96, 72, "yuv420p"
+        for i in range(45):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.roll(base, 2 * i, axis=1), format="rgb24")))
+        container.mux(video.encode(None))
+
+
+@dataclass
+class Run:
+    """Is one `echoshift extract` under way, in a process group of its own."""
+
+    process: subprocess.Popen[str]
+    cache: Path
+
+    def count(self, state: int = DONE) -> int:
+        return sum(int((open_store(path).read_array("state") == state).sum()) for path in list_stores(self.cache))
+
+    def wait_for_rows(self, n_rows: int) -> None:
+        """Waits until so many rows are done, while the run goes on."""
+        deadline = time.monotonic() + 60
+        while self.count() < n_rows:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        return [child for child in self.children() if "spawn_main" in " ".join(child.cmdline())]
+
+    def finish(self) -> tuple[int, str]:
+        """Waits for the end; gives exit code and what was said as errors."""
+        _, errors = self.process.communicate(timeout=120)
+        lines = [line for line in errors.splitlines(keepends=True) if not line.startswith(("extracting: ", "looking "))]
+        return self.process.returncode, "".join(lines).lstrip()
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes videos, card and manifest once, and the features of an unbroken run in one process."""
+    root = tmp_path_factory.mktemp("engine")
+    for i in range(N_VIDEOS):
+        write_video(root / f"media/v{i}.mp4", i)
+    segments = [
+        Segment(f"v{i}-{j:02}", f"v{i}", 0.04 * j, 0.04 * j + 1.1, ("a",), "d", "train")
+        for i in range(N_VIDEOS)
+        for j in range(N_EACH)
+    ]
+    write_card(root / "tiny.toml", CARD)
+    write_manifest(root / "tiny.csv", segments)
+    assert start_run(root, root / "unbroken").finish()[0] == 0
+    return root
+
+
+def start_run(root: Path, cache: Path, *options: str, code: str = COMMAND, **environment: str) -> Run:
+    arguments = ["extract", "tiny", "--media", str(root / "media"), "--cache", str(cache), "--manifests", str(root)]
+    arguments += ["--encoders", "slowfast_demo", "--device", "cpu", "--set", "clip.n_clips=1"]
+    arguments += ["--rows-per-shard", str(N_ROWS_PER_SHARD), *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+    return Run(process, cache)
+
+
+@pytest.fixture
+def start(media: Path, tmp_path: Path) -> Iterator[Start]:
+    """Starts runs into a cache of the test's own, and ends what the test leaves behind."""
+    runs = []
+
+    def start(*options: str, code: str = COMMAND, **environment: str) -> Run:
+        runs.append(start_run(media, tmp_path / "cache", *options, code=code, **environment))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.process.poll() is None:
+            for process in [*run.children(), run.process]:
+                process.kill()
+            run.process.communicate()
+
+
+def assert_whole(media: Path, cache: Path) -> None:
+    """Checks that a cache verifies and holds the bytes of the unbroken run."""
+    (expected_path,) = list_stores(media / "unbroken")
+    (path,) = list_stores(cache)
+    expected, store = open_store(expected_path), open_store(path)
+    assert verify_store(store) == []
+    for name in ("outputs/pooled", "times", "frames", "n_valid", "digest", "state", "segment_id"):
+        assert store.read_array(name).tobytes() == expected.read_array(name).tobytes(), name
+
+
+def assert_all_gone(processes: list[psutil.Process], timeout_s: float = 15) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    assert alive == []
+
+
+def verify_all(cache: Path) -> list[object]:
+    return [fault for path in list_stores(cache) for fault in verify_store(open_store(path))]
+
+
+def test_a_killed_worker_costs_nothing_but_time(media: Path, start: Start) -> None:
+    run = start("--workers", "2")
+    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
+    children = run.children()
+    run.workers()[0].kill()
+    assert run.finish() == (0, "")
+    assert_whole(media, run.cache)
+    assert_all_gone(children)
+
+
+def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(
+    media: Path, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    run = start(
+        *("--workers", "2"),
+        code=f"import deadly; {COMMAND}",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+        DEATHS=str(tmp_path / "deaths"),
+    )
+    code, errors = run.finish()
+    assert code == 3, errors
+    assert "tried again, one at a time" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "deaths").read_text() == "xxxx", "twice among others, twice alone"
+    (path,) = list_stores(run.cache)
+    store = open_store(path)
+    assert np.flatnonzero(store.read_array("state") == FAILED).tolist() == [8, 9, 10, 11]
+    assert run.count() == N_ROWS - 4
+    failures = read_failures(path)
+    assert sorted(failures) == [f"v0-{j:02}" for j in range(8, 12)]
+    assert {(f.exception, f.retryable) for f in failures.values()} == {("WorkerDied", True)}
+    assert all("--retry-failed" in f.reason and "rows 8 to 12" in f.reason for f in failures.values())
+    assert verify_store(store) == []
+    assert start("--retry-failed").finish()[0] == 0
+    assert_whole(media, run.cache)
+    assert read_failures(path) == {}
+
+
+def test_ctrl_c_with_workers_leaves_no_process_behind(start: Start) -> None:
+    run = start("--workers", "2")
+    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
+    children = run.children()
+    os.killpg(run.process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the workers too
+    code, errors = run.finish()
+    assert (code, errors.strip()) == (130, INTERRUPTED)
+    assert_all_gone(children)
+    assert run.count() >= 2 * N_ROWS_PER_SHARD
+    assert verify_all(run.cache) == []
+
+
+def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_same_bytes(
+    media: Path, start: Start
+) -> None:
+    run = start("--workers", "2")
+    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
+    children = run.children()
+    assert len(run.workers()) == 2
+    run.process.kill()
+    run.process.communicate()
+    assert_all_gone(children)
+    assert verify_all(run.cache) == []
+    n_before = run.count()
+    assert n_before < N_ROWS
+    assert start().finish() == (0, "")
+    assert_whole(media, run.cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "signal_number"), [((), "SIGINT"), (("--workers", "2"), "SIGTERM")])
+def test_interrupts_end_in_one_line(start: Start, options: tuple[str, ...], signal_number: str) -> None:
+    run = start(*options)
+    run.wait_for_rows(N_ROWS_PER_SHARD)
+    children = run.children()
+    run.process.send_signal(getattr(signal, signal_number))
+    code, errors = run.finish()
+    assert (code, errors.strip()) == (130, INTERRUPTED)
+    assert_all_gone(children)
+    assert verify_all(run.cache) == []
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Starts a Dask scheduler with two workers, as people do on several machines."""
+    file = tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-m", "dask"]
+    processes = [
+        subprocess.Popen([*dask, "scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)], **quiet)
+    ]
+    while not file.exists():
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    processes += [
+        subprocess.Popen(
+            [*dask, "worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard"], **quiet
+        )
+        for _ in range(2)
+    ]
+    yield str(file), processes[0]
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_scheduler_ends_the_run_in_one_line(
+    media: Path, start: Start, scheduler: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    run = start("--scheduler", scheduler[0])
+    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
+    scheduler[1].kill()
+    code, errors = run.finish()
+    assert code == 2, errors
+    assert errors.startswith("error: the Dask scheduler is gone")
+    assert errors.count("\n") == 1, errors
+    assert verify_all(run.cache) == []
+    n_before = run.count()
+    assert 2 * N_ROWS_PER_SHARD <= n_before < N_ROWS
+    assert start().finish() == (0, "")
+    assert run.count(PENDING) == 0
+    assert_whole(media, run.cache)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
+    media: Path, start: Start, scheduler: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    run = start("--scheduler", scheduler[0])
+    assert run.finish() == (0, "")
+    assert_whole(media, run.cache)
+    assert scheduler[1].poll() is None
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_see_the_store_are_one_error(media: Path, start: Start, tmp_path: Path) -> None:
+    blind = "import pipeline.store.opening as o, deadly2"
+    (tmp_path / "deadly2.py").write_text(
+        "import multiprocessing, extract.workers\nfrom pipeline.errors import StoreError\n"
+        "def refuse(path):\n    raise StoreError(f'no feature store at {path}')\n"
+        "def compute(ticket, plan, work):\n    extract.workers.open_store = refuse\n"
+        "    return extract.workers.compute_shard_on_worker(ticket, plan, work)\n"
+        "import extract.shard_jobs\nextract.shard_jobs.compute_shard_on_worker = compute\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    code, errors = start("--workers", "2", code=f"{blind}; {COMMAND}", PYTHONPATH=path).finish()
+    assert code == 2
+    assert "can't open the store" in errors and "mount the cache" in errors
+    assert errors.count("\n") == 1, errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--workers", "2", "--backend", "hdf5"), "HDF5 is local and has a single writer"),
+        (("--scheduler", "nowhere.json"), "no scheduler file nowhere.json"),
+        (("--scheduler", "x", "--workers", "2"), "--scheduler uses the workers that are there"),
+        (("--slurm",), "--slurm needs --workers"),
+        (("--slurm-option", "cores=2"), "--slurm-option goes with --slurm"),
+    ],
+)
+def test_impossible_options_are_one_error(
+    media: Path, tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.cli import app
+
+    arguments = ["extract", "tiny", "--media", str(media / "media"), "--manifests", str(media), "--device", "cpu"]
+    from pipeline.errors import EchoshiftError
+
+    with pytest.raises(EchoshiftError, match=message):
+        app(
+            [*arguments, "--cache", str(tmp_path), "--encoders", "slowfast_demo", *options],
+            standalone_mode=False,
+        )
