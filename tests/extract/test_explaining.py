@@ -37,7 +37,7 @@ def test_a_done_row_is_told_in_every_store_with_its_clips(tiny) -> None:
 
 def test_a_replaced_video_and_changed_times_are_told_apart(tiny, tiny_dataset) -> None:
     tiny.add_videos("v", "w")
-    tiny.extract()
+    tiny.extract("--set", "slowfast_demo.clip.stride=1")
     moved = tiny_dataset.make_segments(["v", "w"])
     moved[1] = replace(moved[1], start_s=0.75, stop_s=1.75)
     tiny.write_manifest(moved)
