@@ -1,71 +1,262 @@
-"""Says why a row of a store is done, stale, failed or pending."""
+"""Says why a row of a store is done, stale, failed or pending, and gathers that over the stores of a cache."""
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-
-from extract.media_survey import MediaSurvey, identify_segments
+from extract.media import locate_media
+from extract.media_survey import UNREADABLE, MediaSurvey, find_modality, identify_segments
 from pipeline.cards import read_dataset_card
-from pipeline.errors import StoreError
-from pipeline.manifest_csv import read_manifest
+from pipeline.errors import EchoshiftError, MediaError, StoreError
+from pipeline.manifest_csv import locate_manifest, read_manifest
 from pipeline.rows import NO_MEDIA, compute_digest
 from pipeline.segments import Segment
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import read_failures
-from pipeline.store.reading import index_segments
+from pipeline.store.location import Place, locate
+from pipeline.store.opening import open_store
+
+Status = Literal["done", "stale", "failed", "pending", "absent", "unknown"]
+N_CLIPS_SHOWN = 10
 
 
-def explain_segment(store: FeatureStore, segment_id: str, manifests_dir: Path, media_root: Path) -> list[str]:
-    """Explains one row in a few lines; raises StoreError when neither store nor manifest knows the segment."""
-    card = read_dataset_card(str(store.attributes["dataset"]), manifests_dir)
-    manifest = read_manifest(manifests_dir / f"{card.name}.csv", card)
-    segment = next((s for s in manifest if s.segment_id == segment_id), None)
-    row = index_segments(store).get(segment_id)
-    if row is None:
-        if segment is None:
-            raise StoreError(f"no segment {segment_id} in {store.path}, nor in the manifest of {card.name}")
-        return [f"segment {segment_id} is in the manifest but not yet in {store.path}: run `echoshift extract`"]
-    state = int(store.read_array("state", row, row + 1)[0])
-    lines = [f"segment {segment_id} is row {row} of {store.path}"]
+@dataclass(frozen=True, slots=True)
+class RowExplanation:
+    """Is what can be said of one segment in one store.
+
+    Attributes:
+        status: done and up to date; stale: made from other media or times, whether done or failed then; failed;
+            pending; absent: in the manifest, not in the store; unknown: the store can't be read.
+        row: None where the store has no such row.
+        why: the reasons, a line each.
+        start_s, stop_s: what the manifest says now; None when the segment is no longer in it.
+        times_s: start and end of each clip of a done row.
+        frames: first and last picture, or first sample and one past the last, of each clip.
+        last_run: when a run last wrote to the store (UTC), "" when that isn't known.
+    """
+
+    store: str
+    segment_id: str
+    status: Status
+    row: int | None
+    why: tuple[str, ...]
+    video_id: str = ""
+    start_s: float | None = None
+    stop_s: float | None = None
+    times_s: tuple[tuple[float, float], ...] = ()
+    frames: tuple[tuple[int, int], ...] = ()
+    last_run: str = ""
+
+
+def explain_everywhere(
+    paths: Iterable[Place], segment_id: str, manifests_dir: Path, media_root: Path | None, dataset: str = ""
+) -> list[RowExplanation]:
+    """Explains a segment in every store that has its row, or whose dataset's manifest has the segment.
+
+    `media_root` None means data/DATASET beside the manifests; `dataset` "" means all. Raises StoreError with the
+    nearest ids when none knows the segment.
+    """
+    explanations: list[RowExplanation] = []
+    known_ids: set[str] = set()
+    n_stores = 0
+    manifests: dict[str, dict[str, Segment]] = {}
+    for path in paths:
+        store = open_store(path)
+        name = str(store.attributes["dataset"])
+        if dataset and name != dataset:
+            continue
+        n_stores += 1
+        if name not in manifests:
+            manifests[name] = _read_segments(name, manifests_dir)
+        try:
+            ids = list(store.segment_ids)
+        except (StoreError, UnicodeDecodeError) as error:
+            why = f"its segment ids can't be read: {error}; run `echoshift store verify {path}`"
+            explanations.append(RowExplanation(store.path, segment_id, "unknown", None, (why,)))
+            continue
+        known_ids.update(ids, manifests[name])
+        if segment_id in manifests[name] or segment_id in ids:
+            root = media_root or manifests_dir.parent / name
+            explanations.append(explain_segment(store, segment_id, manifests[name], manifests_dir, root))
+    if not n_stores:
+        raise StoreError("there is no store to look at; give --cache or a store's path")
+    if not any(explanation.status != "unknown" for explanation in explanations) and segment_id not in known_ids:
+        near = difflib.get_close_matches(segment_id, known_ids, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise StoreError(f"no segment {segment_id} in {n_stores} stores, nor in their manifests{hint}")
+    return explanations
+
+
+def explain_segment(
+    store: FeatureStore, segment_id: str, segments: dict[str, Segment], manifests_dir: Path, media_root: Path
+) -> RowExplanation:
+    """Explains one row; `segments` are those of the dataset's manifest by id."""
+    segment = segments.get(segment_id)
+    row = next((row for row, known in enumerate(store.segment_ids) if known == segment_id), None)
+    bare = RowExplanation(store.path, segment_id, "absent", row, (), last_run=_read_last_run(store))
     if segment is not None:
-        lines.append(f"manifest: {segment.video_id}, {segment.start_s} s to {segment.stop_s} s")
+        bare = replace(bare, video_id=segment.video_id, start_s=segment.start_s, stop_s=segment.stop_s)
+    if row is None:
+        return replace(bare, why=("in the manifest but not yet in the store: run `echoshift extract`",))
+    state = int(store.read_array("state", row, row + 1)[0])
+    if state == DONE:
+        found = _describe_done(store, row, bare)
+    elif state == FAILED:
+        found = replace(bare, status="failed", why=_explain_failure(store, segment_id))
     else:
-        lines.append("manifest: the segment is no longer in it; the row stays until its shard is computed again")
-    lines += _explain_state(store, row, state, segment_id)
-    if segment is not None and state in (DONE, FAILED):
-        lines.append(_compare_digest(store, row, segment, MediaSurvey(media_root, card.media)))
+        return replace(bare, status="pending", why=_explain_pending(store, row))
+    if segment is None:
+        gone = "the segment is no longer in the manifest; the row stays until its shard is computed again"
+        return replace(found, why=(*found.why, gone))
+    if not media_root.is_dir():
+        unseen = f"whether it is up to date can't be said without the media: there is no folder {media_root}"
+        return replace(found, why=(*found.why, unseen))
+    survey = MediaSurvey(media_root, read_dataset_card(str(store.attributes["dataset"]), manifests_dir).media)
+    stale = _explain_staleness(store, row, segment, segments, survey)
+    if stale:
+        return replace(found, status="stale", why=(*found.why, *stale))
+    return replace(found, why=(*found.why, "up to date: video and times are those the row was made from"))
+
+
+def format_explanation(explanation: RowExplanation) -> list[str]:
+    """Writes an explanation as lines for people."""
+    where = f"row {explanation.row} of {explanation.store}" if explanation.row is not None else explanation.store
+    lines = [f"segment {explanation.segment_id}: {explanation.status}; {where}"]
+    if explanation.start_s is not None:
+        lines.append(f"  manifest: {explanation.video_id}, {explanation.start_s} s to {explanation.stop_s} s")
+    if explanation.times_s:
+        n = len(explanation.times_s)
+        spans = ", ".join(f"{start:.3f}-{stop:.3f} s" for start, stop in explanation.times_s[:N_CLIPS_SHOWN])
+        lines.append(f"  {n} clips: {spans}{' …' if n > N_CLIPS_SHOWN else ''}")
+    lines += [f"  {line}" for line in explanation.why]
+    if explanation.last_run:
+        lines.append(f"  a run last wrote to the store at {explanation.last_run}")
     return lines
 
 
-def _explain_state(store: FeatureStore, row: int, state: int, segment_id: str) -> list[str]:
-    if state == FAILED:
-        failure = read_failures(store.path).get(segment_id)
-        if failure is None:
-            return ["failed: the failure ledger has no line for it; run `echoshift extract --retry-failed`"]
-        retry = "a retry can help: --retry-failed" if failure.retryable else "trying again won't help"
-        return [f"failed: {failure.exception}: {failure.reason} ({retry})"]
-    if state != DONE:
-        return ["pending: not computed yet, or a run was killed while its shard was under way; run `echoshift extract`"]
+def _describe_done(store: FeatureStore, row: int, bare: RowExplanation) -> RowExplanation:
     n_valid = int(store.read_array("n_valid", row, row + 1)[0])
     times = store.read_array("times", row, row + 1)[0, :n_valid]
-    spans = ", ".join(f"{start:.3f}-{stop:.3f} s" for start, stop in times.tolist()[:10])
-    lines = [f"done: {n_valid} clips: {spans}{' …' if n_valid > 10 else ''}"]
+    frames = store.read_array("frames", row, row + 1)[0, :n_valid]
+    why: tuple[str, ...] = ()
     if store.spec.audio is not None:
         loudness = float(store.read_array("loudness_dbfs", row, row + 1)[0])
         heard = bool(store.read_array("has_audio", row, row + 1)[0])
-        lines.append(f"sound: {loudness:.1f} dBFS" if heard else "sound: none; its features are NaN")
-    return lines
+        why = (f"sound: {loudness:.1f} dBFS" if heard else "sound: none; its features are NaN",)
+    return replace(
+        bare,
+        status="done",
+        why=why,
+        times_s=tuple((start, stop) for start, stop in times.tolist()),
+        frames=tuple((first, last) for first, last in frames.tolist()),
+    )
 
 
-def _compare_digest(store: FeatureStore, row: int, segment: Segment, survey: MediaSurvey) -> str:
+def _explain_failure(store: FeatureStore, segment_id: str) -> tuple[str, ...]:
+    failure = read_failures(store.path).get(segment_id)
+    if failure is None:
+        return ("the failure ledger has no line for it; `echoshift store verify --repair` re-queues it",)
+    retry = "a retry can help: --retry-failed" if failure.retryable else "trying again won't help"
+    return (f"{failure.exception}: {failure.reason} ({retry})",)
+
+
+def _explain_pending(store: FeatureStore, row: int) -> tuple[str, ...]:
+    why = "never computed"
+    if store.read_array("digest", row, row + 1).any():
+        why = "it was computed once, and then re-queued: by --repair, or its shard is being computed anew"
+    holder = locate(store.path).beside(".holder.json").read_text()
+    if holder is not None:
+        held = f"its shard may be under way: the store is held by {holder.strip()}"
+        return (why, f"{held}, unless that process has died")
+    return (why, "no run holds the store: run `echoshift extract`")
+
+
+def _explain_staleness(
+    store: FeatureStore, row: int, segment: Segment, segments: dict[str, Segment], survey: MediaSurvey
+) -> tuple[str, ...]:
+    """Says why a row's digest isn't the expected one, () if it is; the digest alone can't tell media from times.
+
+    What proves that the times changed: the digest is that of today's video with the times the row covers; or other
+    rows of the video still match. What suggests that the video changed: no row of it matches.
+    """
     imported = store.spec.imported is not None  # then the source's content stands for the media's
     identity = store.spec.weights if imported else identify_segments(survey, [segment], store.spec)[segment.segment_id]
-    expected = np.frombuffer(compute_digest(identity, segment.start_s, segment.stop_s), dtype=np.uint8)
-    if (store.read_array("digest", row, row + 1)[0] == expected).all():
-        return "up to date: video and times are those the row was made from"
+    digest = store.read_array("digest", row, row + 1)[0].tobytes()
+    if digest == compute_digest(identity, segment.start_s, segment.stop_s):
+        return ()
+    again = "the next extract computes it anew"
     if identity == NO_MEDIA:
-        return f"stale: the row was made from media that are no longer below {survey.root}"
-    return "stale: the video's content or the segment's times have changed since; the next extract computes it anew"
+        return (f"the row was made from media that are no longer below {survey.root}",)
+    if identity == UNREADABLE:
+        return ("its media can't be read now",)
+    n_valid = int(store.read_array("n_valid", row, row + 1)[0])
+    times = store.read_array("times", row, row + 1)[0, :n_valid]
+    now = f"{segment.start_s} s to {segment.stop_s} s"
+    if n_valid:
+        was = (float(times[:, 0].min()), float(times[:, 1].max()))
+        if digest == compute_digest(identity, *was):
+            return (f"its times changed: from {was[0]} s to {was[1]} s, to {now}; {again}",)
+    matching, others = _match_siblings(store, row, segment, segments, survey)
+    covers = f"; the row covers {was[0]:.3f} s to {was[1]:.3f} s, the manifest says {now}" if n_valid else ""
+    if matching:
+        return (f"its times changed: {matching} other rows of the video still match its content{covers}; {again}",)
+    changed = _describe_change(survey, segment, store)
+    if others:
+        return (f"the video's content changed: none of its {others + 1} rows matches it any more{changed}; {again}",)
+    if n_valid and (was[0] < segment.start_s - 1e-6 or was[1] > segment.stop_s + 1e-6):
+        return (f"its times changed, and perhaps the video{covers}; {again}",)
+    return (f"the video's content changed, or the times did{changed}; {again}",)
+
+
+def _match_siblings(
+    store: FeatureStore, row: int, segment: Segment, segments: dict[str, Segment], survey: MediaSurvey
+) -> tuple[int, int]:
+    """Counts the other rows of the video that are up to date, and all of them that were ever computed."""
+    state = store.read_array("state")
+    siblings = [
+        (i, segments[known])
+        for i, known in enumerate(store.segment_ids)
+        if i != row and state[i] in (DONE, FAILED) and known in segments
+        if segments[known].video_id == segment.video_id
+    ]
+    identities = identify_segments(survey, [other for _, other in siblings], store.spec)
+    matching = sum(
+        store.read_array("digest", i, i + 1)[0].tobytes()
+        == compute_digest(identities[other.segment_id], other.start_s, other.stop_s)
+        for i, other in siblings
+    )
+    return matching, len(siblings)
+
+
+def _describe_change(survey: MediaSurvey, segment: Segment, store: FeatureStore) -> str:
+    try:
+        location = locate_media(survey.root, survey.layout, segment, find_modality(store.spec))
+    except MediaError:
+        return ""
+    if location.kind == "none":
+        return ""
+    when = datetime.fromtimestamp(location.path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    return f" ({location.path} was last written at {when})"
+
+
+def _read_segments(dataset: str, manifests_dir: Path) -> dict[str, Segment]:
+    try:
+        card = read_dataset_card(dataset, manifests_dir)
+        return {s.segment_id: s for s in read_manifest(locate_manifest(dataset, manifests_dir), card)}
+    except EchoshiftError:
+        return {}  # a store can be explained without its manifest; its rows then say that they are not in one
+
+
+def _read_last_run(store: FeatureStore) -> str:
+    lines = (locate(store.path).beside(".runs.jsonl").read_text() or "").splitlines()
+    try:
+        return str(json.loads(lines[-1]).get("when", "")) if lines else ""
+    except json.JSONDecodeError:
+        return ""

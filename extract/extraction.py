@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
 from extract.run_options import RunOptions
 from extract.shard_jobs import ExtractionJob
+from extract.shard_sizing import choose_rows_per_shard
 from extract.weights.resolve import WeightsRecord
 from pipeline.cards import DatasetCard
 from pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
@@ -30,14 +31,11 @@ from pipeline.specs import FeatureSpec
 from pipeline.store.attributes import describe_versions, describe_writer
 from pipeline.store.holding import StoreHold, hold_store
 from pipeline.store.interface import Backend, Failure, FeatureStore
-from pipeline.store.layout import DONE, FAILED, plan_rows_per_shard
+from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import append_run, read_failures
 from pipeline.store.location import Location, Place, locate
 from pipeline.store.opening import create_store, has_store, name_store, open_store
 from pipeline.store.space import check_space, count_needed_bytes
-
-# A shard is the most that a kill costs, and on a CPU each of its rows takes seconds.
-MAX_ROWS_PER_SHARD_ON_CPU = 64
 
 
 class ExtractionProgress(Protocol):
@@ -56,7 +54,7 @@ class ExtractionProgress(Protocol):
 class ExtractionRequest:
     """Is what the user asks for: which features of which segments, from where, into what.
 
-    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost; None lets size and device decide.
+    `n_rows_per_shard` counts when a store is made: the most work that a kill can cost; None lets bytes decide.
     Without a `cluster` all is done in this process. `wait_s` is how long to wait for another run on a store, None not
     at all; `allow_full_disk` begins even where the disk has no room for all rows.
     """
@@ -209,7 +207,7 @@ def _open_work(
             n_clips=count_clips_at_most(survey, list(segments.values()), spec),
             manifest_sha256=request.manifest.sha256,
             weights_source=f"{weights.ref}: {weights.source}",
-            n_rows_per_shard=request.n_rows_per_shard or _choose_rows_per_shard(request, survey, segments.values()),
+            n_rows_per_shard=choose_rows_per_shard(request, survey),
         )
     rows = [segments.get(segment_id) for segment_id in store.segment_ids]
     rows_sha256 = hashlib.sha256(store.read_array("segment_id").tobytes()).digest()
@@ -219,23 +217,6 @@ def _open_work(
     if refusal is not None and selection.any():
         raise refusal
     return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection)
-
-
-def _choose_rows_per_shard(request: ExtractionRequest, survey: MediaSurvey, segments: Collection[Segment]) -> int:
-    """Chooses the rows a shard of a new store: those of the run's other stores, so that they share each decode.
-
-    Where there is none yet, what the largest of them wants; on a CPU at most MAX_ROWS_PER_SHARD_ON_CPU.
-    """
-    from extract.inference import resolve_device  # brings torch
-
-    wanted = 1
-    for spec, _ in request.encoders:
-        path = name_store(request.cache_dir, request.card.name, spec, request.backend)
-        if has_store(path):
-            return open_store(path).layout.n_rows_per_shard
-        wanted = max(wanted, plan_rows_per_shard(spec, len(segments), count_clips_at_most(survey, segments, spec)))
-    on_cpu = resolve_device(request.options.device).type == "cpu"
-    return min(wanted, MAX_ROWS_PER_SHARD_ON_CPU) if on_cpu else wanted
 
 
 def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:

@@ -78,6 +78,9 @@ def locate_media(root: Path, layout: MediaLayout, segment: Segment, modality: Mo
     if has_frames:
         return MediaLocation("none", root, modality)
     looked_for = f"tried {', '.join(tried)}" if tried else f"the card has no {modality} template in [media]"
+    for folder in (root / (relative + ending) for relative in tried for ending in endings):
+        if folder.is_dir():
+            looked_for += f"; {folder} is a folder, not a media file"
     raise MediaNotFoundError(f"no {modality} of video {segment.video_id} below {root}; {looked_for}")
 
 

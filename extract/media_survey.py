@@ -16,6 +16,8 @@ from pipeline.rows import NO_MEDIA
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec
 
+UNREADABLE = "unreadable media"
+
 
 @dataclass(slots=True)
 class MediaSurvey:
@@ -24,11 +26,15 @@ class MediaSurvey:
     root: Path
     layout: MediaLayout
     _identities: dict[tuple[object, ...], str] = field(default_factory=dict)
+    _missing: set[tuple[object, ...]] = field(default_factory=set)
     _frame_times: dict[object, tuple[np.ndarray, float]] = field(default_factory=dict)
     _durations: dict[object, float] = field(default_factory=dict)
 
     def identify(self, segment: Segment, modality: Modality) -> str:
-        """Gives the identity of a segment's media, NO_MEDIA when they aren't there."""
+        """Gives the identity of a segment's media, NO_MEDIA when they aren't there, UNREADABLE when they can't be read.
+
+        Such a row fails when it is extracted, with the reason, and turns stale when its media can be read.
+        """
         key = (modality, segment.video_id, segment.domain, segment.split)
         if key not in self._identities:
             try:
@@ -36,7 +42,15 @@ class MediaSurvey:
                 self._identities[key] = identify_media(location) if location.kind != "none" else NO_MEDIA
             except MediaNotFoundError:
                 self._identities[key] = NO_MEDIA
+                self._missing.add(key)
+            except (MediaError, OSError):
+                self._identities[key] = UNREADABLE
         return self._identities[key]
+
+    def is_missing(self, segment: Segment, modality: Modality) -> bool:
+        """Says whether a segment's media aren't there; loose frames without a sound file miss nothing."""
+        self.identify(segment, modality)
+        return (modality, segment.video_id, segment.domain, segment.split) in self._missing
 
     def probe_duration_s(self, segment: Segment) -> float:
         """Measures how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""

@@ -9,6 +9,7 @@ from typer.exceptions import TyperException
 
 from extract.commands import demo_commands, manifest_commands, store_commands, weights_commands
 from extract.commands.extract_command import extract
+from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
 
 EXIT_ERROR = 2
@@ -23,6 +24,7 @@ app.add_typer(manifest_commands.app, name="manifest")
 app.add_typer(weights_commands.app, name="weights")
 app.add_typer(store_commands.app, name="store")
 app.add_typer(demo_commands.app, name="demo")
+app.command()(plan)
 app.command()(extract)
 
 

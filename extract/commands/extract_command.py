@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.spec_options import (
+    DEFAULT_CACHE,
+    BackendName,
+    BackendOption,
+    CacheOption,
+    DatasetArgument,
+    DecoderName,
+    DecoderOption,
+    DeviceOption,
+    DtypeName,
+    DtypeOption,
+    EncodersOption,
+    FlowName,
+    FlowOption,
+    ManifestOption,
+    ManifestsOption,
+    MediaOption,
+    OutputsOption,
+    PrecisionName,
+    PrecisionOption,
+    PresetOption,
+    RetryFailedOption,
+    RowsPerShardOption,
+    SetOption,
+    SpecChoices,
+    WeightsOption,
+    find_media_root,
+    resolve_specs,
+)
 from extract.run_options import RunOptions
 from pipeline.cards import MANIFESTS_DIR
 
@@ -17,72 +44,25 @@ if TYPE_CHECKING:
 EXIT_SOME_FAILED = 3
 
 
-class BackendName(StrEnum):
-    """Lists the backends of a store."""
-
-    zarr = "zarr"
-    hdf5 = "hdf5"
-
-
-class DtypeName(StrEnum):
-    """Lists the types features are stored in."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class PrecisionName(StrEnum):
-    """Lists the precisions networks run in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class DecoderName(StrEnum):
-    """Lists the decoders of video files."""
-
-    pyav = "pyav"
-    decord = "decord"
-
-
 def extract(
-    dataset: Annotated[str, typer.Argument(help="A dataset with a card and a manifest in data/manifests.")],
-    media: Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")] = None,
-    encoders: Annotated[str, typer.Option(help="Names, separated by blanks; default: those of the card.")] = "",
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(help="ENCODER=REF; REF is a name of `weights ls`, a .safetensors file, or random:SEED."),
-    ] = None,
-    outputs: Annotated[
-        list[str] | None, typer.Option(help="ENCODER=NAME,NAME instead of the encoder's default.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="[ENCODER.]part.field=value, such as clip.n_clips=10 or frame.crop=224."),
-    ] = None,
-    backend: Annotated[BackendName, typer.Option(help="How the store lies on disk.")] = BackendName.zarr,
-    cache: Annotated[
-        str,
-        typer.Option(help="Where stores lie: a folder, or a URL such as s3://bucket/prefix.", envvar="ECHOSHIFT_CACHE"),
-    ] = "cache",
-    manifest: Annotated[Path | None, typer.Option(help="Another manifest than data/manifests/DATASET.csv.")] = None,
-    manifests: Annotated[
-        Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
-    ] = MANIFESTS_DIR,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="Type of the stored features.")] = DtypeName.float16,
-    precision: Annotated[PrecisionName, typer.Option(help="Precision of the networks.")] = PrecisionName.fp32,
-    decoder: Annotated[
-        DecoderName, typer.Option(help="pyav is exact; decord returns wrong frames on some files.")
-    ] = DecoderName.pyav,
-    rows_per_shard: Annotated[
-        int | None,
-        typer.Option(
-            help="Rows committed at a time, the most a kill can cost; counts for a new store; default: by bytes.", min=1
-        ),
-    ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed segments again.")] = False,
+    dataset: DatasetArgument,
+    media: MediaOption = None,
+    encoders: EncodersOption = "",
+    weights: WeightsOption = None,
+    outputs: OutputsOption = None,
+    preset: PresetOption = "",
+    set_: SetOption = None,
+    flow: FlowOption = FlowName.auto,
+    backend: BackendOption = BackendName.zarr,
+    cache: CacheOption = DEFAULT_CACHE,
+    manifest: ManifestOption = None,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.float16,
+    precision: PrecisionOption = PrecisionName.fp32,
+    decoder: DecoderOption = DecoderName.pyav,
+    rows_per_shard: RowsPerShardOption = None,
+    retry_failed: RetryFailedOption = False,
     batch: Annotated[
         int | None, typer.Option(help="Clips through a network at once; default: 1 on a CPU, 16 on a GPU.", min=1)
     ] = None,
@@ -120,37 +100,21 @@ def extract(
     from extract.commands.cluster_options import end_on_sigterm, plan_cluster
     from extract.commands.terminal import show_progress
     from extract.extraction import ExtractionRequest, extract_features
-    from extract.feature_specs import StoreOptions, make_feature_spec
-    from extract.weights.resolve import default_weights, resolve_weights
     from pipeline.cards import read_dataset_card
-    from pipeline.errors import SpecError
-    from pipeline.manifest_csv import read_manifest
+    from pipeline.manifest_csv import locate_manifest, read_manifest
 
     cluster = plan_cluster(workers, scheduler, slurm=slurm, slurm_options=slurm_option or [], device=device)
     card = read_dataset_card(dataset, manifests)
-    names = encoders.split() or list(card.encoders)
-    if not names:
-        raise SpecError(f"the card of {dataset} names no encoders; give --encoders")
-    chosen_weights = _parse_pairs("--weights", weights or [], names)
-    chosen_outputs = _parse_pairs("--outputs", outputs or [], names)
-    options = StoreOptions(dtype.value, precision.value, decoder.value)
-    specs = []
-    for name in names:
-        record = resolve_weights(chosen_weights.get(name) or default_weights(name), name)
-        wanted = [o for o in chosen_outputs.get(name, "").split(",") if o]
-        specs.append((make_feature_spec(name, record, options, outputs=wanted, overrides=set_ or []), record))
-    media_root = media or manifests.parent / dataset
-    if not media_root.is_dir():
-        raise SpecError(
-            f"no media folder {media_root}; say where the videos of {dataset} lie with --media (make: MEDIA=)"
-        )
+    listed = read_manifest(manifest or locate_manifest(dataset, manifests), card)
+    media_root = find_media_root(dataset, media, manifests)
+    choices = SpecChoices(encoders, weights, outputs, preset, set_, flow, dtype, precision, decoder)
     request = ExtractionRequest(
         card=card,
-        manifest=read_manifest(manifest or manifests / f"{dataset}.csv", card),
+        manifest=listed,
         media_root=media_root,
         cache_dir=cache,
         backend=backend.value,
-        encoders=tuple(specs),
+        encoders=resolve_specs(card, listed, media_root, choices),
         options=RunOptions(device, batch, readers, segment_timeout),
         cluster=cluster,
         retry_failed=retry_failed,
@@ -163,18 +127,6 @@ def extract(
     print_summary(summary)
     if summary.n_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def _parse_pairs(option: str, pairs: list[str], encoders: list[str]) -> dict[str, str]:
-    from pipeline.errors import SpecError
-
-    parsed = {}
-    for pair in pairs:
-        encoder, equals, value = pair.partition("=")
-        if not equals or encoder not in encoders:
-            raise SpecError(f"{option} {pair!r} is not ENCODER=…, ENCODER one of {', '.join(encoders)}")
-        parsed[encoder] = value
-    return parsed
 
 
 def print_summary(summary: ExtractionSummary) -> None:

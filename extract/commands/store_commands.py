@@ -83,39 +83,67 @@ def info(store: StoreArgument) -> None:
 
 
 @app.command()
-def verify(store: StoreArgument) -> None:
-    """Check checksums, values, times and the failure ledger; ends with 1 and a line for every fault."""
-    from pipeline.store.opening import open_store
-    from pipeline.store.verifying import verify_store
+def verify(
+    store: StoreArgument,
+    sample: Annotated[
+        float, typer.Option(help="Percent of the done rows to extract anew and compare; 0: none.", min=0, max=100)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed samples the same rows.")] = 0,
+    media: Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")] = None,
+    manifests: Annotated[
+        Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
+    ] = MANIFESTS_DIR,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; for --sample.")] = "auto",
+    repair: Annotated[bool, typer.Option("--repair", help="Re-queue what fails, for extract to compute anew.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check checksums, values, times, ledger, and a sample extracted anew; ends with 1 and a line for every fault."""
+    from contextlib import nullcontext
 
-    opened = open_store(store)
-    faults = verify_store(opened)
-    for fault in faults:
-        where = f"segment {fault.segment_id}: " if fault.segment_id else ""
-        typer.echo(f"{store}: {fault.array}: {where}{fault.message}")
-    if faults:
-        typer.echo(f"{len(faults)} faults; delete the store and extract it anew")
+    from extract.commands.check_printing import print_check
+    from extract.commands.terminal import show_progress
+    from extract.run_options import RunOptions
+    from extract.store_check import CheckOptions, check_store, repair_store
+    from pipeline.store.opening import hold_store, open_store
+
+    open_store(store)  # holding makes files beside it, so that it must be there
+    options = CheckOptions(manifests, media, sample, seed, RunOptions(device=device))
+    with hold_store(store) if repair else nullcontext():
+        with show_progress("segments") as progress:
+            check = check_store(store, options, progress.advance)
+        repaired = repair_store(store, check, options) if repair and check.faults else None
+    print_check(check, repaired, as_json=as_json)
+    if check.faults:
         raise typer.Exit(EXIT_FAULTS)
-    typer.echo(f"{store}: {opened.layout.n_rows} rows, no fault")
 
 
 @app.command()
 def explain(
     segment: Annotated[str, typer.Argument(help="A segment's id.")],
-    store: StoreArgument,
+    store: Annotated[str | None, typer.Argument(help="One store; default: every store that may know it.")] = None,
+    cache: CacheOption = "cache",
+    dataset: Annotated[str, typer.Option(help="Look at this dataset's stores alone.")] = "",
     media: Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")] = None,
     manifests: Annotated[
         Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
     ] = MANIFESTS_DIR,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Say why a segment's row is done, stale, failed or pending."""
-    from extract.explaining import explain_segment
-    from pipeline.store.opening import open_store
+    """Say why a segment's row is done, stale, failed or pending, in one store or in all that may know it."""
+    import json
+    from dataclasses import asdict
 
-    opened = open_store(store)
-    dataset = str(opened.attributes["dataset"])
-    for line in explain_segment(opened, segment, manifests, media or manifests.parent / dataset):
-        typer.echo(line)
+    from extract.explaining import explain_everywhere, format_explanation
+    from pipeline.store.opening import list_stores
+
+    paths = [store] if store is not None else list_stores(cache)
+    explanations = explain_everywhere(paths, segment, manifests, media, dataset)
+    if as_json:
+        typer.echo(json.dumps([asdict(explanation) for explanation in explanations], ensure_ascii=False))
+        return
+    for explanation in explanations:
+        for line in format_explanation(explanation):
+            typer.echo(line)
 
 
 @app.command()

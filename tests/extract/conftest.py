@@ -1,4 +1,4 @@
-"""Gives the tests of the readers their maker of media files."""
+"""Gives the tests their maker of media files and a small data set with its command line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,28 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session")
-def media_factory():
-    """Loads media_factory.py, which lies beside this file (importlib mode puts no test folder on the path)."""
-    path = Path(__file__).with_name("media_factory.py")
-    spec = importlib.util.spec_from_file_location("media_factory", path)
+def load_beside(name: str):
+    """Loads a module that lies beside this file (importlib mode puts no test folder on the path)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def media_factory():
+    """Gives media_factory.py."""
+    return load_beside("media_factory")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset():
+    """Gives tiny_dataset.py."""
+    return load_beside("tiny_dataset")
+
+
+@pytest.fixture
+def tiny(tiny_dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Gives an empty data set of this test's own."""
+    return tiny_dataset.TinyDataset(tmp_path, capsys)

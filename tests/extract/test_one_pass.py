@@ -219,7 +219,7 @@ def test_a_video_replaced_while_it_is_read_fails_its_segments(tmp_path, video, m
     monkeypatch.setattr(PyAvFrameReader, "read_frames", replace)
     _, failures = run(tmp_path, segments_of("v", (0, 1)), ["slowfast_demo"])
     assert failures["v-0"].exception == "MediaChangedError" and failures["v-0"].retryable
-    assert "changed while the run was under way" in failures["v-0"].reason
+    assert "changed while it was read" in failures["v-0"].reason
 
 
 def test_a_clip_that_needs_more_memory_than_there_is_fails_alone(tmp_path, video):

@@ -1,0 +1,169 @@
+"""Is `echoshift plan`: says what a run of extract would do, take and need, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from extract.commands.spec_options import (
+    DEFAULT_CACHE,
+    BackendName,
+    BackendOption,
+    CacheOption,
+    DatasetArgument,
+    DecoderName,
+    DecoderOption,
+    DeviceOption,
+    DtypeName,
+    DtypeOption,
+    EncodersOption,
+    FlowName,
+    FlowOption,
+    ManifestOption,
+    ManifestsOption,
+    MediaOption,
+    OutputsOption,
+    PrecisionName,
+    PrecisionOption,
+    PresetOption,
+    RetryFailedOption,
+    RowsPerShardOption,
+    SetOption,
+    SpecChoices,
+    WeightsOption,
+    find_media_root,
+    resolve_specs,
+)
+from pipeline.cards import MANIFESTS_DIR
+
+if TYPE_CHECKING:
+    from extract.run_estimate import RunEstimate
+    from extract.run_timing import TimedSample
+
+
+def plan(
+    dataset: DatasetArgument,
+    media: MediaOption = None,
+    encoders: EncodersOption = "",
+    weights: WeightsOption = None,
+    outputs: OutputsOption = None,
+    preset: PresetOption = "",
+    set_: SetOption = None,
+    flow: FlowOption = FlowName.auto,
+    backend: BackendOption = BackendName.zarr,
+    cache: CacheOption = DEFAULT_CACHE,
+    manifest: ManifestOption = None,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = DtypeName.float16,
+    precision: PrecisionOption = PrecisionName.fp32,
+    decoder: DecoderOption = DecoderName.pyav,
+    rows_per_shard: RowsPerShardOption = None,
+    retry_failed: RetryFailedOption = False,
+    sample: Annotated[int, typer.Option(help="Segments to time; 0 times nothing.", min=0)] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed times the same segments.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what extract would do with the same options: segments, clips, bytes, files, hours; writes no store."""
+    from extract.commands.terminal import show_progress
+    from extract.extraction import ExtractionRequest
+    from extract.media_survey import MediaSurvey
+    from extract.run_estimate import plan_run
+    from extract.run_options import RunOptions
+    from extract.run_timing import time_sample
+    from pipeline.cards import read_dataset_card
+    from pipeline.manifest_csv import locate_manifest, read_manifest
+
+    card = read_dataset_card(dataset, manifests)
+    choices = SpecChoices(encoders, weights, outputs, preset, set_, flow, dtype, precision, decoder)
+    listed = read_manifest(manifest or locate_manifest(dataset, manifests), card)
+    media_root = find_media_root(dataset, media, manifests)
+    request = ExtractionRequest(
+        card=card,
+        manifest=listed,
+        media_root=media_root,
+        cache_dir=cache,
+        backend=backend.value,
+        encoders=resolve_specs(card, listed, media_root, choices),
+        options=RunOptions(device=device),
+        retry_failed=retry_failed,
+        n_rows_per_shard=rows_per_shard,
+    )
+    survey = MediaSurvey(request.media_root, card.media)
+    with show_progress("segments") as progress:
+        progress.start("looking at media", len(request.manifest) * len(request.encoders))
+        estimate = plan_run(request, survey, progress.advance)
+        timed = None
+        if sample:
+            progress.start("timing a sample", sum(min(sample, len(work.segments)) for work in estimate.work))
+            timed = time_sample(request, survey, estimate.work, sample, seed, progress.advance)
+    if as_json:
+        typer.echo(json.dumps(describe_plan(estimate, timed), ensure_ascii=False))
+        return
+    print_plan(estimate, timed, asked=sample > 0)
+    if not estimate.fits:
+        typer.echo(f"warning: {cache} has not the room; choose fewer outputs, float16, or another --cache", err=True)
+
+
+def describe_plan(estimate: RunEstimate, timed: TimedSample | None) -> dict[str, object]:
+    """Puts a plan into what JSON can hold; the work itself becomes counts."""
+    return {
+        "stores": [asdict(store) for store in estimate.stores],
+        "n_bytes_to_add": estimate.n_bytes_to_add,
+        "n_bytes_free": estimate.n_bytes_free,
+        "fits": estimate.fits,
+        "timed": asdict(timed) if timed is not None else None,
+    }
+
+
+def print_plan(estimate: RunEstimate, timed: TimedSample | None, *, asked: bool) -> None:
+    """Prints a plan: a line a store, a line an output, the room on the disk, the time."""
+    from extract.commands.terminal import print_table
+
+    stores = estimate.stores
+    columns = ("encoder", "segments", "done", "failed", "to do", "no media", "clips", "clips to do", "shards to do")
+    print_table(
+        "segments and clips",
+        (*columns, "store"),
+        [
+            [
+                s.encoder, s.n_segments, s.n_done, s.n_failed, s.n_to_do, s.n_media_missing, s.n_clips,
+                s.n_clips_to_do, f"{s.n_shards_to_do} of {s.n_shards}", s.path,
+            ]
+            for s in stores
+        ],
+    )  # fmt: skip
+    rows: list[list[object]] = []
+    for s in stores:
+        for o in s.outputs:
+            kilobytes = f"{o.n_bytes_a_row / 1e3:.1f}"
+            rows.append([s.encoder, o.name, list(o.shape), s.dtype, o.level, kilobytes, f"{o.n_bytes / 1e6:.1f}", ""])
+        rows.append([s.encoder, "index", "", "", "", "", f"{s.n_index_bytes / 1e6:.1f}", s.n_files])
+    print_table("bytes", ("encoder", "what", "a clip", "type", "for", "kB a row", "MB in all", "files"), rows)
+    levels: dict[str, int] = {}
+    for s in stores:
+        for o in s.outputs:
+            levels[o.level] = levels.get(o.level, 0) + o.n_bytes
+    for level in sorted(levels):
+        typer.echo(f"for {level}: {levels[level] / 1e6:.1f} MB")
+    free = f"{estimate.n_bytes_free / 1e9:.1f} GB free" if estimate.n_bytes_free is not None else "free space unknown"
+    typer.echo(f"to be added to the cache: {estimate.n_bytes_to_add / 1e6:.1f} MB; {free}")
+    if timed is not None:
+        time = timed.duration
+        typer.echo(
+            f"time: {format_duration(time.expected_s)} ({format_duration(time.low_s)} to "
+            f"{format_duration(time.high_s)}) for {time.n_segments} segments on {timed.device}, from "
+            f"{timed.n_sampled} timed segments, {timed.n_failed} of which failed"
+        )
+    elif asked:
+        typer.echo("time: nothing to do")
+
+
+def format_duration(seconds: float) -> str:
+    """Writes a duration the way a person says it: 12.3 s, 4.5 min, 6.7 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

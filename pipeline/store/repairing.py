@@ -1,0 +1,132 @@
+"""Finds index chunks that can't be read, and re-queues damaged rows so that the next extraction computes them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import StoreError
+from pipeline.store.interface import FeatureStore, VerifyFault
+from pipeline.store.layout import (
+    FAILED,
+    PENDING,
+    Shard,
+    decode_segment_ids,
+    encode_segment_ids,
+    plan_arrays,
+    plan_shards,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexDamage:
+    """Is a stretch of rows of an index array that can't be read, as long as the array's chunk."""
+
+    array: str
+    start_row: int
+    stop_row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """Is what a repair did: how many rows it set to pending, good ones of the same shards included."""
+
+    n_rows: int
+    n_shards: int
+    restored_ids: bool
+
+
+def find_index_damage(store: FeatureStore) -> list[IndexDamage]:
+    """Reads every chunk of the arrays beside the outputs and lists those that can't be read, or hold no state or id."""
+    damages = []
+    for array in plan_arrays(store.spec, store.layout):
+        if array.name.startswith("outputs/"):
+            continue
+        for start in range(0, store.layout.n_rows, array.chunks[0]):
+            stop = min(start + array.chunks[0], store.layout.n_rows)
+            try:
+                values = store.read_array(array.name, start, stop)
+                if array.name == "segment_id" and "" in decode_segment_ids(values):
+                    damages.append(IndexDamage(array.name, start, stop, "a row has no id"))
+                if array.name == "state" and values.max() > FAILED:
+                    damages.append(IndexDamage(array.name, start, stop, f"{values.max()} is no state"))
+            except (StoreError, UnicodeDecodeError) as error:
+                damages.append(IndexDamage(array.name, start, stop, " ".join(str(error).split())))
+    return damages
+
+
+def restore_segment_ids(store: FeatureStore, segment_ids: Sequence[str]) -> None:
+    """Writes the ids of all rows anew; the caller has made sure that these are the ids the rows were planned from."""
+    packed = encode_segment_ids(segment_ids, store.layout.n_id_bytes)
+    if store.backend == "zarr":
+        _write_whole_chunks(store, "segment_id", 0, packed)
+        return
+    import google_crc32c
+    import h5py
+
+    with h5py.File(store.path, "r+", locking=False) as file:
+        file["segment_id"][:] = packed
+        for shard in plan_shards(store.layout):
+            rows = packed[shard.start_row : shard.stop_row]
+            file["checksums/segment_id"][shard.index] = google_crc32c.value(rows.tobytes())
+
+
+def requeue_rows(store: FeatureStore, rows: Iterable[int], damages: Sequence[IndexDamage]) -> RepairReport:
+    """Sets the shards of rows, and of damaged stretches of the index, to pending; the caller holds the store.
+
+    Damaged stretches are wiped, so that they can be written again: a chunk is whole or it can't be read. `state` goes
+    first: whatever is killed when, no row counts as done that is not whole.
+    """
+    shards = plan_shards(store.layout)
+    size = store.layout.n_rows_per_shard
+    indices = {row // size for row in rows}
+    for damage in damages:
+        indices |= set(range(damage.start_row // size, (damage.stop_row - 1) // size + 1))
+    of_state = [damage for damage in damages if damage.array == "state"]
+    for damage in of_state:
+        _wipe(store, damage)
+    chosen: list[Shard] = [shards[index] for index in sorted(indices)]
+    for shard in chosen:
+        store.begin_shard(shard)
+    for damage in damages:
+        if damage.array not in ("state", "segment_id"):
+            _wipe(store, damage)
+    return RepairReport(sum(shard.n_rows for shard in chosen), len(chosen), restored_ids=False)
+
+
+def find_faulty_rows(store: FeatureStore, faults: Iterable[VerifyFault]) -> tuple[list[int], list[VerifyFault]]:
+    """Finds the rows that faults are about, and the faults that are about no row and so can't be re-queued."""
+    row_of = {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
+    rows, others = set(), []
+    for fault in faults:
+        row = row_of.get(fault.segment_id)
+        if row is None or fault.array == "segment_id":
+            others.append(fault)
+        else:
+            rows.add(row)
+    return sorted(rows), others
+
+
+def _wipe(store: FeatureStore, damage: IndexDamage) -> None:
+    n_rows = damage.stop_row - damage.start_row
+    layout = next(a for a in plan_arrays(store.spec, store.layout) if a.name == damage.array)
+    _write_whole_chunks(store, damage.array, damage.start_row, np.full((n_rows, *layout.shape[1:]), PENDING))
+
+
+def _write_whole_chunks(store: FeatureStore, name: str, start_row: int, values: np.ndarray) -> None:
+    """Writes rows that fill whole chunks, which so needn't be read first."""
+    if store.backend == "hdf5":
+        import h5py
+
+        with h5py.File(store.path, "r+", locking=False) as file:
+            file[name][start_row : start_row + len(values)] = values
+        return
+    import zarr
+
+    array = zarr.open_group(store.path, mode="r+", zarr_format=3)[name]
+    assert isinstance(array, zarr.Array), "plan_arrays names arrays"
+    whole = array.with_config({"write_empty_chunks": True})
+    whole[start_row : start_row + len(values)] = values.astype(array.dtype)

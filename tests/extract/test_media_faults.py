@@ -1,0 +1,217 @@
+"""Checks, by the command line, what every kind of broken, missing or replaced media ends in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extract.extraction import ExtractionRequest, extract_features
+from extract.feature_specs import StoreOptions, make_feature_spec
+from extract.identity_check import MediaWatch
+from extract.media_survey import MediaSurvey, identify_segments
+from extract.run_options import RunOptions
+from extract.weights.resolve import resolve_weights
+from pipeline.cards import MediaLayout, read_dataset_card
+from pipeline.errors import MediaChangedError
+from pipeline.manifest_csv import read_manifest
+from pipeline.rows import compute_digests
+from pipeline.store.layout import DONE, FAILED
+from pipeline.store.ledger import read_failures
+from pipeline.store.opening import list_stores, open_store
+
+
+def open_pictures(tiny):
+    return open_store(next(path for path in list_stores(tiny.cache) if path.name.startswith("slowfast_demo")))
+
+
+def check_whole(tiny) -> None:
+    """Asserts that every store verifies, has a row a segment, each settled, and zeros where it failed."""
+    expected = sorted(s.segment_id for s in read_manifest(tiny.root / "tiny.csv", read_dataset_card("tiny", tiny.root)))
+    for path in list_stores(tiny.cache):
+        assert tiny.verify(path)[0] == 0
+        store = open_store(path)
+        state = store.read_array("state")
+        assert sorted(store.segment_ids) == expected, "nothing is lost, nothing twice"
+        assert set(state.tolist()) <= {DONE, FAILED}
+        failed = {store.segment_ids[row] for row in np.flatnonzero(state == FAILED)}
+        assert set(read_failures(path)) == failed
+        for output in store.spec.outputs:
+            assert not store.read_all(output.name)[state == FAILED].any(), "nothing takes the place of what failed"
+
+
+def test_every_broken_file_gives_one_line_and_harms_no_other(tiny, tiny_dataset) -> None:
+    tiny.add_videos("good")
+    whole = (tiny.media / "good.mp4").read_bytes()
+    half = len(whole) // 2
+    broken = {
+        "truncated": whole[:half],
+        "empty": b"",
+        "zeros": bytes(len(whole)),
+        "halfzeroed": whole[:half] + bytes(len(whole) - half),
+        "text": b"this is no video\n" * 100,
+        "texttail": whole[:half] + b"this is no video\n" * 1000,
+    }
+    for name, data in broken.items():
+        (tiny.media / f"{name}.mp4").write_bytes(data)
+    (tiny.media / "folder.mp4").mkdir()
+    shutil.copy(tiny.media / "good.mp4", tiny.media / "twin.mp4")
+    names = ["good", *broken, "folder", "twin"]
+    tiny.write_manifest(tiny_dataset.make_segments(names, 1))
+    code, out, err = tiny.extract("--rows-per-shard", "4")
+    assert code == 3, err
+    store = open_pictures(tiny)
+    failures = read_failures(Path(store.path))
+    assert set(failures) == {f"{name}-0" for name in (*broken, "folder")}
+    for name in broken:
+        failure = failures[f"{name}-0"]
+        assert (failure.exception, failure.retryable) == ("DecodeError", False)
+        assert f"{name}.mp4" in failure.reason
+        assert "\n" not in failure.reason
+    assert failures["folder-0"].exception == "MediaNotFoundError"
+    assert "folder.mp4 is a folder, not a media file" in failures["folder-0"].reason
+    for name in (*broken, "folder"):
+        assert f"failed: slowfast_demo: {name}-0: " in out
+    good, twin = store.read(["good-0", "twin-0"], "pooled")
+    assert good.any()
+    assert good.tobytes() == twin.tobytes()
+    check_whole(tiny)
+    again = tiny.extract("--rows-per-shard", "4")
+    assert again[0] == 3
+    assert open_pictures(tiny).read(["good-0"], "pooled").tobytes() == good.tobytes()
+
+
+def test_a_video_replaced_between_runs_is_computed_anew(tiny, tiny_dataset) -> None:
+    tiny.add_videos("v", "w")
+    assert tiny.extract("--rows-per-shard", "4")[0] == 0
+    store = open_pictures(tiny)
+    ids = [f"w-{i}" for i in range(4)]
+    old_v, old_w = store.read([f"v-{i}" for i in range(4)], "pooled"), store.read(ids, "pooled")
+    tiny_dataset.write_video(tiny.media / "w.mp4", seed=77)
+    code, _, _ = tiny.extract("--rows-per-shard", "4")
+    assert code == 0
+    after = open_pictures(tiny)
+    assert after.read([f"v-{i}" for i in range(4)], "pooled").tobytes() == old_v.tobytes()
+    new_w = after.read(ids, "pooled")
+    assert all(new.tobytes() != old.tobytes() for new, old in zip(new_w, old_w, strict=True))
+    for file in Path(after.path).rglob("*"):
+        assert not file.is_file() or old_w[0].tobytes() not in file.read_bytes(), "the old bytes are gone"
+    check_whole(tiny)
+    (tiny.media / "w.mp4").write_text("now it is no video")
+    assert tiny.extract("--rows-per-shard", "4")[0] == 3
+    assert (open_pictures(tiny).read_array("state") == [DONE] * 4 + [FAILED] * 4).all()
+    check_whole(tiny)
+    tiny_dataset.write_video(tiny.media / "w.mp4", seed=77)
+    assert tiny.extract("--rows-per-shard", "4")[0] == 0
+    assert open_pictures(tiny).read(ids, "pooled").tobytes() == new_w.tobytes()
+    check_whole(tiny)
+
+
+class ReplacingProgress:
+    """Is a progress display that runs an action when the look at the media is over and extraction begins."""
+
+    def __init__(self, action):
+        self._action = action
+
+    def start(self, what: str, n_total: int) -> None:
+        if what == "extracting":
+            self._action()
+
+    def advance(self, n: int = 1) -> None: ...
+
+
+def test_a_video_replaced_during_a_run_fails_its_rows_and_the_next_run_computes_them(tiny, tiny_dataset) -> None:
+    tiny.add_videos("v", "w")
+    record = resolve_weights("random:0", "slowfast_demo")
+    card = read_dataset_card("tiny", tiny.root)
+    request = ExtractionRequest(
+        card=card,
+        manifest=read_manifest(tiny.root / "tiny.csv", card),
+        media_root=tiny.media,
+        cache_dir=tiny.cache,
+        backend="zarr",
+        encoders=((make_feature_spec("slowfast_demo", record, StoreOptions()), record),),
+        options=RunOptions(device="cpu"),
+    )
+    replaced = ReplacingProgress(lambda: tiny_dataset.write_video(tiny.media / "w.mp4", seed=78))
+    summary = extract_features(request, replaced).stores[0]
+    assert (summary.n_done, summary.n_failed) == (4, 4)
+    for failure in summary.failures:
+        assert (failure.exception, failure.retryable) == ("MediaChangedError", True)
+        assert "the video w changed while it was read" in failure.reason
+    check_whole(tiny)
+    assert tiny.extract("--encoders", "slowfast_demo")[0] == 0, "its rows are stale, no --retry-failed is needed"
+    assert (open_pictures(tiny).read_array("state") == DONE).all()
+    code, out, _ = tiny.verify(open_pictures(tiny).path, "--sample", "100")
+    assert code == 0
+    assert "8 rows extracted anew: 8 equal" in out
+
+
+def test_the_watch_notices_replacing_and_passes_touching(tiny, tiny_dataset) -> None:
+    tiny_dataset.write_video(tiny.media / "v.mp4")
+    segments = tiny_dataset.make_segments(["v", "absent"], 1)
+    spec = make_feature_spec("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), StoreOptions())
+    survey = MediaSurvey(tiny.media, MediaLayout())
+    digests = compute_digests(segments, identify_segments(survey, segments, spec))
+    watch = MediaWatch(tiny.media, MediaLayout())
+    for segment, digest in zip(segments, digests, strict=True):
+        watch.check_identity(segment, spec, digest)
+    (tiny.media / "v.mp4").touch()
+    os.utime(tiny.media / "v.mp4", (0, 0))
+    watch.check_identity(segments[0], spec, digests[0])
+    tiny_dataset.write_video(tiny.media / "fresh.mp4", seed=5)
+    (tiny.media / "fresh.mp4").replace(tiny.media / "v.mp4")
+    shutil.copy(tiny.media / "v.mp4", tiny.media / "absent.mp4")
+    for segment, digest in zip(segments, digests, strict=True):
+        with pytest.raises(MediaChangedError, match=f"the video {segment.video_id} changed while it was read"):
+            watch.check_identity(segment, spec, digest)
+
+
+def test_an_unreadable_file_fails_its_rows(tiny) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    tiny.add_videos("v", "w")
+    (tiny.media / "w.mp4").chmod(0)
+    assert tiny.extract()[0] == 3
+    assert "w.mp4" in read_failures(Path(open_pictures(tiny).path))["w-0"].reason
+    check_whole(tiny)
+    (tiny.media / "w.mp4").chmod(0o644)
+    assert tiny.extract()[0] == 0
+
+
+def test_media_that_the_system_refuses_fail_their_rows_and_turn_stale(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.add_videos("v", "w")
+    with monkeypatch.context() as patch:
+        import extract.media_survey as survey_module
+
+        identify = survey_module.identify_media
+
+        def refuse(location):
+            if location.path.name == "w.mp4":
+                raise PermissionError(13, "Permission denied", str(location.path))
+            return identify(location)
+
+        patch.setattr(survey_module, "identify_media", refuse)
+        assert tiny.run("plan", "tiny", *tiny.places, "--sample", "0")[0] == 0
+        tiny.extract("--encoders", "slowfast_demo")
+    before = open_pictures(tiny).read_array("digest")
+    assert tiny.extract("--encoders", "slowfast_demo")[0] == 0
+    after = open_pictures(tiny).read_array("digest")
+    assert (before[:4] == after[:4]).all()
+    assert (before[4:] != after[4:]).any(axis=1).all()
+    check_whole(tiny)
+
+
+@pytest.mark.shared
+def test_sound_that_breaks_off_leaves_the_pictures_done(tiny, tiny_dataset, shared_data: Path) -> None:
+    shutil.copy(shared_data / "edge/video_with_failing_audio.mp4", tiny.media / "v.mp4")
+    tiny.write_manifest([tiny_dataset.Segment(f"v-{t}", "v", t, t + 1, ("a",), "d", "train") for t in (0, 5, 10)])
+    assert tiny.extract()[0] == 0
+    assert (open_pictures(tiny).read_array("state") == DONE).all()
+    sound = open_store(next(path for path in list_stores(tiny.cache) if path.name.startswith("resnet_demo")))
+    assert sound.read_array("has_audio").tolist() == [1, 0, 0], "beyond where it breaks off there is no sound"
+    assert np.isnan(sound.read(["v-5", "v-10"], "pooled")).all()
+    check_whole(tiny)
