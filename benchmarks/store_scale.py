@@ -57,9 +57,8 @@ def run_size(n_rows: int, folder: Path) -> dict[str, float]:
         path, "scale", spec, ids, n_clips=1, manifest_sha256="", weights_source="", n_rows_per_shard=n_rows_per_shard
     )
     note("create")
-    tasks = plan_tasks(
-        {store.path: select_rows(store, digests, np.ones(n_rows, bool), retry_failed=False)}, store.layout
-    )
+    every = np.ones(n_rows, bool)
+    tasks = plan_tasks({store.path: select_rows(store, digests, every, retry_failed=False)}, store.layout)
     note("plan")
     assert len(tasks) == len(plan_shards(store.layout))
     generator = np.random.default_rng(0)
@@ -78,7 +77,7 @@ def run_size(n_rows: int, folder: Path) -> dict[str, float]:
     note("open")
     assert not store.missing(digests).any()
     note("missing")
-    selected = select_rows(store, digests, np.ones(n_rows, bool), retry_failed=False)
+    selected = select_rows(store, digests, every, retry_failed=False)
     assert plan_tasks({store.path: selected}, store.layout) == []
     note("plan a resumed run")
     assert verify_store(store) == []
@@ -104,6 +103,7 @@ def main() -> None:
     for n_rows in options.rows:
         options.folder.mkdir(parents=True)
         command = [sys.executable, "-m", "benchmarks.store_scale", "--one", "--rows", str(n_rows)]
+        command += ["--folder", str(options.folder)]
         try:
             done = subprocess.run(
                 [*command, "--folder", str(options.folder)], check=True, capture_output=True, text=True

@@ -36,7 +36,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.reading import find_missing, find_rows, index_segments
+from pipeline.store.reading import RowFinder, find_missing
 
 
 def create_hdf5_store(
@@ -85,7 +85,7 @@ class Hdf5FeatureStore:
         self.spec = spec
         self.layout = layout
         self._segment_ids: list[str] | None = None
-        self._row_of: dict[str, int] | None = None
+        self._finder: RowFinder | None = None
         self._rows = Hdf5Rows(self.path)
 
     @contextmanager
@@ -122,9 +122,9 @@ class Hdf5FeatureStore:
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
         """Reads one output of done segments, in their order; Hdf5Rows says what holds while others write."""
         ids = list(segment_ids)
-        if self._row_of is None:
-            self._row_of = index_segments(self)
-        return self._rows.read_rows(f"outputs/{output}", find_rows(self.path, self._row_of, ids), ids)
+        if self._finder is None:
+            self._finder = RowFinder(self.segment_ids)
+        return self._rows.read_rows(f"outputs/{output}", self._finder.find(self.path, ids), ids)
 
     def read_all(self, output: str) -> np.ndarray:
         """Reads one output of every row."""
@@ -157,7 +157,7 @@ class Hdf5FeatureStore:
                     new[array.name][(slice(shard.start_row, shard.stop_row), *map(slice, rows.shape[1:]))] = rows
                     _write_checksum(new, array.name, shard)
         larger.replace(self.path)
-        self.layout, self._segment_ids, self._row_of = layout, ids, None
+        self.layout, self._segment_ids, self._finder = layout, ids, None
 
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""

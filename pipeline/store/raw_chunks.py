@@ -134,18 +134,22 @@ class ChunkMaps:
         # [row chunk, clip chunk, row, clip, …]; not contiguous, and a view nevertheless
         self._values = chunks.reshape(n_row_chunks, array.n_clip_chunks, *array.chunks)
         self._shown: dict[int, _Shown] = {}
+        # The version at which all chunks of these rows were last compared: one look for all rows of a read.
+        self._versions = np.full(n_row_chunks, -1, np.int64)
 
     def copy_rows(self, rows: np.ndarray, version: int) -> np.ndarray:
         """Copies rows [n, clip, …], 0 where a chunk is absent; raises StoreError for a chunk of a wrong length."""
         array = self.array
         row_chunks, places = np.divmod(rows, array.chunks[0])
-        slots = self._find_slots(row_chunks)
-        if len(slots) > MAX_MAPS and len(rows) > 1:
-            half = len(rows) // 2
-            return np.concatenate([self.copy_rows(rows[:half], version), self.copy_rows(rows[half:], version)])
-        self._make_room(slots)
-        for slot in slots:
-            self._show(slot, version)
+        if not (self._versions[row_chunks] == version).all():
+            slots = self._find_slots(row_chunks)
+            if len(slots) > MAX_MAPS and len(rows) > 1:
+                half = len(rows) // 2
+                return np.concatenate([self.copy_rows(rows[:half], version), self.copy_rows(rows[half:], version)])
+            self._make_room(slots)
+            for slot in slots:
+                self._show(slot, version)
+            self._versions[row_chunks] = version
         if self._line is not None:
             return self._line[row_chunks * self._n_slot_rows + places]
         result = np.empty((len(rows), *array.shape[1:]), array.dtype)
@@ -173,6 +177,7 @@ class ChunkMaps:
             for slot in [slot for slot in self._shown if slot not in needed][:n_too_many]:
                 self._space.hide(slot)
                 del self._shown[slot]
+                self._versions[slot // self.array.n_clip_chunks] = -1
 
     def _name(self, slot: int) -> str:
         return self.array.name_chunk(*divmod(slot, self.array.n_clip_chunks))

@@ -28,7 +28,7 @@ from pipeline.store.layout import (
 from pipeline.store.local_rows import LocalRows
 from pipeline.store.location import Place
 from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
-from pipeline.store.reading import find_missing, find_rows, index_segments, require_done
+from pipeline.store.reading import RowFinder, find_missing, require_done
 
 
 def create_zarr_store(
@@ -73,7 +73,7 @@ class ZarrFeatureStore:
         self._group = group
         self._segment_ids: list[str] | None = None
         self._arrays: dict[str, zarr.Array] = {}
-        self._row_of: dict[str, int] | None = None
+        self._finder: RowFinder | None = None
         self._raw: dict[str, RawArray | None] = {}
         self._rows: LocalRows | None = None
 
@@ -110,9 +110,9 @@ class ZarrFeatureStore:
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
         """Reads one output of done segments, in their order; LocalRows says what holds while others write."""
         ids = list(segment_ids)
-        if self._row_of is None:
-            self._row_of = index_segments(self)
-        rows = find_rows(self.path, self._row_of, ids)
+        if self._finder is None:
+            self._finder = RowFinder(self.segment_ids)
+        rows = self._finder.find(self.path, ids)
         local = self._find_local(f"outputs/{output}")
         if local is not None:
             return local[0].read_rows(local[1], rows, ids)
@@ -159,7 +159,7 @@ class ZarrFeatureStore:
             self._open_array(array.name).resize(array.shape)
         self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
         self._group.attrs.update({"n_rows": layout.n_rows, "n_clips": layout.n_clips})
-        self.layout, self._segment_ids, self._row_of, self._rows = layout, ids, None, None
+        self.layout, self._segment_ids, self._finder, self._rows = layout, ids, None, None
         self._arrays.clear()
         self._raw.clear()
 

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from extract.commands import store_commands
+from pipeline.cards import DatasetCard, write_card
 from pipeline.errors import StoreError, UnsafePickleError
+from pipeline.manifest_csv import write_manifest
 from pipeline.segments import Manifest, Segment
 from pipeline.store.exporting import export_store
 from pipeline.store.import_sources import open_import_source
@@ -154,3 +158,32 @@ def test_faulty_sources_are_refused(tmp_path: Path) -> None:
         open_import_source(tmp_path / "npz", "npz")
     with pytest.raises(StoreError, match="nothing to import at"):
         open_import_source(tmp_path / "nowhere", "npz")
+
+
+def test_the_command_imports_and_explains(tmp_path: Path) -> None:
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    card = DatasetCard(
+        name="toy",
+        title="t",
+        task="single-label",
+        metric="top1",
+        classes=("a", "b"),
+        domains=("D1",),
+        splits=("train",),
+    )
+    write_card(manifests / "toy.toml", card)
+    write_manifest(manifests / "toy.csv", SEGMENTS)
+    write_folder(tmp_path / "npz", make_features(30), np.full(30, 4))
+    runner = CliRunner()
+    places = ["--cache", str(tmp_path / "cache"), "--manifests", str(manifests)]
+    arguments = ["import", str(tmp_path / "npz"), "--dataset", "toy", "--encoder", "theirs", *places]
+    run = runner.invoke(store_commands.app, arguments)
+    assert run.exit_code == 0, run.output
+    assert "30 done (30 written now), 10 without features" in run.output
+    path = next((tmp_path / "cache" / "toy").glob("theirs-*.zarr"))
+    run = runner.invoke(store_commands.app, ["explain", IDS[3], str(path), "--manifests", str(manifests)])
+    assert run.exit_code == 0, run.output
+    assert "done: 4 clips" in run.output and "up to date" in run.output
+    run = runner.invoke(store_commands.app, ["explain", IDS[35], str(path), "--manifests", str(manifests)])
+    assert "pending" in run.output

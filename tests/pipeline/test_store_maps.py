@@ -16,6 +16,7 @@ from pipeline.store import raw_chunks
 from pipeline.store.interface import Backend, FeatureStore, ShardIndex
 from pipeline.store.layout import DONE, Shard, plan_arrays, plan_rows_per_shard, plan_shards
 from pipeline.store.opening import create_store, open_store
+from pipeline.store.reading import RowFinder
 from pipeline.store.verifying import verify_store
 
 N_ROWS, N_CLIPS = 40, 3
@@ -212,3 +213,14 @@ def test_shards_are_sized_by_bytes_and_rows() -> None:
     clip = ClipSpec(n_frames=4, sampling="windows", step=4)
     windows = spec.model_copy(update={"clip": clip})
     assert plan_rows_per_shard(windows, 100_000, 1000) == 16  # 64 windows a chunk
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 3000])
+def test_rows_are_found_as_a_dict_finds_them(n: int) -> None:
+    ids = [f"segment-{i}" for i in range(n)]
+    finder = pickle.loads(pickle.dumps(RowFinder(ids)))
+    wanted = np.random.default_rng(n).integers(0, n, 500) if n else np.zeros(0, np.int64)
+    np.testing.assert_array_equal(finder.find("x", [f"segment-{i}" for i in wanted]), wanted)
+    for absent in (f"other-{i}" for i in range(200)):
+        with pytest.raises(StoreError, match=f"segment {absent} is not in x"):
+            finder.find("x", [*ids[:3], absent])
