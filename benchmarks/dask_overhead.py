@@ -1,6 +1,6 @@
 """Measures what Dask costs: 2 workers against 1 process on the same shards, and the time that a shard of no work takes.
 
-Run: python -m benchmarks.dask_overhead [--rounds 5] [--segments 16] [--encoders resnet_demo]. One process has two torch
+Run: python -m benchmarks.dask_overhead [--rounds 5] [--segments 18] [--encoders resnet_demo]. One process has two torch
 threads, two workers have one each. The cluster's start and each one's first round (imports, networks) aren't timed.
 """
 
@@ -66,7 +66,7 @@ def measure_s(run: Callable[[], None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--segments", type=int, default=16, help="a domain, of which there are three")
+    parser.add_argument("--segments", type=int, default=18, help="a domain, of which there are three")
     parser.add_argument("--encoders", default="slowfast_demo resnet_demo")
     parser.add_argument("--rows-per-shard", type=int, default=4)
     arguments = parser.parse_args()
