@@ -16,6 +16,7 @@ from extract.encoders.output_shapes import (
     plan_slowfast_outputs,
     plan_slowonly_outputs,
 )
+from extract.sound.recipes import ZHANG2022
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
@@ -61,20 +62,6 @@ _I3D_FLOW_CLIP = ClipSpec(n_frames=32, stride=1, rate_hz=30, n_clips=5)
 _DEMO_CLIP = ClipSpec(n_frames=8, stride=2, rate_hz=15, n_clips=5)
 
 
-def _zhang_audio(duration_s: float) -> AudioSpec:
-    return AudioSpec(
-        recipe="zhang2022",
-        span="segment",
-        rate_hz=16000,
-        duration_s=duration_s,
-        n_window=512,
-        n_hop=159,
-        n_fft=512,
-        log_floor=1e-7,
-        standardise=True,
-    )
-
-
 def _rgb(side: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...]) -> FrameSpec:
     return FrameSpec(input="rgb", short_side=side, crop=crop, mean=mean, std=std)
 
@@ -118,7 +105,7 @@ def _slowfast(name: str, clip: ClipSpec, frame: FrameSpec) -> EncoderEntry:
     return EncoderEntry(
         name=name,
         modality="rgb",
-        revision=1,
+        revision=2,
         clip=clip,
         frame=frame,
         audio=None,
@@ -137,7 +124,7 @@ _ENTRIES = (
     EncoderEntry(
         name="slowonly_r50_flow",
         modality="flow",
-        revision=1,
+        revision=2,
         clip=_SLOWONLY_CLIP,
         frame=_flow(crop=256, centre=128.0),
         audio=None,
@@ -148,7 +135,7 @@ _ENTRIES = (
     EncoderEntry(
         name="i3d_rgb",
         modality="rgb",
-        revision=1,
+        revision=2,
         clip=_RGB_CLIP,
         frame=_rgb(256, 224, (127.5,) * 3, (127.5,) * 3),
         audio=None,
@@ -159,7 +146,7 @@ _ENTRIES = (
     EncoderEntry(
         name="i3d_flow",
         modality="flow",
-        revision=1,
+        revision=2,
         clip=_I3D_FLOW_CLIP,
         frame=_flow(crop=224, centre=127.5),
         audio=None,
@@ -170,10 +157,10 @@ _ENTRIES = (
     EncoderEntry(
         name="resnet18_audio",
         modality="audio",
-        revision=1,
+        revision=2,
         clip=_RGB_CLIP.model_copy(update={"n_clips": 1}),
         frame=None,
-        audio=_zhang_audio(duration_s=10),
+        audio=ZHANG2022,
         default_outputs=("map", "pooled"),
         build=_build_resnet18_audio,
         output_shapes=partial(plan_audio_outputs, 256, 512, 309),
@@ -181,10 +168,10 @@ _ENTRIES = (
     EncoderEntry(
         name="resnet_demo",
         modality="audio",
-        revision=1,
+        revision=2,
         clip=_DEMO_CLIP.model_copy(update={"n_clips": 1}),
         frame=None,
-        audio=_zhang_audio(duration_s=2),
+        audio=ZHANG2022.model_copy(update={"duration_s": 2.0}),
         default_outputs=("map", "pooled"),
         build=_build_resnet_demo,
         output_shapes=partial(plan_audio_outputs, 64, 128, 6),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from extract.clips import ClipPlan, plan_audio_windows, plan_clips, plan_n_clips_bound
 from extract.readers.protocol import find_shown_frames
-from extract.sound.spectrograms import PLANAMENTE2021, ZHANG2022
+from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
 from pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
 from pipeline.specs import ClipSpec
 
