@@ -90,8 +90,10 @@ class FusedConv(nn.Module):
             else:
                 x = F.pad(x, around)
         x = x.contiguous(memory_format=self.memory_format)
-        return self._convolve_onednn(x, plus, padding, may_overwrite_plus) if self.has_onednn else self._convolve(
-            x, plus, padding
+        return (
+            self._convolve_onednn(x, plus, padding, may_overwrite_plus)
+            if self.has_onednn
+            else self._convolve(x, plus, padding)
         )
 
     def _convolve(self, x: Tensor, plus: Tensor | None, padding: list[int]) -> Tensor:

@@ -49,7 +49,7 @@ def prepare_for_inference(
         raise SpecError(f"{type(network).__name__} has no inference form")
     if compile:
         compiled: Any = torch.compile(form, dynamic=False)
-        return compiled  # type: ignore[no-any-return]
+        return compiled
     return form
 
 
@@ -131,7 +131,8 @@ def _fuse_timm(net: Any, dtype: torch.dtype) -> None:
 
     _swap(net, BasicBlock, fuse_block)
     if isinstance(net.conv1, nn.Sequential):  # the deep stem: convolution, norm, ReLU twice, then one convolution
-        first, first_norm, _, second, second_norm, _, last = net.conv1
+        layers: Any = list(net.conv1)
+        first, first_norm, _, second, second_norm, _, last = layers
         net.conv1 = nn.Sequential(
             FusedConv(first, first_norm, has_relu=True, dtype=dtype),
             FusedConv(second, second_norm, has_relu=True, dtype=dtype),

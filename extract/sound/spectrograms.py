@@ -30,8 +30,8 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
     `planamente2021` [B, section 4.1; its reference 27 for what it doesn't say]: the first `n_samples`, zeros appended
     if there are fewer; what librosa.stft computes with center=True and pad_mode="constant" (zeros beyond both ends;
     reflecting there would invent sound), the periodic Hann window in the middle of n_fft; log(|S|^2 + floor).
-    `chen2020` [RegNet, the VAS data]: the first `n_samples`, tiled if there are fewer; |S| of librosa.stft as above with
-    n_window = n_fft, times librosa's mel filters (Slaney's scale and norm); 0.8 + 0.2 log10(max(mel, floor)), that is
+    `chen2020` [RegNet, the VAS data]: the first `n_samples`, tiled if there are fewer; |S| of librosa.stft as above,
+    times librosa's mel filters (Slaney's scale and norm); 0.8 + 0.2 log10(max(mel, floor)), that is
     -80..20 dB brought to 0..1, clipped to it.
     `standardise` takes (x - mean) / (std + 1e-9) over the whole window, std of the population.
 

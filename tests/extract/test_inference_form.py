@@ -105,7 +105,9 @@ def test_precision_is_the_forms_own(precision: str, monkeypatch: pytest.MonkeyPa
 def test_norm_is_folded_by_hand() -> None:
     conv, norm = nn.Conv2d(1, 1, 1, bias=True), nn.BatchNorm2d(1, eps=0.0)
     values = {"weight": 3.0, "bias": 5.0, "running_mean": 2.0, "running_var": 4.0}
-    norm.load_state_dict({**{key: torch.tensor([v]) for key, v in values.items()}, "num_batches_tracked": torch.tensor(1)})
+    norm.load_state_dict(
+        {**{key: torch.tensor([v]) for key, v in values.items()}, "num_batches_tracked": torch.tensor(1)}
+    )
     with torch.no_grad():
         conv.weight.fill_(7.0)
         assert conv.bias is not None

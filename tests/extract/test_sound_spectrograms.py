@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from extract.readers.pyav_audio import read_audio
 from extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
 from extract.sound.spectrograms import augment_spectrograms, log_spectrogram, rms_dbfs
-from extract.readers.pyav_audio import read_audio
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec
 
