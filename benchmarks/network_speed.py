@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--encoders", nargs="+", choices=list(INPUTS), default=list(INPUTS))
     options = parser.parse_args()
     device = resolve_device(options.device)
@@ -67,7 +66,7 @@ def measure_encoder(encoder: str, device: torch.device, options: argparse.Namesp
     network = find_encoder(encoder).build().eval().requires_grad_(False)
     _randomise_norms(network)
     network = network.to(device)
-    form = prepare_for_inference(network, device, options.precision, compile=options.compile)
+    form = prepare_for_inference(network, device, options.precision)
     clips = torch.randn(options.batch, *INPUTS[encoder], device=device)
 
     def run_plain() -> Tensor:

@@ -28,13 +28,13 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 def prepare_for_inference(
-    network: EncoderNetwork, device: torch.device, precision: Precision = "fp32", *, compile: bool = False
+    network: EncoderNetwork, device: torch.device, precision: Precision = "fp32"
 ) -> EncoderNetwork:
     """Builds the inference form of a network on a device; the network given is left as it is.
 
     The form has the same `trunk`, `head` and `forward`. Norms are folded into the convolutions, which run in
     `precision` by themselves: no autocast is needed around it. Pooling, classifiers and outputs past the trunk are
-    float32. In fp32 the outputs differ from the network's by rounding alone. `compile` hands the rest to torch.compile.
+    float32. In fp32 the outputs differ from the network's by rounding alone.
     Raises SpecError for a class of network that has no inference form.
     """
     form = copy.deepcopy(network).eval().requires_grad_(False).to(device)
@@ -47,9 +47,6 @@ def prepare_for_inference(
         _fuse_timm(form.net, dtype)
     else:
         raise SpecError(f"{type(network).__name__} has no inference form")
-    if compile:
-        compiled: Any = torch.compile(form, dynamic=False)
-        return compiled
     return form
 
 
