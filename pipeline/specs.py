@@ -124,9 +124,10 @@ class AudioSpec(SpecModel):
 
     `span` = `segment`: one window, the segment's own span, at most `duration_s`; shorter ones are tiled.
     `span` = `clip`: one window of `duration_s` centred on each clip, zeros beyond the ends of the file.
+    `n_mels`, `f_min_hz` and `f_max_hz` belong to the mel recipe `chen2020` and to no other.
     """
 
-    recipe: Literal["zhang2022", "planamente2021"]
+    recipe: Literal["zhang2022", "planamente2021", "chen2020"]
     span: Literal["segment", "clip"]
     rate_hz: int = Field(gt=0)
     duration_s: float = Field(gt=0)
@@ -135,6 +136,22 @@ class AudioSpec(SpecModel):
     n_fft: int = Field(gt=0)
     log_floor: float = Field(gt=0)
     standardise: bool
+    n_mels: int | None = Field(default=None, gt=0)
+    f_min_hz: float | None = Field(default=None, ge=0)
+    f_max_hz: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_mels(self) -> AudioSpec:
+        mel_fields = (self.n_mels, self.f_min_hz, self.f_max_hz)
+        if self.recipe != "chen2020":
+            if any(value is not None for value in mel_fields):
+                raise ValueError(f"{self.recipe} has no mel bands: leave out `n_mels`, `f_min_hz` and `f_max_hz`")
+            return self
+        if self.n_mels is None or self.f_min_hz is None or self.f_max_hz is None:
+            raise ValueError("chen2020 needs `n_mels`, `f_min_hz` and `f_max_hz`")
+        if not self.f_min_hz < self.f_max_hz <= self.rate_hz / 2:
+            raise ValueError("`f_min_hz` lies below `f_max_hz`, and that at most at half of `rate_hz`")
+        return self
 
     @property
     def n_samples(self) -> int:

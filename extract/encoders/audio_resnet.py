@@ -37,7 +37,8 @@ class AudioResNet(EncoderNetwork):
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes layer4, its mean over frequency and time, and the logits."""
-        pooled = torch.mean(self.net.get_submodule("layer4")(trunk_outputs["map"]), dim=(2, 3))
+        top = self.net.get_submodule("layer4")(trunk_outputs["map"]).float()  # means are float32 in any precision
+        pooled = torch.mean(top, dim=(2, 3))
         return {"pooled": pooled, "logits": self.net.get_submodule("fc")(pooled)}
 
 

@@ -5,7 +5,7 @@ The names of the modules are those of the widespread PyTorch checkpoints (rgb_im
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extract.encoders.encoder_network import EncoderNetwork, check_clip_shape
+from extract.encoders.fused_layers import same_padding
 
 _BATCH_NORM_EPS = 1e-3
 _BATCH_NORM_MOMENTUM = 0.01
@@ -50,18 +51,6 @@ _HEAD = ("MaxPool3d_5a_2x2", "Mixed_5b", "Mixed_5c")
 _LOGIT_WINDOW = (2, 7, 7)
 
 
-def same_padding(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Computes TensorFlow's `SAME` padding in the order that torch.nn.functional.pad takes (last axis first).
-
-    The output has ceil(n / stride) positions; of an odd amount the larger half goes to the end.
-    """
-    padding: list[int] = []
-    for n, k, s in zip(reversed(shape), reversed(kernel), reversed(stride), strict=True):
-        total = max((-(-n // s) - 1) * s + k - n, 0)
-        padding += [total // 2, total - total // 2]
-    return padding
-
-
 class SamePaddedConv(nn.Module):
     """Is a 3D convolution with `SAME` padding, then BatchNorm and ReLU unless it is the classifier."""
 
@@ -88,8 +77,9 @@ class SamePaddedMaxPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pools [B, C, T, H, W]."""
-        padded = F.pad(x, same_padding(x.shape[2:], self.kernel, self.stride), value=float("-inf"))
-        return F.max_pool3d(padded, self.kernel, self.stride)
+        # The same as padding with -inf, without the copy: ceil_mode lets the last window reach beyond the end.
+        before = same_padding(x.shape[2:], self.kernel, self.stride)[-2::-2]
+        return F.max_pool3d(x, self.kernel, self.stride, before, ceil_mode=True)
 
 
 class InceptionBlock(nn.Module):
@@ -151,6 +141,7 @@ class InceptionI3D(EncoderNetwork):
         top = trunk_outputs["trunk"]
         for name in _HEAD:
             top = self.get_submodule(name)(top)
+        top = top.float()  # whatever the precision of the convolutions, means are float32
         window = [min(n, w) for n, w in zip(top.shape[2:], _LOGIT_WINDOW, strict=True)]
         windows = F.avg_pool3d(top, window, stride=1)
         return {

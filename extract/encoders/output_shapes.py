@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from extract.encoders.slowfast_variants import VARIANTS, plan_slowfast_shapes
+from extract.sound.recipes import plan_spectrogram_shape
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def plan_spectrogram_shape(audio: AudioSpec) -> tuple[int, int]:
-    """Gives the bands and windows of one spectrogram (METHODS 3): A's recipe doesn't centre its windows, B's does."""
-    n_bands = audio.n_fft // 2 + 1
-    if audio.recipe == "planamente2021":
-        return n_bands, (audio.n_samples + 2 * (audio.n_fft // 2) - audio.n_fft) // audio.n_hop + 1
-    if audio.n_samples < audio.n_window:
-        raise SpecError(f"{audio.duration_s} s at {audio.rate_hz} Hz are shorter than one window of {audio.n_window}")
-    return n_bands, (audio.n_samples - audio.n_window) // audio.n_hop + 1
 
 
 def plan_slowfast_outputs(variant: str, clip: ClipSpec, frame: FrameSpec | AudioSpec) -> Shapes:

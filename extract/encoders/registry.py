@@ -105,7 +105,7 @@ def _slowfast(name: str, clip: ClipSpec, frame: FrameSpec) -> EncoderEntry:
     return EncoderEntry(
         name=name,
         modality="rgb",
-        revision=1,
+        revision=2,
         clip=clip,
         frame=frame,
         audio=None,
@@ -124,7 +124,7 @@ _ENTRIES = (
     EncoderEntry(
         name="slowonly_r50_flow",
         modality="flow",
-        revision=1,
+        revision=2,
         clip=_SLOWONLY_CLIP,
         frame=_flow(crop=256, centre=128.0),
         audio=None,
@@ -135,7 +135,7 @@ _ENTRIES = (
     EncoderEntry(
         name="i3d_rgb",
         modality="rgb",
-        revision=1,
+        revision=2,
         clip=_RGB_CLIP,
         frame=_rgb(256, 224, (127.5,) * 3, (127.5,) * 3),
         audio=None,
@@ -146,7 +146,7 @@ _ENTRIES = (
     EncoderEntry(
         name="i3d_flow",
         modality="flow",
-        revision=1,
+        revision=2,
         clip=_I3D_FLOW_CLIP,
         frame=_flow(crop=224, centre=127.5),
         audio=None,
@@ -157,7 +157,7 @@ _ENTRIES = (
     EncoderEntry(
         name="resnet18_audio",
         modality="audio",
-        revision=1,
+        revision=2,
         clip=_RGB_CLIP.model_copy(update={"n_clips": 1}),
         frame=None,
         audio=ZHANG2022,
@@ -168,7 +168,7 @@ _ENTRIES = (
     EncoderEntry(
         name="resnet_demo",
         modality="audio",
-        revision=1,
+        revision=2,
         clip=_DEMO_CLIP.model_copy(update={"n_clips": 1}),
         frame=None,
         audio=ZHANG2022.model_copy(update={"duration_s": 2.0}),

@@ -56,6 +56,7 @@ class SlowFast(EncoderNetwork):
         res5: Any = self.blocks[_RES5]
         paths = res5.multipathway_blocks
         slow, fast = paths[0](trunk_outputs["trunk_slow"]), paths[1](trunk_outputs["trunk_fast"])
+        slow, fast = slow.float(), fast.float()  # whatever the precision of the convolutions, means are float32
         tokens_slow, tokens_fast = slow.amax(dim=(3, 4)), fast.amax(dim=(3, 4))
         pooled_avg = torch.cat([slow.mean(dim=(2, 3, 4)), fast.mean(dim=(2, 3, 4))], dim=1)
         classifier: Any = self.blocks[_CLASSIFIER]

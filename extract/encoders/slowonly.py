@@ -37,7 +37,7 @@ class SlowOnly(EncoderNetwork):
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes res5, the pooled features and the logits."""
-        top = self.blocks[_RES5](trunk_outputs["trunk"])
+        top = self.blocks[_RES5](trunk_outputs["trunk"]).float()  # means are float32 in any precision
         pooled_avg = top.mean(dim=(2, 3, 4))
         classifier: Any = self.blocks[_CLASSIFIER]
         return {

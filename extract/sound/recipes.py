@@ -1,7 +1,8 @@
-"""Holds the spectrogram recipes of the papers (METHODS, section 3); needs no torch to be imported."""
+"""Holds the published recipes of spectrograms and the arithmetic of their shapes; needs no torch."""
 
 from __future__ import annotations
 
+from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec
 
 ZHANG2022 = AudioSpec(
@@ -29,3 +30,36 @@ PLANAMENTE2021 = AudioSpec(
     standardise=False,
 )
 """B's spectrogram: 256 bands x 256 frames of the 1.279 s around a clip."""
+
+CHEN2020 = AudioSpec(
+    recipe="chen2020",
+    span="segment",
+    rate_hz=22050,
+    duration_s=10.0,
+    n_window=1024,
+    n_hop=256,
+    n_fft=1024,
+    log_floor=1e-5,
+    standardise=False,
+    n_mels=80,
+    f_min_hz=125.0,
+    f_max_hz=7600.0,
+)
+"""The log-mels of the VAS data (RegNet, Chen et al. 2020): 80 bands x 862 frames, of which the data keep 860."""
+
+
+def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
+    """Computes (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
+    if spec.n_hop > spec.n_window or spec.n_window > spec.n_fft:
+        raise SpecError(
+            f"audio spec needs n_hop <= n_window <= n_fft, has {spec.n_hop}, {spec.n_window}, {spec.n_fft}: "
+            f"correct them, or take the preset of {spec.recipe}"
+        )
+    if spec.n_samples < spec.n_window:
+        raise SpecError(f"audio window of {spec.n_samples} samples is shorter than n_window = {spec.n_window}")
+    n_bands = spec.n_fft // 2 + 1 if spec.n_mels is None else spec.n_mels
+    if spec.recipe == "zhang2022":
+        n_frames = (spec.n_samples - spec.n_window) // spec.n_hop + 1
+    else:
+        n_frames = (spec.n_samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.n_hop + 1
+    return n_bands, n_frames

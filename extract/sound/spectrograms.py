@@ -1,34 +1,21 @@
-"""Turns samples into the log spectrograms of the two papers (METHODS section 3), on the device that holds them."""
+"""Turns samples into log spectrograms by the papers' recipes (METHODS section 3), on the device that holds them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from extract.sound.recipes import plan_spectrogram_shape
+from extract.torchvision_import import ensure_torchaudio
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec
 
 STD_FLOOR = 1e-9
 TUKEY_SHAPE = 0.25
-
-
-def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
-    """Computes (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
-    if spec.n_hop > spec.n_window or spec.n_window > spec.n_fft:
-        raise SpecError(
-            f"audio spec needs n_hop <= n_window <= n_fft, has {spec.n_hop}, {spec.n_window}, {spec.n_fft}: "
-            f"correct them, or take the preset of {spec.recipe}"
-        )
-    if spec.n_samples < spec.n_window:
-        raise SpecError(f"audio window of {spec.n_samples} samples is shorter than n_window = {spec.n_window}")
-    if spec.recipe == "zhang2022":
-        n_frames = (spec.n_samples - spec.n_window) // spec.n_hop + 1
-    else:
-        n_frames = (spec.n_samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.n_hop + 1
-    return spec.n_fft // 2 + 1, n_frames
 
 
 def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tensor:
@@ -43,6 +30,9 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
     `planamente2021` [B, section 4.1; its reference 27 for what it doesn't say]: the first `n_samples`, zeros appended
     if there are fewer; what librosa.stft computes with center=True and pad_mode="constant" (zeros beyond both ends;
     reflecting there would invent sound), the periodic Hann window in the middle of n_fft; log(|S|^2 + floor).
+    `chen2020` [RegNet, the VAS data]: the first `n_samples`, tiled if there are fewer; |S| of librosa.stft as above,
+    times librosa's mel filters (Slaney's scale and norm); 0.8 + 0.2 log10(max(mel, floor)), that is
+    -80..20 dB brought to 0..1, clipped to it.
     `standardise` takes (x - mean) / (std + 1e-9) over the whole window, std of the population.
 
     Everything up to the result is float64, and each window is computed by itself: its values don't depend on what
@@ -98,7 +88,7 @@ def _check_samples(samples: Tensor) -> None:
 
 
 def _centred_window(spec: AudioSpec, device: torch.device) -> Tensor:
-    """Gives the analysis window: zhang2022 [n_window]; planamente2021 [n_fft] with zeros on both sides."""
+    """Gives the analysis window: zhang2022 [n_window]; the others [n_fft] with zeros on both sides."""
     place = torch.arange(spec.n_window, dtype=torch.float64, device=device)
     if spec.recipe == "zhang2022":
         # Periodic: the symmetric window of n_window + 1 points without its last, hence edges at 0 and n_window.
@@ -112,19 +102,38 @@ def _centred_window(spec: AudioSpec, device: torch.device) -> Tensor:
 
 def _window_spectrogram(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
     """Computes one window's log spectrogram, float32 [F, N], from samples [n]."""
-    power = _zhang_power(samples, window, spec) if spec.recipe == "zhang2022" else _stft_power(samples, window, spec)
-    log_power = torch.log(power + spec.log_floor)
+    if spec.recipe == "chen2020":
+        magnitude = _stft_power(_tile(samples, spec.n_samples), window, spec).sqrt()
+        mel = magnitude @ _mel_filters(spec).to(magnitude)
+        log_power = (0.8 + 0.2 * torch.log10(mel.clamp(min=spec.log_floor))).clamp(0, 1)
+    elif spec.recipe == "planamente2021":
+        log_power = torch.log(_stft_power(samples, window, spec) + spec.log_floor)
+    else:
+        log_power = torch.log(_zhang_power(samples, window, spec) + spec.log_floor)
     if spec.standardise:
         centred = log_power - log_power.mean()
         log_power = centred / (centred.square().mean().sqrt() + STD_FLOOR)
     return log_power.T.to(torch.float32).contiguous()
 
 
+def _tile(samples: Tensor, n_samples: int) -> Tensor:
+    return samples.repeat(-(-n_samples // samples.shape[0]))[:n_samples]
+
+
+@lru_cache(maxsize=8)
+def _mel_filters(spec: AudioSpec) -> Tensor:
+    """Computes the mel filters [n_fft // 2 + 1, n_mels], in float32 as librosa has them."""
+    ensure_torchaudio()
+    from torchaudio.functional import melscale_fbanks
+
+    assert spec.f_min_hz is not None and spec.f_max_hz is not None and spec.n_mels is not None
+    n_bins = spec.n_fft // 2 + 1
+    return melscale_fbanks(n_bins, spec.f_min_hz, spec.f_max_hz, spec.n_mels, spec.rate_hz, "slaney", "slaney")
+
+
 def _zhang_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
     """Computes the one-sided power density [N, F] as scipy.signal.spectrogram does by default."""
-    n_samples = spec.n_samples
-    n_repeats = -(-n_samples // samples.shape[0])
-    signal = samples.to(torch.float64).repeat(n_repeats)[:n_samples].clamp(-1, 1)
+    signal = _tile(samples, spec.n_samples).to(torch.float64).clamp(-1, 1)
     frames = signal.unfold(0, spec.n_window, spec.n_hop)
     frames = (frames - frames.mean(dim=1, keepdim=True)) * window
     spectrum = torch.fft.rfft(frames, n=spec.n_fft)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from extract.encoders.output_shapes import plan_spectrogram_shape
 from extract.encoders.registry import ENCODERS, find_encoder
+from extract.sound.recipes import plan_spectrogram_shape
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 
@@ -132,13 +132,3 @@ def test_messages() -> None:
     assert ENCODERS["slowfast_demo"].frame is not None
     with pytest.raises(SpecError, match="an audio encoder needs an AudioSpec"):
         entry.output_shapes(entry.clip, ENCODERS["slowfast_demo"].frame)
-
-
-def test_spectrogram_shapes_agree_with_the_sound_module() -> None:
-    spectrograms = pytest.importorskip("extract.sound.spectrograms")
-    for spec in (spectrograms.ZHANG2022, spectrograms.PLANAMENTE2021):
-        for duration_s in (spec.duration_s, 0.7, 2.0, 2.4):
-            changed = spec.model_copy(update={"duration_s": duration_s})
-            assert plan_spectrogram_shape(changed) == spectrograms.plan_spectrogram_shape(changed)
-    assert plan_spectrogram_shape(spectrograms.ZHANG2022) == (257, 1004)
-    assert plan_spectrogram_shape(spectrograms.PLANAMENTE2021) == (256, 256)

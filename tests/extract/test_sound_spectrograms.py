@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
-from extract.sound.spectrograms import (
-    augment_spectrograms,
-    log_spectrogram,
-    plan_spectrogram_shape,
-    rms_dbfs,
-)
+from extract.readers.pyav_audio import read_audio
+from extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
+from extract.sound.spectrograms import augment_spectrograms, log_spectrogram, rms_dbfs
 from pipeline.errors import SpecError
+from pipeline.specs import AudioSpec
 
 RNG = np.random.default_rng(5)
 
@@ -35,6 +33,16 @@ def reference_planamente(samples: np.ndarray) -> np.ndarray:
         samples.astype(np.float64), n_fft=511, hop_length=120, win_length=240, window="hann", pad_mode="constant"
     )
     return np.log(np.abs(stft) ** 2 + 1e-6)
+
+
+def reference_chen(samples: np.ndarray) -> np.ndarray:
+    """Computes RegNet's log-mel step by step as its data preparation does: decibels, -20, +100, / 100, clipped."""
+    import librosa
+
+    tiled = np.tile(samples.astype(np.float64), math.ceil(220500 / len(samples)))[:220500]
+    magnitude = np.abs(librosa.stft(tiled, n_fft=1024, hop_length=256, pad_mode="constant"))
+    mel = librosa.filters.mel(sr=22050, n_fft=1024, fmin=125, fmax=7600, n_mels=80) @ magnitude
+    return np.clip((np.log10(np.maximum(mel, 1e-5)) * 20 - 20 + 100) / 100, 0, 1)
 
 
 def some_sounds(rate_hz: int, n: int) -> dict[str, np.ndarray]:
@@ -83,6 +91,41 @@ def test_zhang2022_equals_scipy(name):
 def test_planamente2021_equals_librosa(name):
     samples = some_sounds(24000, 30696)[name].astype(np.float32)
     assert_close(log_spectrogram([torch.from_numpy(samples)], PLANAMENTE2021)[0, 0], reference_planamente(samples))
+
+
+@pytest.mark.parametrize("n", [220500, 50000, 300000])
+@pytest.mark.parametrize("name", list(some_sounds(22050, 1024)))
+def test_chen2020_equals_librosa(name, n):
+    samples = some_sounds(22050, n)[name].astype(np.float32)
+    ours = log_spectrogram([torch.from_numpy(samples)], CHEN2020)[0, 0]
+    assert ours.shape == plan_spectrogram_shape(CHEN2020) == (80, 862)
+    assert_close(ours, reference_chen(samples))
+
+
+@pytest.mark.shared
+def test_chen2020_reproduces_the_log_mels_of_vas_frame_by_frame(shared_data):
+    paths = sorted((shared_data / "vas").glob("*/*_mel.npy"))
+    assert len(paths) == 10
+    for path in paths:
+        theirs = np.load(path)
+        samples = read_audio(path.with_name(path.name.replace("_mel.npy", ".mp4")), 0, 10, 22050)
+        ours = log_spectrogram([torch.from_numpy(samples)], CHEN2020)[0, 0, :, :860].numpy()
+        by_shift = {
+            shift: np.corrcoef(ours[:, 8:-8].ravel(), theirs[:, 8 + shift : 852 + shift].ravel())[0, 1]
+            for shift in range(-3, 4)
+        }
+        assert max(by_shift, key=by_shift.__getitem__) == 0, path  # one frame is 11.6 ms
+        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.95, path  # the short ones are tiled there too
+
+
+def test_mel_fields_belong_to_the_mel_recipe():
+    fields = CHEN2020.model_dump()
+    with pytest.raises(ValidationError, match="chen2020 needs `n_mels`, `f_min_hz` and `f_max_hz`"):
+        AudioSpec(**{**fields, "n_mels": None})
+    with pytest.raises(ValidationError, match="at most at half of `rate_hz`"):
+        AudioSpec(**{**fields, "f_max_hz": 12000})
+    with pytest.raises(ValidationError, match="zhang2022 has no mel bands"):
+        AudioSpec(**{**ZHANG2022.model_dump(), "n_mels": 80})
 
 
 @pytest.mark.shared

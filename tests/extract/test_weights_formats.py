@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,3 +342,25 @@ def test_two_names_for_one_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -
     twice = {"logits.conv3d.bias": torch.zeros(400), "alias": torch.zeros(400)}
     with pytest.raises(WeightsError, match=r"a file: alias and logits\.conv3d\.bias are both logits\.conv3d\.bias"):
         convert_tensors(twice, "clumsy", _expected("i3d_rgb"), "a file")
+
+
+@pytest.mark.parametrize(
+    ("format_name", "container", "beside"),
+    [
+        ("mmaction2-slowfast", "state_dict", {"meta": {"epoch": 256, "mmcv": "1.2.0"}, "optimizer": {"state": {}}}),
+        ("mmaction2-slowonly", "state_dict", {"meta": {"experiment_name": "slowonly", "iter": 7}, "message_hub": {}}),
+        ("pyslowfast", "model_state", {"epoch": 195, "optimizer_state": {"state": {}}, "cfg": "MODEL:"}),
+    ],
+)
+def test_what_lies_beside_the_tensors_is_left_alone(
+    tmp_path: Path, format_name: str, container: str, beside: dict[str, object]
+) -> None:
+    encoder, make = _CASES[format_name]
+    state, path = make(), tmp_path / "published.pth"
+    torch.save({**beside, container: state}, path)
+    read = checkpoint_formats.read_checkpoint(path, format_name)
+    assert list(read) == list(state)
+    assert set(convert_tensors(read, format_name, _expected(encoder), "a file")) == set(_expected(encoder))
+    torch.save(beside, path)
+    with pytest.raises(WeightsError, match=f"published.pth has no entry '{container}', where {format_name} keeps"):
+        checkpoint_formats.read_checkpoint(path, format_name)
