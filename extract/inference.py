@@ -7,13 +7,13 @@ from functools import lru_cache
 import torch
 
 from extract.encoders.encoder_network import EncoderNetwork
+from extract.encoders.inference_form import Precision, prepare_for_inference
 from extract.extraction_plan import StoreTarget
+from extract.freed_memory import keep_freed_memory
 from extract.shard_rows import ShardRows
 from extract.weights.resolve import WeightsRecord, load_encoder
 from pipeline.errors import MediaMemoryError, SpecError
 from pipeline.specs import FeatureSpec
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -42,6 +42,13 @@ def load_network(encoder: str, weights: WeightsRecord, device: str) -> EncoderNe
     return load_encoder(encoder, weights, torch.device(device))
 
 
+@lru_cache(maxsize=8)
+def load_inference_form(encoder: str, weights: WeightsRecord, device: str, precision: Precision) -> EncoderNetwork:
+    """Loads the form of an encoder that extraction runs, once a process; freed memory is kept from then on."""
+    keep_freed_memory()
+    return prepare_for_inference(load_network(encoder, weights, "cpu"), torch.device(device), precision)
+
+
 class ShardEncoder:
     """Gathers clips of one store's shard, encodes them when a batch is full, and hands the outputs to their rows.
 
@@ -50,7 +57,7 @@ class ShardEncoder:
 
     def __init__(self, target: StoreTarget, rows: ShardRows, device: torch.device, n_clips_per_batch: int) -> None:
         self._spec: FeatureSpec = target.spec
-        self._network = load_network(target.spec.encoder, target.weights, str(device))
+        self._network = load_inference_form(target.spec.encoder, target.weights, str(device), target.spec.precision)
         self._device = device
         self._rows = rows
         self._n_clips_per_batch = n_clips_per_batch
@@ -91,11 +98,9 @@ class ShardEncoder:
 
     def _encode(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         names = [output.name for output in self._spec.outputs]
-        precision = AUTOCAST_DTYPES.get(self._spec.precision)
         with (
             torch.inference_mode(),
-            torch.autocast(self._device.type, dtype=precision or torch.bfloat16, enabled=precision is not None),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False),
         ):
             outputs = self._network(batch, names)
             return {name: outputs[name].float() for name in names}

@@ -11,7 +11,7 @@ from extract.extraction_plan import ShardWork
 from extract.output_writer import OutputWriter
 from pipeline.errors import MediaError
 from pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, FAILED, PENDING, ArrayLayout, plan_output_array
+from pipeline.store.layout import DONE, FAILED, PENDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,8 @@ class ShardRows:
         self._failures: dict[int, Failure] = {}
         self._chunks: dict[tuple[str, int, int], np.ndarray] = {}
         self._written: set[tuple[str, int, int]] = set()
-        windows = store.spec.clip.sampling == "windows"
-        self._layouts = {
-            output.name: plan_output_array(output.name, output.shape, store.spec.dtype, store.layout, windows=windows)
-            for output in store.spec.outputs
-        }
+        self._chunk_shapes = {output.name: store.get_output_chunks(output.name) for output in store.spec.outputs}
+        self._clip_shapes = {output.name: output.shape for output in store.spec.outputs}
 
     def start_row(self, row: int, times: np.ndarray, frames: np.ndarray) -> None:
         """Notes what a row's entries cover, [n, 2] each; entries beyond n don't exist and aren't awaited."""
@@ -69,7 +66,7 @@ class ShardRows:
             return
         self._has_audio[i], self._loudness[i] = has_audio, loudness_dbfs
         if not has_audio:
-            for name in self._layouts:
+            for name in self._chunk_shapes:
                 for block in self._blocks_of(name, row):
                     n_here = max(0, min(int(self._n_valid[i]), block.stop_clip) - block.clip)
                     self._chunk(name, block)[row - block.row, :n_here] = np.nan
@@ -106,7 +103,7 @@ class ShardRows:
         self._times[i], self._frames[i], self._n_valid[i] = np.nan, -1, 0
         self._has_audio[i], self._loudness[i] = 0, -np.inf
         self._is_awaited[i] = False
-        for name in self._layouts:
+        for name in self._chunk_shapes:
             for block in self._blocks_of(name, row):
                 if (name, block.row, block.clip) in self._written:
                     self._take_back(name, block)
@@ -153,21 +150,20 @@ class ShardRows:
         )
 
     def _block(self, name: str, row: int, entry: int) -> _Block:
-        layout: ArrayLayout = self._layouts[name]
-        first_row, first_clip = row - row % layout.chunks[0], entry - entry % layout.chunks[1]
-        stop_row = min(first_row + layout.chunks[0], self._shard.stop_row)
-        return _Block(first_row, stop_row, first_clip, min(first_clip + layout.chunks[1], layout.shape[1]))
+        n_rows, n_clips = self._chunk_shapes[name]
+        first_row, first_clip = row - row % n_rows, entry - entry % n_clips
+        stop_row = min(first_row + n_rows, self._shard.stop_row)
+        return _Block(first_row, stop_row, first_clip, min(first_clip + n_clips, self._is_awaited.shape[1]))
 
     def _blocks_of(self, name: str, row: int) -> Iterator[_Block]:
-        layout = self._layouts[name]
-        for clip in range(0, layout.shape[1], layout.chunks[1]):
+        for clip in range(0, self._is_awaited.shape[1], self._chunk_shapes[name][1]):
             yield self._block(name, row, clip)
 
     def _chunk(self, name: str, block: _Block) -> np.ndarray:
         key = (name, block.row, block.clip)
         if key not in self._chunks:
-            shape = (block.stop_row - block.row, block.stop_clip - block.clip, *self._layouts[name].shape[2:])
-            self._chunks[key] = np.zeros(shape, dtype=self._layouts[name].dtype)
+            shape = (block.stop_row - block.row, block.stop_clip - block.clip, *self._clip_shapes[name])
+            self._chunks[key] = np.zeros(shape, dtype=self._store.spec.dtype)
         return self._chunks[key]
 
     def _take_back(self, name: str, block: _Block) -> None:
@@ -180,7 +176,7 @@ class ShardRows:
 
     def _write_complete(self, row: int, entry: int | None = None) -> None:
         """Writes the chunks of a row (those of one entry) in which nothing is awaited any more."""
-        for name in self._layouts:
+        for name in self._chunk_shapes:
             blocks = self._blocks_of(name, row) if entry is None else (self._block(name, row, entry),)
             for block in blocks:
                 first = self._shard.start_row

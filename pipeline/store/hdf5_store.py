@@ -159,6 +159,12 @@ class Hdf5FeatureStore:
         larger.replace(self.path)
         self.layout, self._segment_ids, self._finder = layout, ids, None
 
+    def get_output_chunks(self, name: str) -> tuple[int, int]:
+        """Gives how many rows and clips are written at a time: HDF5's own layout is contiguous."""
+        arrays = {array.name: array for array in plan_arrays(self.spec, self.layout)}
+        n_rows, n_clips = arrays[f"outputs/{name}"].chunks[:2]
+        return n_rows, n_clips
+
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""
         if (self.read_array("state", shard.start_row, shard.stop_row) != PENDING).any():

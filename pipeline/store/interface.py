@@ -105,6 +105,10 @@ class FeatureStore(Protocol):
         """Appends rows for new segments, pending."""
         ...
 
+    def get_output_chunks(self, name: str) -> tuple[int, int]:
+        """Gives how many rows and clips one chunk of an output holds, which a store keeps when it grows."""
+        ...
+
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending, so that a run killed inside it redoes all of it."""
         ...

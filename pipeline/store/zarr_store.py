@@ -163,6 +163,11 @@ class ZarrFeatureStore:
         self._arrays.clear()
         self._raw.clear()
 
+    def get_output_chunks(self, name: str) -> tuple[int, int]:
+        """Gives how many rows and clips one chunk of an output holds."""
+        n_rows, n_clips = self._open_array(f"outputs/{name}").chunks[:2]
+        return n_rows, n_clips
+
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""
         state = self._open_array("state")
