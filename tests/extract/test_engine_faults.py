@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -173,6 +174,7 @@ def test_a_killed_worker_costs_nothing_but_time(media: Path, start: Start) -> No
     assert_all_gone(children)
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(
     media: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -214,6 +216,7 @@ def test_ctrl_c_with_workers_leaves_no_process_behind(start: Start) -> None:
     assert verify_all(run.cache) == []
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_same_bytes(
     media: Path, start: Start
 ) -> None:
@@ -337,3 +340,44 @@ def test_impossible_options_are_one_error(
             [*arguments, "--cache", str(tmp_path), "--encoders", "slowfast_demo", *options],
             standalone_mode=False,
         )
+
+
+@pytest.mark.slow
+def test_slurm_jobs_compute_the_same_bytes(media: Path, tmp_path: Path, start: Start) -> None:
+    """A stand-in for sbatch runs the job's script at once, so that all but SLURM's own queue is tried."""
+    pytest.importorskip("dask_jobqueue", reason="needs the extra `slurm`")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text(
+        f'#!/bin/bash\ncp "$1" {tmp_path}/job.sh\nsetsid bash {tmp_path}/job.sh >{tmp_path}/job.log 2>&1 &\n'
+        f'echo $! >> {tmp_path}/pids\necho "Submitted batch job $!"\n'
+    )
+    (tmp_path / "bin/scancel").write_text('#!/bin/bash\nfor job in "$@"; do kill -TERM -- "-$job" 2>/dev/null; done\n')
+    for name in ("sbatch", "scancel"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    options = ["--slurm", "--workers", "1", "--slurm-option", "cores=1", "--slurm-option", "memory=4GB"]
+    options += ["--slurm-option", "interface=lo", "--slurm-option", "job_extra_directives=['--partition=gpu']"]
+    run = start(*options, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert_whole(media, tmp_path / "cache")
+    script = (tmp_path / "job.sh").read_text()
+    assert "#SBATCH --partition=gpu" in script and "--nthreads 1" in script
+    jobs = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert_all_gone([psutil.Process(pid) for pid in jobs if psutil.pid_exists(pid)])
+
+
+def test_a_second_run_waits_for_the_first_and_finds_everything_done(media: Path, tmp_path: Path, start: Start) -> None:
+    first = start()
+    first.wait_for_rows(N_ROWS_PER_SHARD)
+    refused = start()
+    code, errors = refused.finish()
+    assert code == 2
+    assert "is being written by" in errors and str(first.process.pid) in errors and "--wait" in errors
+    second = start("--wait", "120")
+    assert first.finish()[0] == 0
+    code, errors = second.finish()
+    assert code == 0
+    assert str(first.process.pid) in errors, "it says whom it waits for"
+    assert_whole(media, tmp_path / "cache")
+    runs = [json.loads(line) for line in next((tmp_path / "cache/tiny").glob("*.runs.jsonl")).read_text().splitlines()]
+    assert len(runs) == 1, "the second run computed nothing"

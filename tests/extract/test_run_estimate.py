@@ -23,7 +23,7 @@ def plan(tiny, *arguments):
     return json.loads(out)
 
 
-@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
+@pytest.mark.parametrize("backend", ["zarr", pytest.param("hdf5", marks=pytest.mark.slow)])
 def test_planned_bytes_and_files_are_those_of_the_store_that_extraction_then_makes(tiny, backend: str) -> None:
     tiny.add_videos("v", "w")
     choices = ["--backend", backend, "--outputs", "slowfast_demo=pooled,trunk_slow", "--rows-per-shard", "3"]

@@ -19,7 +19,7 @@ CHOICES = ["--rows-per-shard", "2"]
 
 
 def find_store(tiny, encoder: str = "slowfast_demo") -> Path:
-    return next(path for path in list_stores(tiny.cache) if path.name.startswith(encoder))
+    return next(Path(str(place)) for place in list_stores(tiny.cache) if place.name.startswith(encoder))
 
 
 def read_arrays(path: Path) -> dict[str, bytes]:
@@ -49,8 +49,15 @@ def repair_and_extract(tiny, path: Path, n_requeued: int, *choices: str) -> None
     assert tiny.verify(path)[0] == 0
 
 
-@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("zarr", "float16"),
+        pytest.param("hdf5", "float16", marks=pytest.mark.slow),
+        pytest.param("zarr", "float32", marks=pytest.mark.slow),
+        pytest.param("hdf5", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sample_extracted_anew_has_the_same_bytes(tiny, backend: str, dtype: str) -> None:
     tiny.add_videos("v", "w")
     assert tiny.extract("--backend", backend, "--dtype", dtype, *CHOICES)[0] == 0
@@ -64,10 +71,10 @@ def test_a_sample_extracted_anew_has_the_same_bytes(tiny, backend: str, dtype: s
         assert bool(check["sample"]["fp16_errors"]) == (dtype == "float16")
         for error in check["sample"]["fp16_errors"].values():
             assert 0 < error["norm_relative"] <= 2**-11 and error["share_overflow"] == 0
-            assert error["n_overflow"] == 0
     assert sorted(p.name for p in find_store(tiny).parent.iterdir()) == before, "checking leaves nothing in the cache"
 
 
+@pytest.mark.slow
 def test_wrong_numbers_with_right_checksums_are_found_by_extracting_anew(tiny) -> None:
     tiny.add_videos("v", "w")
     tiny.extract(*CHOICES)
@@ -118,7 +125,16 @@ def test_a_damaged_output_chunk_is_repaired(tiny) -> None:
     assert read_arrays(path) == good
 
 
-@pytest.mark.parametrize("array", ["times", "frames", "n_valid", "digest", "state"])
+@pytest.mark.parametrize(
+    "array",
+    [
+        "times",
+        pytest.param("frames", marks=pytest.mark.slow),
+        pytest.param("n_valid", marks=pytest.mark.slow),
+        "digest",
+        "state",
+    ],
+)
 def test_a_damaged_index_chunk_is_repaired(tiny, array: str) -> None:
     tiny.add_videos("v", "w")
     tiny.extract("--encoders", "slowfast_demo", *CHOICES)
@@ -143,7 +159,10 @@ def test_an_absent_chunk_is_repaired(tiny) -> None:
     repair_and_extract(tiny, path, 8, "--encoders", "slowfast_demo")
 
 
-@pytest.mark.parametrize("array", ["outputs/pooled", "times", "digest"])
+@pytest.mark.parametrize(
+    "array",
+    ["outputs/pooled", pytest.param("times", marks=pytest.mark.slow), pytest.param("digest", marks=pytest.mark.slow)],
+)
 def test_hdf5_is_repaired_by_the_shard(tiny, array: str) -> None:
     h5py = pytest.importorskip("h5py")
     tiny.add_videos("v", "w")

@@ -184,6 +184,6 @@ def test_the_command_imports_and_explains(tmp_path: Path) -> None:
     path = next((tmp_path / "cache" / "toy").glob("theirs-*.zarr"))
     run = runner.invoke(store_commands.app, ["explain", IDS[3], str(path), "--manifests", str(manifests)])
     assert run.exit_code == 0, run.output
-    assert "done: 4 clips" in run.output and "up to date" in run.output
+    assert ": done; row 3 of" in run.output and "up to date" in run.output
     run = runner.invoke(store_commands.app, ["explain", IDS[35], str(path), "--manifests", str(manifests)])
     assert "pending" in run.output
