@@ -18,6 +18,10 @@ from pipeline.store.opening import hold_store, list_stores, open_store
 CHOICES = ["--rows-per-shard", "2"]
 
 
+def slow(value: str):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def find_store(tiny, encoder: str = "slowfast_demo") -> Path:
     return next(Path(str(place)) for place in list_stores(tiny.cache) if place.name.startswith(encoder))
 
