@@ -74,7 +74,7 @@ class Run:
 
     def wait_for_rows(self, n_rows: int) -> None:
         """Waits until so many rows are done, while the run goes on."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while self.count() < n_rows:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
@@ -88,7 +88,7 @@ class Run:
 
     def finish(self) -> tuple[int, str]:
         """Waits for the end; gives exit code and what was said as errors."""
-        _, errors = self.process.communicate(timeout=120)
+        _, errors = self.process.communicate(timeout=240)
         lines = [line for line in errors.splitlines(keepends=True) if not line.startswith(("extracting: ", "looking "))]
         return self.process.returncode, "".join(lines).lstrip()
 
