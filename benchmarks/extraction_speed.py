@@ -165,13 +165,11 @@ def print_cases(cases: Sequence[Case], device: torch.device) -> None:
 
 def print_settings(arguments: argparse.Namespace, device: torch.device, parts: PipelineParts) -> None:
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    print(f"{device}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads, {parts.n_readers} reader(s), ")
+    print(f"{device}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads, {parts.n_readers} reader(s),")
     print(
-        f"{arguments.precision}, batch {parts.n_batch}, {arguments.weights} weights; {arguments.segments} segments of "
+        f"{arguments.precision}, batch {parts.n_batch}, {arguments.weights} weights, {arguments.segments} segments of"
     )
-    print(
-        f"{arguments.seconds:g} s, {arguments.clips} clip(s) each; {arguments.repeats} repeats; load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{arguments.seconds:g} s, {arguments.clips} clip(s) each, {arguments.repeats} repeats")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Path]:

@@ -1,8 +1,8 @@
 """Extracts features the way peers do, one clip at a time: what benchmarks.extraction_speed compares the pipeline with.
 
-It runs in a process of its own, so that none of the pipeline's settings reach it. Its first argument is a JSON file made
-by `describe_plain_loop`; each line of standard input names an encoder, for which all segments are extracted, and the
-seconds it took come back on standard output. The network is loaded before, untimed, as it is for the pipeline.
+It runs in a process of its own, so that none of the pipeline's settings reach it. Its first argument is a JSON file of
+what `describe_plain_loop` gives; each line of standard input names an encoder, for which all segments are extracted,
+and the seconds it took come back on standard output. The network is loaded before, untimed, as the pipeline's is.
 
 For each clip: open the file, seek, decode forward to the clip's pictures, each to an RGB array, each resized by PIL
 (bilinear), cropped and normalised on the CPU, one clip a forward pass of the plain float32 network, one file a segment.
@@ -32,7 +32,7 @@ from pipeline.specs import AudioSpec, FeatureSpec, FrameSpec
 
 
 def describe_plain_loop(spec: FeatureSpec, weights: str, segments: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describes one encoder's loop; segments have `id`, `path`, `start_s`, `stop_s`, `clips` (times [n, T]; sound: [[]])."""
+    """Describes one encoder's loop; segments have id, path, start_s, stop_s and clips, times [n, T] (sound: [[]])."""
     return {"spec": spec.model_dump_json(), "weights": weights, "segments": list(segments)}
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import MediaError, MediaMemoryError
 from pipeline.segments import Segment
 from pipeline.specs import ClipSpec
 
-MAX_STRETCH_BYTES = 64 * 2**20
+MAX_STRETCH_BYTES = 16 * 2**20
 
 ReadInputs = Callable[[OpenMedia, int, Segment, Sequence[StoreTarget]], Iterator[ShardInput]]
 
