@@ -11,10 +11,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from extract.demo.generating import generate_demo
@@ -29,6 +31,7 @@ from pipeline.clusters import ClusterRequest, connect_cluster
 from pipeline.dask_execution import run_with_dask
 from pipeline.execution import ShardReport, ShardTask, run_in_process
 from pipeline.segments import Manifest
+from pipeline.store.layout import DONE
 from pipeline.store.opening import name_store
 
 CLUSTER = ClusterRequest("local", n_workers=2)
@@ -45,8 +48,20 @@ class IdleJob:
         self._job = job
 
     def compute(self, task: ShardTask) -> ShardReport:
-        """Computes nothing."""
-        return self._job.give_up(task, "no work")
+        """Computes nothing, and says that every row is done."""
+        report = self._job.give_up(task, "no work")
+        indices = {
+            path: replace(
+                index,
+                times=np.zeros_like(index.times),
+                frames=np.zeros_like(index.frames),
+                n_valid=np.full_like(index.n_valid, index.times.shape[1]),
+                state=np.full_like(index.state, DONE),
+                failures=(),
+            )
+            for path, index in report.indices.items()
+        }
+        return replace(report, indices=indices)
 
     def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
         """Sends the real work there, and a report back."""
@@ -96,7 +111,7 @@ def main() -> None:
         works = []
         for spec, weights in request.encoders:
             path = name_store(request.cache_dir, card.name, spec, "zarr")
-            works.append(_open_work(request, survey, path, spec, weights, segments, lambda: None))
+            works.append(_open_work(request, survey, path, spec, weights, segments, lambda: None, None))
         ((job, tasks),) = _plan_jobs(request, works)
         idle = IdleJob(job)
         with connect_cluster(CLUSTER) as client:

@@ -25,6 +25,8 @@ class _OpenClip:
     entry: int
     crop_name: tuple[int, int, int]
     numbers: np.ndarray
+    first: int
+    last: int
     n_left: int
     clip: Tensor | None = None
 
@@ -53,6 +55,7 @@ class ClipAssembler:
         """Takes note of the clips of a row."""
         row = _OpenRow(facts)
         n_views = facts.clip.n_views
+        firsts, lasts = facts.pictures.min(axis=1).tolist(), facts.pictures.max(axis=1).tolist()
         for path in facts.store_paths:
             frame = self._specs[path].frame
             assert frame is not None, "pictures go to stores of pictures"
@@ -62,9 +65,15 @@ class ClipAssembler:
                 continue
             row.by_frame_spec[frame] = [
                 _OpenClip(
-                    [path], i * frame.n_crops + number, (i // n_views, i % n_views, number), numbers, len(numbers)
+                    store_paths=[path],
+                    entry=i * frame.n_crops + number,
+                    crop_name=(i // n_views, i % n_views, number),
+                    numbers=numbers,
+                    first=first,
+                    last=last,
+                    n_left=len(numbers),
                 )
-                for i, numbers in enumerate(facts.pictures)
+                for i, (numbers, first, last) in enumerate(zip(facts.pictures, firsts, lasts, strict=True))
                 for number in range(frame.n_crops)
             ]
         self._open.setdefault(facts.source, []).append(row)
@@ -89,7 +98,10 @@ class ClipAssembler:
     ) -> None:
         height, width = pictures.shape[1:3]
         placements: dict[Crop, list[Placement]] = {}
+        first, last = int(numbers[0]), int(numbers[-1])
         for clip in clips:
+            if clip.last < first or clip.first > last:  # most windows of a long video, at each of its stretches
+                continue
             places = np.minimum(np.searchsorted(numbers, clip.numbers), len(numbers) - 1)
             positions = np.flatnonzero(numbers[places] == clip.numbers)
             if not len(positions):

@@ -20,6 +20,8 @@ from pipeline.segments import Segment
 from pipeline.specs import ClipSpec
 
 MAX_STRETCH_BYTES = 64 * 2**20
+# Clips that a stretch touches exist at the same time: small pictures must not make it long.
+MAX_STRETCH_PICTURES = 64
 
 ReadInputs = Callable[[OpenMedia, int, Segment, Sequence[StoreTarget]], Iterator[ShardInput]]
 
@@ -31,7 +33,7 @@ def read_row(
 
     `digests` are by store path what the row is to be made from, uint8 [16]; media that are other ones by the time they
     were read fail the row. Whatever the length of video and segment, at most MAX_STRETCH_BYTES of pictures (or one
-    picture) are read at a time.
+    picture) and MAX_STRETCH_PICTURES are read at a time.
     """
     pictured = sorted((t for t in targets if t.spec.frame is not None), key=_media_key)
     for _, group in groupby(pictured, key=_media_key):
@@ -115,7 +117,7 @@ def _read_stretches(
     """Decodes each picture once, in order of time, and hands on the plain ones and the flow that becomes complete."""
     needed = np.unique(np.concatenate([wanted, *(maker.needed for maker in makers)]))
     n_picture_bytes = reader.info.height * reader.info.width * 3
-    n_at_most = max(1, MAX_STRETCH_BYTES // n_picture_bytes)
+    n_at_most = max(1, min(MAX_STRETCH_PICTURES, MAX_STRETCH_BYTES // n_picture_bytes))
     for start in range(0, len(needed), n_at_most):
         numbers = needed[start : start + n_at_most]
         pictures = reader.read_frames(reader.frame_times_s[numbers])
