@@ -113,6 +113,11 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def heed_interrupts() -> None:
+    """Undoes what a background shell does to its jobs: they inherit that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_run(root: Path, cache: Path, *options: str, code: str = COMMAND, **environment: str) -> Run:
     arguments = ["extract", "tiny", "--media", str(root / "media"), "--cache", str(cache), "--manifests", str(root)]
     arguments += ["--encoders", "slowfast_demo", "--device", "cpu", "--set", "clip.n_clips=1"]
@@ -123,6 +128,7 @@ def start_run(root: Path, cache: Path, *options: str, code: str = COMMAND, **env
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         env={**os.environ, **environment},
     )
     return Run(process, cache)
