@@ -145,6 +145,7 @@ def resize(disk: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["zarr", "hdf5"])
+@pytest.mark.usefixtures("unbroken")
 def test_a_disk_that_has_no_room_for_all_rows_is_refused_up_front(small_disk: Path, folder: Path, backend: str) -> None:
     resize(small_disk, "size=1m")
     refused = run("extract", folder, small_disk / "cache", "--backend", backend)
