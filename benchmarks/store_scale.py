@@ -1,6 +1,6 @@
 """Measures that a store's work grows with its rows and no faster, with rows written by a generator, up to 1,000,000.
 
-    python -m benchmarks.store_scale [--rows 10000 100000 1000000] [--folder /tmp/store_scale]
+    python -m benchmarks.store_scale [--rows 10000 100000 1000000] [--folder FOLDER]
 
 Every size runs in a process of its own, so that its peak resident set is its own. One clip of 256 float16 a segment.
 """
@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def run_size(n_rows: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/echoshift_store_scale"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "echoshift_store_scale")
     parser.add_argument("--one", action="store_true", help="Run one size in this process and print JSON.")
     options = parser.parse_args()
     if options.one:

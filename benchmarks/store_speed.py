@@ -1,6 +1,6 @@
 """Measures reading, opening and committing of stores against raw files on the same disk, as ratios of one run.
 
-    python -m benchmarks.store_speed [--rows 100000] [--repeats 15] [--folder /tmp/store_speed]
+    python -m benchmarks.store_speed [--rows 100000] [--repeats 15] [--folder FOLDER]
 
 The page cache is warm: everything was just written. Each repeat measures ours and the reference one after the other,
 and the median over the repeats is printed.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/echoshift_store_speed"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "echoshift_store_speed")
     options = parser.parse_args()
     backends: tuple[Backend, ...] = ("zarr", "hdf5")
     for backend in backends:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from pipeline.store.auditing import NORM_QUANTILES, OutputAudit
 
@@ -18,7 +19,7 @@ def describe_audit(audit: OutputAudit) -> Iterator[str]:
     quantiles = (f"{100 * q:g} %: {v:.5g}" for q, v in zip(NORM_QUANTILES, audit.norm_quantiles, strict=True))
     yield f"  norms   {', '.join(quantiles)}"
     fullest = max(audit.norm_counts, default=0)
-    for low, high, n in zip(audit.norm_edges, audit.norm_edges[1:], audit.norm_counts, strict=False):
+    for (low, high), n in zip(pairwise(audit.norm_edges), audit.norm_counts, strict=True):
         bar = "#" * round(N_BAR_CHARACTERS * n / fullest) if fullest else ""
         yield f"  {low:12.5g} to {high:12.5g} {n:9d} {bar}".rstrip()
     if audit.fp16 is None:

@@ -124,10 +124,6 @@ class ShardRows:
         self._is_awaited[row - self._shard.start_row] = False
         self._write_complete(row)
 
-    def is_complete(self, row: int) -> bool:
-        """Says whether nothing of a row is awaited any more."""
-        return not self._is_awaited[row - self._shard.start_row].any()
-
     def finish(self) -> ShardIndex:
         """Gives the shard's index; rows without a segment stay pending. Everything is written before it returns."""
         assert not self._chunks, "a chunk is incomplete at the shard's end"
