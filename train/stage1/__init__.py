@@ -1,0 +1,1 @@
+"""Trains the audio-adaptive encoder (Zhang et al., section 3.1)."""

@@ -1,0 +1,163 @@
+"""Defines Stage 1's configuration: every hyper-parameter of METHODS section 5, each with its default in one place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.specs import SpecModel
+
+
+class VisualConfig(SpecModel):
+    """Says which network sees the pictures, and in which form they come.
+
+    `mode`: `frames` decodes and augments in every epoch (the reference); `trunk` trains from level-2 stores of
+    `n_views` augmented views, made once. `train_preset` and `test_preset` are extraction presets (README); `overrides`
+    are those of `echoshift extract --set`, applied to both. `weights` is a reference of `echoshift weights ls`, a file
+    or `random:SEED`; "" takes the catalogue's preferred ones. `n_readers` is how many processes decode (None: the
+    device's own number), `n_cached_mb` how many MB of decoded pictures are kept from epoch to epoch.
+    """
+
+    encoder: str
+    weights: str = ""
+    mode: Literal["frames", "trunk"] = "frames"
+    train_preset: str = "zhang-stage1-train"
+    test_preset: str = "zhang-stage2-test"
+    overrides: tuple[str, ...] = ()
+    n_views: int = Field(default=4, gt=0)
+    n_readers: int | None = Field(default=None, ge=0)
+    n_cached_mb: int = Field(default=2048, ge=0)
+
+
+class SoundConfig(SpecModel):
+    """Says which network hears the sound; `weights` and `overrides` as in VisualConfig."""
+
+    encoder: str
+    weights: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+class AudioClassifierConfig(SpecModel):
+    """Says how layer4 and the classifier of the audio network are trained on the source (METHODS 5.1)."""
+
+    lr: float = Field(default=1e-2, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    batch: int = Field(default=16, gt=0)
+    n_epochs: int = Field(default=4, gt=0)
+
+
+class ClusterConfig(SpecModel):
+    """Says how interaction clusters are found (METHODS 5.2)."""
+
+    max_clusters: int = Field(default=20, gt=0)
+    n_init: int = Field(default=10, gt=0)
+
+
+class BalanceConfig(SpecModel):
+    """Says how source samples are weighted (METHODS 5.3; Eq. 2 and 3).
+
+    `normalised` is the released form: class weights that sum to the number of classes, cluster weights of a class that
+    sum to its number of clusters.
+    """
+
+    kind: Literal["none", "class", "audio"] = "audio"
+    beta: float = Field(default=0.999, ge=0, lt=1)
+    normalised: bool = False
+
+
+class AbsentConfig(SpecModel):
+    """Says how absent activities are learned (METHODS 5.4; Eq. 1): `weight` is lambda, 0 leaves them out.
+
+    `n_absent` is r (single-label), `gamma` the multi-label share.
+    """
+
+    weight: float = Field(default=1.0, ge=0)
+    n_absent: int = Field(default=3, gt=0)
+    gamma: float = Field(default=0.05, gt=0, le=1)
+
+
+class AttentionConfig(SpecModel):
+    """Says what the audio-based attention is (METHODS 5.5).
+
+    `p_missing` is how often a segment's sound is withheld in training, so that the learned missing-audio embedding is
+    learned [?].
+    """
+
+    enabled: bool = True
+    width: int = Field(default=256, gt=0)
+    n_layers: int = Field(default=8, gt=0)
+    n_heads: int = Field(default=8, gt=0)
+    head_width: int = Field(default=64, gt=0)
+    mlp_width: int = Field(default=512, gt=0)
+    dropout: float = Field(default=0.15, ge=0, lt=1)
+    embedding_dropout: float = Field(default=0.1, ge=0, lt=1)
+    p_missing: float = Field(default=0.1, ge=0, lt=1)
+
+
+class TrainingConfig(SpecModel):
+    """Says how the encoder is trained (METHODS 5.6).
+
+    `lr_by_source` overrides `lr` where the shift has exactly that one source domain. `trainable_from` names the first
+    stage whose weights train; `split` is the one after the split point (res5 of SlowFast, Mixed_5b of I3D).
+    `batch_norm` is the mode of the frozen part's BatchNorm. A batch has n_source + n_target segments, taken in
+    `n_accumulated` parts one after the other.
+    """
+
+    lr: float = Field(default=1e-4, gt=0)
+    lr_by_source: dict[str, float] = Field(default_factory=dict)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    n_source: int = Field(default=16, gt=0)
+    n_target: int = Field(default=16, gt=0)
+    n_accumulated: int = Field(default=1, gt=0)
+    n_epochs: int = Field(default=15, gt=0)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    trainable_from: str = "split"
+    batch_norm: Literal["eval", "train"] = "eval"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class TargetLabelsConfig(SpecModel):
+    """Says which part of the target's train split has labels (semi-supervised CharadesEgo), and which pairs are used.
+
+    `labelled_fraction` is the first part of the target's train segments in file order; None takes the manifest's tags
+    `labelled` where `use_tags`. `pairs` thins the train splits as `manifest import charades_ego --pairs` does.
+    `clusters_from` says whose sound is clustered (METHODS 9).
+    """
+
+    use_tags: bool = False
+    labelled_fraction: float | None = Field(default=None, ge=0, le=1)
+    pairs: Literal["all", "half", "none"] = "all"
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> TargetLabelsConfig:
+        if self.use_tags and self.labelled_fraction is not None:
+            raise ValueError("`use_tags` and `labelled_fraction` exclude each other")
+        return self
+
+
+class ExportConfig(SpecModel):
+    """Says what Stage 1 hands on: stores of adapted features and how pseudo-labels are made (METHODS 5.7).
+
+    `outputs` are those of the visual encoder; `train_preset` is that of a second store with the train splits alone, ""
+    for none. `label_preset` is what pseudo-labels are the mean over.
+    """
+
+    outputs: tuple[str, ...] = ("pooled",)
+    train_preset: str = "zhang-stage2-train"
+    label_preset: str = "zhang-stage2-test"
+
+
+class Stage1Config(SpecModel):
+    """Is everything that decides Stage 1's result but data and seed."""
+
+    visual: VisualConfig
+    sound: SoundConfig
+    audio_classifier: AudioClassifierConfig = AudioClassifierConfig()
+    clusters: ClusterConfig = ClusterConfig()
+    balance: BalanceConfig = BalanceConfig()
+    absent: AbsentConfig = AbsentConfig()
+    attention: AttentionConfig = AttentionConfig()
+    training: TrainingConfig = TrainingConfig()
+    target_labels: TargetLabelsConfig = TargetLabelsConfig()
+    export: ExportConfig = ExportConfig()
