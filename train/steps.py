@@ -68,13 +68,21 @@ class StepRunner:
     rerun: frozenset[str] = frozenset()
     notify: Callable[[str], None] = lambda message: None
 
+    def find_folder(self, step: Step) -> Path:
+        """Gives the folder of a step, whether it is there or not."""
+        return self.root / f"{step.name}-{step.key}"
+
+    def is_done(self, step: Step) -> bool:
+        """Says whether a step is done."""
+        return (self.find_folder(step) / RECORD).is_file()
+
     def run(self, step: Step, make: Callable[[Path], Mapping[str, Any]]) -> StepResult:
         """Runs a step unless its record is there; `make(folder)` does the work and gives JSON that the record keeps.
 
         What a killed `make` left in the folder is still there when it is called again: it may go on from it. Two runs
         that want the same step do it once, the second waits.
         """
-        folder = self.root / f"{step.name}-{step.key}"
+        folder = self.find_folder(step)
         folder.parent.mkdir(parents=True, exist_ok=True)
         record_path = folder / RECORD
         if record_path.is_file() and step.name not in self.rerun:

@@ -25,14 +25,14 @@ class AudioClassifier(nn.Module):
 
     def __init__(self, network: EncoderNetwork, n_features: int, n_classes: int) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.network: EncoderNetwork = copy.deepcopy(network).requires_grad_(False)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad = name.startswith("net.layer4.")
         self.classifier = nn.Linear(n_features, n_classes)
 
     def forward(self, audio_map: Tensor) -> tuple[Tensor, Tensor]:
         """Gives logits [B, K] and the pooled features [B, D] of layer3 maps [B, C, F, N]."""
-        pooled = self.network.head({"map": audio_map})["pooled"]
+        pooled = self.network.features({"map": audio_map})["pooled"]
         return self.classifier(pooled), pooled
 
     def train(self, mode: bool = True) -> AudioClassifier:
