@@ -121,10 +121,9 @@ class GatedEncoder(nn.Module):
         own = self.trainable_state()
         for name in [*own, *state]:
             if name not in state or name not in own or own[name].shape != state[name].shape:
-                found = {"expected": own, "given": state}
-                shapes = {key: list(t[name].shape) if name in t else "none" for key, t in found.items()}
+                given, expected = (list(s[name].shape) if name in s else "none" for s in (state, own))
                 raise WeightsError(
-                    f"the encoder's checkpoint doesn't fit: {name} is {shapes['given']}, expected {shapes['expected']}; "
+                    f"the encoder's checkpoint doesn't fit: {name} is {given}, expected {expected}; "
                     "it was trained with another encoder, number of classes, trainable_from or batch_norm"
                 )
         with torch.no_grad():
