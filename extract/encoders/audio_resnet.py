@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,26 @@ class AudioResNet(EncoderNetwork):
 
     trunk_names = ("map",)
     head_names = ("pooled", "logits")
+    stages: ClassVar = {
+        "stem": ("net.conv1", "net.bn1"),
+        "layer1": ("net.layer1",),
+        "layer2": ("net.layer2",),
+        "layer3": ("net.layer3",),
+        "layer4": ("net.layer4",),
+        "classifier": ("net.fc",),
+    }
+    split_stage = "layer4"
+    classified_output = "pooled"
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+
+    @property
+    def trunk_channels(self) -> dict[str, int]:
+        """Gives the channels after layer3."""
+        stages: Any = self.net.feature_info
+        return {"map": next(stage["num_chs"] for stage in stages if stage["module"] == "layer3")}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
         """Computes everything up to and including layer3."""
@@ -37,9 +53,13 @@ class AudioResNet(EncoderNetwork):
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes layer4, its mean over frequency and time, and the logits."""
+        features = self.features(trunk_outputs)
+        return {**features, "logits": self.net.get_submodule("fc")(features["pooled"])}
+
+    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes layer4 and its mean over frequency and time."""
         top = self.net.get_submodule("layer4")(trunk_outputs["map"]).float()  # means are float32 in any precision
-        pooled = torch.mean(top, dim=(2, 3))
-        return {"pooled": pooled, "logits": self.net.get_submodule("fc")(pooled)}
+        return {"pooled": torch.mean(top, dim=(2, 3))}
 
 
 def build_resnet18_audio(n_classes: int = 309) -> AudioResNet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -16,10 +16,25 @@ class EncoderNetwork(nn.Module, ABC):
 
     `trunk` is what Stage 1 keeps frozen, `head` is the rest, pooling and classifier included. Every output has a name;
     those of the trunk are among them, so that they can be stored.
+
+    Attributes:
+        trunk_names, head_names: the outputs.
+        stages: the parts that weights train or freeze by, first to last: name and the prefixes (without the last dot)
+            of their modules; together they hold every parameter and buffer once. The last one is `classifier`.
+        split_stage: the first stage of the head.
+        classified_output: the one of `head_names` that the classifier sees: averaged over all positions.
     """
 
     trunk_names: ClassVar[tuple[str, ...]]
     head_names: ClassVar[tuple[str, ...]]
+    stages: ClassVar[Mapping[str, tuple[str, ...]]]
+    split_stage: ClassVar[str]
+    classified_output: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def trunk_channels(self) -> dict[str, int]:
+        """Gives the number of channels of each of the trunk's outputs, in the order of `trunk_names`."""
 
     @abstractmethod
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
@@ -28,6 +43,29 @@ class EncoderNetwork(nn.Module, ABC):
     @abstractmethod
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes the outputs named in `head_names` from the trunk's, which it leaves unchanged."""
+
+    @abstractmethod
+    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes what `head` does, but without the classifier and its `logits`."""
+
+    @property
+    def n_classified(self) -> int:
+        """Gives the number of channels of `classified_output`."""
+        *_, (prefix,) = self.stages.values()
+        weight = next(p for name, p in self.named_parameters() if name.startswith(f"{prefix}.") and p.ndim > 1)
+        return weight.shape[1]
+
+    def find_stage(self, name: str) -> str:
+        """Finds the stage of a parameter, a buffer or a module by its full name; raises SpecError where none has it."""
+        for stage, prefixes in self.stages.items():
+            if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
+                return stage
+        raise SpecError(f"{type(self).__name__} has no stage for {name!r}; there are {', '.join(self.stages)}")
+
+    def iterate_stage_modules(self, stage: str) -> Iterator[nn.Module]:
+        """Gives the modules of a stage, those inside of them too."""
+        for prefix in self.stages[stage]:
+            yield from self.get_submodule(prefix).modules()
 
     def forward(self, x: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
         """Computes exactly the named outputs, in the order asked for; the head runs only if one of its own is asked.

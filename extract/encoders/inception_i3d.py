@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,15 @@ class InceptionI3D(EncoderNetwork):
 
     trunk_names = ("trunk",)
     head_names = ("pooled", "pooled_max", "logits")
+    stages: ClassVar = {
+        "Conv3d_1a_7x7": ("Conv3d_1a_7x7",),
+        "Conv3d_2b_1x1": ("Conv3d_2b_1x1",),
+        "Conv3d_2c_3x3": ("Conv3d_2c_3x3",),
+        **{name: (name,) for name in _MIXED},
+        "classifier": ("logits",),
+    }
+    split_stage = "Mixed_5b"
+    classified_output = "pooled"
 
     def __init__(self, n_channels: int, n_classes: int = 400) -> None:
         super().__init__()
@@ -123,11 +133,16 @@ class InceptionI3D(EncoderNetwork):
         self.add_module("MaxPool3d_3a_3x3", SamePaddedMaxPool((1, 3, 3), (1, 2, 2)))
         self.add_module("MaxPool3d_4a_3x3", SamePaddedMaxPool((3, 3, 3), (2, 2, 2)))
         self.add_module("MaxPool3d_5a_2x2", SamePaddedMaxPool((2, 2, 2), (2, 2, 2)))
-        n_outs = [_N_STEM, *(w[0] + w[2] + w[4] + w[5] for w in _MIXED.values())]
+        n_outs = [_N_STEM, *(_count_mixed(name) for name in _MIXED)]
         for (name, widths), (n_in, _) in zip(_MIXED.items(), pairwise(n_outs), strict=True):
             self.add_module(name, InceptionBlock(n_in, widths))
         self.logits = SamePaddedConv(_N_POOLED, n_classes, 1, is_classifier=True)
         self.dropout = nn.Dropout(0.5)
+
+    @property
+    def trunk_channels(self) -> dict[str, int]:
+        """Gives the channels after Mixed_4f."""
+        return {"trunk": _count_mixed("Mixed_4f")}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
         """Computes everything up to and including Mixed_4f."""
@@ -138,14 +153,26 @@ class InceptionI3D(EncoderNetwork):
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes Mixed_5b and Mixed_5c, the pooled features and the logits."""
+        top = self._compute_top(trunk_outputs)
+        window = [min(n, w) for n, w in zip(top.shape[2:], _LOGIT_WINDOW, strict=True)]
+        windows = F.avg_pool3d(top, window, stride=1)
+        return {**_pool(top), "logits": self.logits(self.dropout(windows)).mean(dim=(2, 3, 4))}
+
+    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes Mixed_5b and Mixed_5c and the pooled features."""
+        return _pool(self._compute_top(trunk_outputs))
+
+    def _compute_top(self, trunk_outputs: Mapping[str, Tensor]) -> Tensor:
         top = trunk_outputs["trunk"]
         for name in _HEAD:
             top = self.get_submodule(name)(top)
-        top = top.float()  # whatever the precision of the convolutions, means are float32
-        window = [min(n, w) for n, w in zip(top.shape[2:], _LOGIT_WINDOW, strict=True)]
-        windows = F.avg_pool3d(top, window, stride=1)
-        return {
-            "pooled": top.mean(dim=(2, 3, 4)),
-            "pooled_max": top.amax(dim=(2, 3, 4)),
-            "logits": self.logits(self.dropout(windows)).mean(dim=(2, 3, 4)),
-        }
+        return top.float()  # whatever the precision of the convolutions, means are float32
+
+
+def _pool(top: Tensor) -> dict[str, Tensor]:
+    return {"pooled": top.mean(dim=(2, 3, 4)), "pooled_max": top.amax(dim=(2, 3, 4))}
+
+
+def _count_mixed(name: str) -> int:
+    widths = _MIXED[name]
+    return widths[0] + widths[2] + widths[4] + widths[5]

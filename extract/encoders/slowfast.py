@@ -7,7 +7,7 @@ list it is given, and its pooling kernel fits 8x8 frames at 224 only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,26 @@ class SlowFast(EncoderNetwork):
 
     trunk_names = ("trunk_slow", "trunk_fast")
     head_names = ("pooled", "pooled_avg", "tokens_slow", "tokens_fast", "logits")
+    stages: ClassVar = {
+        "stem": ("blocks.0",),
+        "res2": ("blocks.1",),
+        "res3": ("blocks.2",),
+        "res4": ("blocks.3",),
+        "res5": (f"blocks.{_RES5}",),
+        "classifier": (f"blocks.{_CLASSIFIER}",),
+    }
+    split_stage = "res5"
+    classified_output = "pooled_avg"
 
     def __init__(self, variant: SlowFastVariant) -> None:
         super().__init__()
         self.variant = variant
         self.blocks = _build_blocks(variant)
+
+    @property
+    def trunk_channels(self) -> dict[str, int]:
+        """Gives the channels of both paths, those of the lateral among the slow ones."""
+        return {"trunk_slow": self.variant.n_trunk_slow, "trunk_fast": self.variant.n_trunk_fast}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
         """Computes both paths up to and including the lateral after res4."""
@@ -53,19 +68,23 @@ class SlowFast(EncoderNetwork):
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes res5 of both paths, the pooled features and the logits."""
+        features = self.features(trunk_outputs)
+        classifier: Any = self.blocks[_CLASSIFIER]
+        return {**features, "logits": classifier.proj(classifier.dropout(features["pooled_avg"]))}
+
+    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes res5 of both paths and the pooled features."""
         res5: Any = self.blocks[_RES5]
         paths = res5.multipathway_blocks
         slow, fast = paths[0](trunk_outputs["trunk_slow"]), paths[1](trunk_outputs["trunk_fast"])
         slow, fast = slow.float(), fast.float()  # whatever the precision of the convolutions, means are float32
         tokens_slow, tokens_fast = slow.amax(dim=(3, 4)), fast.amax(dim=(3, 4))
         pooled_avg = torch.cat([slow.mean(dim=(2, 3, 4)), fast.mean(dim=(2, 3, 4))], dim=1)
-        classifier: Any = self.blocks[_CLASSIFIER]
         return {
             "pooled": torch.cat([tokens_slow.amax(dim=2), tokens_fast.amax(dim=2)], dim=1),
             "pooled_avg": pooled_avg,
             "tokens_slow": tokens_slow.transpose(1, 2),
             "tokens_fast": tokens_fast.transpose(1, 2),
-            "logits": classifier.proj(classifier.dropout(pooled_avg)),
         }
 
 

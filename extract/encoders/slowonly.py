@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from extract.torchvision_import import ensure_torchvision
 
 _N_TRUNK_BLOCKS = 4  # stem, res2, res3, res4
 _RES5, _CLASSIFIER = 4, 5
+_N_TRUNK = 1024
 
 
 class SlowOnly(EncoderNetwork):
@@ -23,10 +24,25 @@ class SlowOnly(EncoderNetwork):
 
     trunk_names = ("trunk",)
     head_names = ("pooled", "pooled_avg", "logits")
+    stages: ClassVar = {
+        "stem": ("blocks.0",),
+        "res2": ("blocks.1",),
+        "res3": ("blocks.2",),
+        "res4": ("blocks.3",),
+        "res5": (f"blocks.{_RES5}",),
+        "classifier": (f"blocks.{_CLASSIFIER}",),
+    }
+    split_stage = "res5"
+    classified_output = "pooled_avg"
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = _build_blocks()
+
+    @property
+    def trunk_channels(self) -> dict[str, int]:
+        """Gives the channels after res4."""
+        return {"trunk": _N_TRUNK}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
         """Computes everything up to and including res4."""
@@ -37,14 +53,14 @@ class SlowOnly(EncoderNetwork):
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes res5, the pooled features and the logits."""
-        top = self.blocks[_RES5](trunk_outputs["trunk"]).float()  # means are float32 in any precision
-        pooled_avg = top.mean(dim=(2, 3, 4))
+        features = self.features(trunk_outputs)
         classifier: Any = self.blocks[_CLASSIFIER]
-        return {
-            "pooled": top.amax(dim=(2, 3, 4)),
-            "pooled_avg": pooled_avg,
-            "logits": classifier.proj(classifier.dropout(pooled_avg)),
-        }
+        return {**features, "logits": classifier.proj(classifier.dropout(features["pooled_avg"]))}
+
+    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes res5 and the pooled features."""
+        top = self.blocks[_RES5](trunk_outputs["trunk"]).float()  # means are float32 in any precision
+        return {"pooled": top.amax(dim=(2, 3, 4)), "pooled_avg": top.mean(dim=(2, 3, 4))}
 
 
 def _build_blocks() -> nn.ModuleList:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -136,12 +138,15 @@ def test_pooling_without_a_padded_copy_is_exact(n: int, kernel: int, stride: int
 def test_what_has_no_form_is_named_and_the_hint_fits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(EncoderNetwork):
         trunk_names, head_names = (), ()
+        trunk_channels: ClassVar[dict[str, int]] = {}
 
         def trunk(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"x": x}
 
         def head(self, trunk_outputs: object) -> dict[str, torch.Tensor]:
             return {}
+
+        features = head
 
     with pytest.raises(SpecError, match="Odd has no inference form"):
         prepare_for_inference(Odd(), _CPU)
