@@ -17,6 +17,7 @@ from pipeline.errors import RunError
 from pipeline.specs import FeatureSpec
 from train.batches import EncoderInputs, LabelledTargetBatch, SourceBatch, TargetBatch
 from train.ranks import Ranks
+from train.scores import compute_scores
 from train.splits import LabelledSegments
 from train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, predict_segments
 from train.stage1.config import TrainingConfig
@@ -249,9 +250,12 @@ def _validate(
 ) -> float:
     """Scores the source's validation split: top-1, or mAP where the task is multi-label."""
     ids = [segment.segment_id for segment in task.source_val.segments]
-    found = predict_segments(model, visual.iterate_clips(ids), sound, multi_label=task.multi_label, device=device)
+    clips = visual.iterate_clips(ids, task.validation_spec)
+    found = predict_segments(model, clips, sound, multi_label=task.multi_label, device=device)
     probabilities = np.stack([prediction.probabilities for prediction in found])
-    return compute_main_score(probabilities, task.source_val.labels)
+    scores = compute_scores(probabilities, task.source_val.labels, sound.has_audio(ids), task.classes)
+    assert scores.main.value is not None, "there are segments to score"
+    return scores.main.value
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments
     absent = [segment.segment_id for segment in segments if segment.segment_id not in known]
     if absent:
         raise RunError(
-            f"no media at {places.media_root}, and {len(absent)} segments aren't in {path}, {absent[0]} first; {missing}"
+            f"no media at {places.media_root}, and {path} lacks {len(absent)} segments, {absent[0]} first; {missing}"
         )
     return store
 

@@ -28,8 +28,8 @@ def write_prediction_table(
     """Writes one row a segment as Parquet; `labels` are the predictions that pseudo-labels are made of.
 
     Columns: segment_id, domain, split, has_audio, audio_probabilities and visual_probabilities (lists of K floats),
-    pseudo_label (an index of the classes, which are in the file's metadata, -1 for segments that get none). Single-label:
-    the argmax of the mean over views. Multi-label tasks train on probabilities of their own, so there it is -1.
+    pseudo_label: the argmax of the mean over views, an index of the classes, which are in the file's metadata; -1 for
+    segments that get none, and where the task is multi-label.
     """
     ids = [segment.segment_id for segment in segments]
     guesses = dict(zip(pseudo_labelled, labels.select(pseudo_labelled).argmax(axis=1).tolist(), strict=True))

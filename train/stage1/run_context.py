@@ -94,10 +94,8 @@ class RunContext:
 
         `name` is what the run calls the step, where it has several of a kind.
         """
-        if self.ranks.n_ranks == 1:
-            result = self.runner.run(step, make)
-        else:
-            result = self._run_in_ranks(step, make, together)
+        alone = self.ranks.n_ranks == 1
+        result = self.runner.run(step, make) if alone else self._run_in_ranks(step, make, together)
         self.results[name or step.name] = result
         return result
 
