@@ -62,7 +62,8 @@ class Grid(GridModel):
         stage: which stage's runs they are, such as `stage1`.
         task: the only task that the grid makes sense for; None: both.
         baseline: the row that the others are tested against, "" for none.
-        seeds, shifts: unless the command line says otherwise; no shifts: all of the card.
+        seeds, shifts: unless the command line says otherwise; no shifts: all of the card that `sources` admits.
+        sources: how many source domains a shift has: `single`, `several`, or `any`. Published means are over those.
         columns: what the table shows beside the shifts: `silent` (silent, audible) and `rare` (rare, frequent).
         published: the published table that it repeats.
     """
@@ -74,6 +75,7 @@ class Grid(GridModel):
     baseline: str = ""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     shifts: tuple[str, ...] = ()
+    sources: Literal["single", "several", "any"] = "single"
     columns: tuple[ColumnGroup, ...] = ()
     published: PublishedTable | None = None
     rows: tuple[GridRow, ...] = Field(min_length=1)
@@ -127,6 +129,12 @@ def read_grid(name_or_path: str | Path) -> Grid:
         raise RunError(f"{path}: {'; '.join(_describe_fault(fault) for fault in error.errors())}") from error
 
 
+def list_shifts(grid: Grid, card: DatasetCard) -> tuple[str, ...]:
+    """Lists the names of a card's shifts that have as many source domains as the grid wants."""
+    admitted = {"single": (True,), "several": (False,), "any": (True, False)}[grid.sources]
+    return tuple(shift.name for shift in card.shifts if (len(shift.source) == 1) in admitted)
+
+
 def plan_runs(
     grid: Grid,
     card: DatasetCard,
@@ -144,9 +152,9 @@ def plan_runs(
     if grid.task not in (None, card.task):
         raise RunError(f"grid {grid.name} is for {grid.task} datasets; {card.name} is {card.task}")
     known = [shift.name for shift in card.shifts]
-    shifts = tuple(shifts or grid.shifts or known)
+    shifts = tuple(shifts or grid.shifts or list_shifts(grid, card))
     if not shifts:
-        raise RunError(f"the card of {card.name} names no shifts; add them, then run grid {grid.name}")
+        raise RunError(f"{card.name} has no shift for grid {grid.name} (sources: {grid.sources}); add it to the card")
     for shift in shifts:
         if shift not in known:
             raise RunError(f"{card.name} has no shift {shift!r}; {_suggest(shift, known)}")

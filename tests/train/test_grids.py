@@ -104,6 +104,17 @@ def test_a_grids_own_seeds_and_shifts_yield_to_those_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("sources", "expected"),
+    [("single", {"D1-D2", "D2-D1"}), ("several", {"D1+D2-D3"}), ("any", {"D1-D2", "D2-D1", "D1+D2-D3"})],
+)
+def test_shifts_are_those_with_as_many_sources(tmp_path, sources, expected):
+    grid = read_grid(write_grid(tmp_path, f'sources = "{sources}"\n' + GRID))
+    card = CARD.model_copy(update={"shifts": (*CARD.shifts, Shift(source=("D1", "D2"), target="D3"))})
+    assert {run.shift for run in plan_runs(grid, card, resolve)} == expected
+    assert {run.shift for run in plan_runs(grid, card, resolve, shifts=["D1+D2-D3"])} == {"D1+D2-D3"}
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ('baseline = "first"', 'baselin = "first"', "own.toml: baselin: no such key; did you mean 'baseline'?"),
@@ -139,7 +150,7 @@ def test_what_a_card_lacks_is_named(tmp_path):
     grid = read_grid(write_grid(tmp_path, GRID))
     with pytest.raises(RunError, match="toy has no shift 'D1-D3'; did you mean 'D1-D2'"):
         plan_runs(grid, CARD, resolve, shifts=["D1-D3"])
-    with pytest.raises(RunError, match="names no shifts"):
+    with pytest.raises(RunError, match=r"toy has no shift for grid own \(sources: single\)"):
         plan_runs(grid, CARD.model_copy(update={"shifts": ()}), resolve)
     with pytest.raises(RunError, match="a-gamma is for multi-label datasets; toy is single-label"):
         plan_runs(read_grid("a-gamma"), CARD, resolve)

@@ -1,7 +1,10 @@
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
+import time
+import warnings
 from datetime import UTC, datetime
 from errno import ENOSPC
 
@@ -118,6 +121,28 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
     for worker in workers:
         worker.join(60)
     assert sorted(r.seed for r in read_runs(path)) == list(range(60))
+
+
+def test_a_kill_leaves_whole_lines_and_at_most_one_torn(tmp_path):
+    path = tmp_path / "results.jsonl"
+    context = multiprocessing.get_context("fork")
+    for n_kills in range(1, 6):
+        worker = context.Process(target=append_many, args=(path, range(10_000)))
+        size = path.stat().st_size if path.exists() else 0
+        worker.start()
+        deadline = time.monotonic() + 30
+        while (not path.exists() or path.stat().st_size < size + 3000) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join(30)
+        append_run(path, make_record(row="after"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            records = read_runs(path)
+        assert len(caught) <= n_kills
+        assert len(records) + len(caught) == path.read_bytes().count(b"\n")
+        assert records[-1].row == "after"
+        assert [r.row for r in records].count("after") == n_kills
 
 
 def test_a_disk_without_room_leaves_the_file_as_it_was(tmp_path, monkeypatch):
