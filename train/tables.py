@@ -109,7 +109,7 @@ def make_table(
     rows = []
     for name in used:
         n_seeds = len({run.seed for run in planned if run.row == name})
-        main = _take(used[name], lambda record: record.scores.main)
+        main = _take_main(used[name])
         cells = {shift: _average_over_shifts(main, [shift], n_seeds) for shift in shifts}
         if MEAN in names:
             cells[MEAN] = _average_over_shifts(main, shifts, n_seeds)
@@ -171,6 +171,11 @@ def _of_manifest(runs: RowRuns, sha256: str | None) -> RowRuns:
     return {pair: run for pair, run in runs.items() if sha256 in (None, run.manifest_sha256)}
 
 
+def _take_main(runs: RowRuns) -> dict[PairKey, float]:
+    scores = ((pair, record.scores.main.value) for pair, record in runs.items())
+    return {pair: value * PERCENT for pair, value in scores if value is not None}
+
+
 def _take(runs: RowRuns, get: Callable[[RunRecord], Score | None]) -> dict[PairKey, float | None]:
     """Takes one score of each run, in percent, None where the run has no segments for it."""
     scores = {pair: get(record) for pair, record in runs.items()}
@@ -183,7 +188,9 @@ def _get_part(part: str) -> Callable[[RunRecord], Score | None]:
     return lambda record: getattr(record.scores, part)
 
 
-def _average_over_shifts(values: Mapping[PairKey, float | None], shifts: Sequence[str], n_planned: int) -> TableCell:
+def _average_over_shifts(
+    values: Mapping[PairKey, float | None] | Mapping[PairKey, float], shifts: Sequence[str], n_planned: int
+) -> TableCell:
     """Averages over seeds the mean over shifts; a shift without such segments takes no part in it."""
     means = []
     for seed in dict.fromkeys(seed for _, seed in values):
@@ -197,8 +204,7 @@ def _average_over_shifts(values: Mapping[PairKey, float | None], shifts: Sequenc
 def _compare(name: str, used: Mapping[str, RowRuns], baseline: str) -> PairedTest | None:
     if name == baseline or not set(used[name]) & set(used.get(baseline, {})):
         return None
-    ours, theirs = (_take(used[row], lambda record: record.scores.main) for row in (name, baseline))
-    return compare_pairs(ours, theirs)
+    return compare_pairs(_take_main(used[name]), _take_main(used[baseline]))
 
 
 def _compare_hits(name: str, hits: Mapping[str, Mapping[str, np.ndarray]], baseline: str) -> SegmentTest | None:
