@@ -57,9 +57,7 @@ def find_last_dataset(cache: str) -> str:
         when = json.loads(lines[-1])["when"] if lines else attributes["created"]["when"]
         found.append((when, str(attributes["dataset"])))
     if not found:
-        raise RunError(
-            f"no dataset named, and nothing extracted in {cache}; name one, or run `echoshift extract` first"
-        )
+        raise RunError(f"no dataset named, and nothing extracted in {cache}; name one, or extract first")
     return max(found)[1]
 
 

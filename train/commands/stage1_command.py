@@ -48,7 +48,7 @@ def stage1(
         bool, typer.Option("--export/--no-export", help="Write adapted features and the table for Stage 2.")
     ] = True,
 ) -> None:
-    """Train the audio-adaptive encoder and export what Stage 2 needs; what is done is skipped, what was cut off goes on.
+    """Train the audio-adaptive encoder and export what Stage 2 needs; skips what is done, goes on with what isn't.
 
     Under torchrun, several GPUs train together.
     """
