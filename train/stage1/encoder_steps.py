@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from train.stage1.run_context import RunContext
 from train.stage1.run_inputs import list_train_segments, name_labels
 from train.stage1.sample_weights import map_to_pairs, weight_segments
 from train.stage1.sound_steps import PREDICTIONS, find_clusters, get_clustered_part, mark_absent
+from train.stage1.visual_inputs import VisualInputs
 from train.steps import Step, StepResult, hash_json
 
 CHECKPOINT = "encoder.safetensors"
@@ -155,9 +158,9 @@ def predict(context: RunContext, preset: str, segments: Sequence[Segment], name:
 
     def make(folder: Path) -> Mapping[str, Any]:
         ids = [segment.segment_id for segment in segments]
-        predicting = _Predicting(context, encoder, preset, ())
         context.watcher.start(f"{context.title}: predictions", len(ids))
-        predict_all(ids, predicting.predict, context.watcher.advance).write(folder / PREDICTIONS)
+        with _open_trained(context, encoder, preset, ()) as predicting:
+            predict_all(ids, predicting.predict, context.watcher.advance).write(folder / PREDICTIONS)
         return {"n_segments": len(ids)}
 
     return context.run(step, make, name=name)
@@ -175,46 +178,57 @@ def export_store(context: RunContext, name: str, preset: str, segments: Sequence
     )
 
     def make(folder: Path) -> Mapping[str, Any]:
-        predicting = _Predicting(context, encoder, preset, outputs)
-        spec = _make_adapted_spec(predicting.clips, str(encoder.outcome["identity"]), outputs)
+        clips = choose_visual(context.config.visual, context.request.places, preset).spec
+        spec = _make_adapted_spec(clips, str(encoder.outcome["identity"]), outputs)
         path = folder / f"{spec.encoder}-{fingerprint(spec)}.zarr"
         context.watcher.start(f"{context.title}: {name.replace('_', ' ')}", len(segments))
-        predictions = export_features(
-            path,
-            context.card.name,
-            spec,
-            segments,
-            predicting.predict,
-            manifest_sha256=context.request.places.manifest.sha256,
-            checkpoint=f"Stage 1, step encoder-{encoder.key}",
-            advance=context.watcher.advance,
-        )
+        with _open_trained(context, encoder, preset, outputs) as predicting:
+            predictions = export_features(
+                path,
+                context.card.name,
+                spec,
+                segments,
+                predicting.predict,
+                manifest_sha256=context.request.places.manifest.sha256,
+                checkpoint=f"Stage 1, step encoder-{encoder.key}",
+                advance=context.watcher.advance,
+            )
         predictions.write(folder / PREDICTIONS)
         return {"store": path.name, "n_segments": len(segments)}
 
     return context.run(step, make, name=name)
 
 
-class _Predicting:
-    """Is a trained encoder, loaded when the first segment is asked for."""
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """Is a trained encoder that predicts the clips of one preset."""
 
-    def __init__(self, context: RunContext, encoder: StepResult, preset: str, outputs: Sequence[str]) -> None:
-        self._context, self._outputs = context, outputs
-        self.clips: FeatureSpec = choose_visual(context.config.visual, context.request.places, preset).spec
-        self._model = _build(context)
-        read_checkpoint(encoder.folder / CHECKPOINT, self._model)
-        self._model.to(context.device).eval()
+    context: RunContext
+    model: AudioAdaptiveEncoder
+    visual: VisualInputs
+    clips: FeatureSpec
+    outputs: tuple[str, ...]
 
     def predict(self, segment_ids: Sequence[str]) -> Iterator[SegmentPrediction]:
         """Predicts segments in their order."""
         return predict_segments(
-            self._model,
-            self._context.visual.iterate_clips(segment_ids, self.clips),
-            self._context.inputs.sound,
-            multi_label=self._context.multi_label,
-            device=self._context.device,
-            outputs=self._outputs,
+            self.model,
+            self.visual.iterate_clips(segment_ids, self.clips),
+            self.context.inputs.sound,
+            multi_label=self.context.multi_label,
+            device=self.context.device,
+            outputs=self.outputs,
         )
+
+
+@contextmanager
+def _open_trained(context: RunContext, encoder: StepResult, preset: str, outputs: Sequence[str]) -> Iterator[_Trained]:
+    model = _build(context)
+    read_checkpoint(encoder.folder / CHECKPOINT, model)
+    model.to(context.device).eval()
+    clips = choose_visual(context.config.visual, context.request.places, preset).spec
+    with context.open_clips(preset) as visual:
+        yield _Trained(context, model, visual, clips, tuple(outputs))
 
 
 def _make_adapted_spec(clips: FeatureSpec, identity: str, outputs: Sequence[str]) -> FeatureSpec:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,15 @@ class RunContext:
         """Hashes the source's train segments and labels."""
         return name_labels(self.splits.source_train)
 
+    @contextmanager
+    def open_clips(self, preset: str) -> Iterator[VisualInputs]:
+        """Opens what gives clips of a preset: what trains, or, where that is a cache without them, the videos."""
+        if not self.inputs.trunk_stores or preset == self.config.visual.test_preset:
+            yield self.visual
+        else:
+            with self.inputs.open_frames(self.request.seed, self.device) as frames:
+                yield frames
+
     def run(
         self, step: Step, make: Callable[[Path], Mapping[str, Any]], *, name: str = "", together: bool = False
     ) -> StepResult:
@@ -130,14 +140,15 @@ def open_context(
     ranks.wait()
     if inputs is None:
         inputs = open_run_inputs(places, splits, config, watcher, notify)
+    device = resolve_device(ranks.choose_device(places.device))
     return RunContext(
         request=request,
         inputs=inputs,
-        visual=inputs.open_visual(request.seed),
+        visual=inputs.open_visual(request.seed, device),
         runner=StepRunner(request.runs_dir / "steps", request.rerun, notify),
         ranks=ranks,
         watcher=watcher,
-        device=resolve_device(ranks.choose_device(places.device)),
+        device=device,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from extract.extraction import ExtractionProgress
 from pipeline.cards import DatasetCard
@@ -80,20 +82,37 @@ class RunInputs:
             found.update(zip(sorted(known), read_digests(store, sorted(known)), strict=True))
         return hash_json([ids, [found[i] for i in ids]])
 
-    def open_visual(self, seed: int) -> VisualInputs:
-        """Opens what gives training and test clips."""
-        if self.trunk_stores:
-            return TrunkInputs(*self.trunk_stores, seed=seed)
+    def open_visual(self, seed: int, device: torch.device) -> VisualInputs:
+        """Opens what gives training clips, and those of the test preset."""
+        if not self.trunk_stores:
+            return self.open_frames(seed, device)
+        train_store, *test_stores = self.trunk_stores
+        return TrunkInputs(train_store, test_stores, seed=seed)
+
+    def open_frames(self, seed: int, device: torch.device) -> FrameInputs:
+        """Opens what decodes clips of any preset; raises RunError where the media aren't there."""
+        if not self.places.media_root.is_dir():
+            raise RunError(
+                f"no media folder {self.places.media_root}, and clips of this kind aren't cached; say with --media where "
+                f'the videos lie, or leave them out (export.train_preset="")'
+            )
         config = self.config.visual
         return FrameInputs(
             self.places.media_root,
             self.places.card.media,
             list_segments(self.splits),
-            self.train.spec,
-            seed,
-            n_readers=config.n_readers,
+            self.train.spec.model_copy(update={"clip": self.train.spec.clip.model_copy(update={"n_views": 1})}),
+            seed=seed,
+            n_readers=choose_n_readers(config.n_readers, device),
             n_cached_mb=config.n_cached_mb,
         )
+
+
+def choose_n_readers(asked: int | None, device: torch.device) -> int:
+    """Gives how many processes decode: none beside a CPU that trains, up to 8 beside a GPU."""
+    if asked is not None:
+        return asked
+    return min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0
 
 
 def list_segments(splits: ShiftSplits) -> list[Segment]:
