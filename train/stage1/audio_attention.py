@@ -79,11 +79,9 @@ class AttentionLayer(nn.Module):
     def forward(self, tokens: Tensor, n_kept: int) -> Tensor:
         """Gives the first `n_kept` tokens of the layer's output [B, n_kept, width]; those alone ask, all P answer."""
         normed = self.attention_norm(tokens)
-        if n_kept == tokens.shape[1]:
-            query, key, value = self.qkv(normed).chunk(3, dim=-1)
-        else:
-            query = F.linear(normed[:, :n_kept], self.qkv.weight[: self.inner])
-            key, value = F.linear(normed, self.qkv.weight[self.inner :]).chunk(2, dim=-1)
+        # Three products with slices of one weight, since fewer tokens may ask than answer.
+        asking, seen, given = self.qkv.weight.chunk(3)
+        query, key, value = F.linear(normed[:, :n_kept], asking), F.linear(normed, seen), F.linear(normed, given)
         query, key, value = (self._split_heads(x) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value)
         tokens = tokens[:, :n_kept] + self.attention_out(attended.transpose(1, 2).flatten(2))
