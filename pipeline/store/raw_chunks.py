@@ -222,12 +222,22 @@ def _read_into(result: np.ndarray, array: RawArray, row_chunk: int, clip_chunk: 
     # Whole rows are read in place; a chunk of some clips, or one that reaches beyond the rows, by way of a buffer.
     direct = part.shape == array.chunks and part.flags.c_contiguous
     target = part.reshape(-1).view(np.uint8) if direct else np.empty(array.n_chunk_bytes, np.uint8)
+    if not read_chunk(array, path, target):
+        part[...] = 0
+    elif not direct:
+        part[...] = array.view_chunk(target)[tuple(slice(n) for n in part.shape)]
+
+
+def read_chunk(array: RawArray, path: str, target: np.ndarray) -> bool:
+    """Reads a chunk file's values into `target`, uint8 [n_chunk_bytes]; False, and nothing read, when it is absent.
+
+    Raises StoreError naming the file for a wrong length or checksum.
+    """
     checksum = bytearray(N_CHECKSUM_BYTES)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        part[...] = 0
-        return
+        return False
     try:
         n_bytes = os.fstat(handle).st_size
         if n_bytes != array.n_chunk_bytes + N_CHECKSUM_BYTES:
@@ -240,5 +250,4 @@ def _read_into(result: np.ndarray, array: RawArray, row_chunk: int, clip_chunk: 
         os.close(handle)
     if google_crc32c.value(target) != int.from_bytes(checksum, "little"):
         raise make_checksum_error(path)
-    if not direct:
-        part[...] = array.view_chunk(target)[tuple(slice(n) for n in part.shape)]
+    return True
