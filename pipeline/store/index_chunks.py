@@ -84,6 +84,6 @@ def _replace_chunk(path: str, chunk: np.ndarray) -> None:
             file.write(chunk.data)
             file.write(google_crc32c.value(chunk).to_bytes(N_CHECKSUM_BYTES, "little"))
         os.replace(fresh, path)  # noqa: PTH105  (a Path of `path` isn't needed)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         fresh.unlink(missing_ok=True)
         raise
