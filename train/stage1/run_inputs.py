@@ -93,8 +93,8 @@ class RunInputs:
         """Opens what decodes clips of any preset; raises RunError where the media aren't there."""
         if not self.places.media_root.is_dir():
             raise RunError(
-                f"no media folder {self.places.media_root}, and clips of this kind aren't cached; say with --media where "
-                f'the videos lie, or leave them out (export.train_preset="")'
+                f"no media folder {self.places.media_root}, and clips of this kind aren't cached; say with "
+                f'--media where the videos lie, or leave them out (export.train_preset="")'
             )
         config = self.config.visual
         return FrameInputs(
