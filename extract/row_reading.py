@@ -37,7 +37,7 @@ def read_row(
     """
     pictured = sorted((t for t in targets if t.spec.frame is not None), key=_media_key)
     for _, group in groupby(pictured, key=_media_key):
-        yield from _guard(media, row, segment, list(group), digests, _read_pictures)
+        yield from _guard(media, row, segment, list(group), digests, read_pictures)
     for target in targets:
         if target.spec.audio is not None:
             yield from _guard(media, row, segment, [target], digests, _read_sound)
@@ -78,9 +78,10 @@ def _read_sound(media: OpenMedia, row: int, segment: Segment, targets: Sequence[
     return read_sound(media, row, segment, targets[0].path, targets[0].spec)
 
 
-def _read_pictures(
+def read_pictures(
     media: OpenMedia, row: int, segment: Segment, targets: Sequence[StoreTarget]
-) -> Iterator[ShardInput]:
+) -> Iterator[PictureFacts | PictureStretch]:
+    """Reads the pictures of one row for stores that share media and decoder; raises MediaError for what fails."""
     source = PictureSource.of(targets[0].spec)
     reader = media.open_pictures(segment, source.media, source.decoder)
     wanted: set[int] = set()

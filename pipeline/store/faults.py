@@ -19,7 +19,16 @@ READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 DRIVER_PACKAGES = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "ossfs", "paramiko"}
 )
-GUARDED_METHODS = ("read_array", "read", "read_all", "extend", "begin_shard", "write_outputs", "commit_shard")
+GUARDED_METHODS = (
+    "read_array",
+    "read",
+    "read_clips",
+    "read_all",
+    "extend",
+    "begin_shard",
+    "write_outputs",
+    "commit_shard",
+)
 
 Store = TypeVar("Store")
 

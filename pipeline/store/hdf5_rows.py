@@ -34,12 +34,17 @@ class Hdf5Rows:
     def __setstate__(self, path: str) -> None:
         self.__init__(path)  # type: ignore[misc]  # a map belongs to a process and is made anew in another
 
-    def read_rows(self, name: str, rows: np.ndarray, segment_ids: Sequence[str]) -> np.ndarray:
-        """Copies rows of an output, [n, clip, …]; raises StoreError naming the first that is not done."""
+    def read_rows(
+        self, name: str, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Copies rows of an output, [n, clip, …], or one clip of each, [n, …].
+
+        Raises StoreError naming the first that is not done.
+        """
         with self._lock:
             state, values = self._view("state"), self._view(name)
         require_done(self._path, segment_ids, state[rows])
-        copied = values[rows]
+        copied = values[rows] if clips is None else values[rows, clips]
         require_done(self._path, segment_ids, state[rows])
         return copied
 

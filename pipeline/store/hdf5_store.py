@@ -36,7 +36,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.reading import RowFinder, find_missing
+from pipeline.store.reading import RowFinder, find_missing, require_clips
 
 
 def create_hdf5_store(
@@ -121,10 +121,18 @@ class Hdf5FeatureStore:
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
         """Reads one output of done segments, in their order; Hdf5Rows says what holds while others write."""
+        return self._read(segment_ids, output, None)
+
+    def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
+        """Reads one clip of each segment."""
+        require_clips(self.path, clips, self.layout.n_clips)
+        return self._read(segment_ids, output, clips)
+
+    def _read(self, segment_ids: Iterable[str], output: str, clips: np.ndarray | None) -> np.ndarray:
         ids = list(segment_ids)
         if self._finder is None:
             self._finder = RowFinder(self.segment_ids)
-        return self._rows.read_rows(f"outputs/{output}", self._finder.find(self.path, ids), ids)
+        return self._rows.read_rows(f"outputs/{output}", self._finder.find(self.path, ids), ids, clips)
 
     def read_all(self, output: str) -> np.ndarray:
         """Reads one output of every row."""

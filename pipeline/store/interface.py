@@ -93,6 +93,13 @@ class FeatureStore(Protocol):
         """
         ...
 
+    def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
+        """Reads one clip of each segment asked for, in their order, [n, ...]; `clips` are their numbers, int64 [n].
+
+        Only these clips are read where the store is local. Raises as `read`, and for a clip that no row has.
+        """
+        ...
+
     def read_all(self, output: str) -> np.ndarray:
         """Reads one output of every row, whatever its state, [row, clip, ...]."""
         ...

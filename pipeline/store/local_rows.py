@@ -40,8 +40,13 @@ class LocalRows:
     def __setstate__(self, given: tuple[str, RawArray]) -> None:
         self.__init__(*given)  # type: ignore[misc]  # maps belong to a process and are made anew in another
 
-    def read_rows(self, array: RawArray, rows: np.ndarray, segment_ids: Sequence[str]) -> np.ndarray:
-        """Copies rows of an output, [n, clip, …]; raises StoreError naming the first that is not done."""
+    def read_rows(
+        self, array: RawArray, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Copies rows of an output, [n, clip, …], or one clip of each, [n, …].
+
+        Raises StoreError naming the first that is not done.
+        """
         with self._lock:
             maps = self._maps.get(array.folder)
             if maps is None:
@@ -50,7 +55,7 @@ class LocalRows:
                 self._look_at_states()
                 require_done(self._path, segment_ids, self._states[rows])
                 version = self._version
-                values = maps.copy_rows(rows, version)
+                values = maps.copy_rows(rows, version, clips)
                 self._look_at_states()
                 if self._version == version:
                     return values

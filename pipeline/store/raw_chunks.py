@@ -139,21 +139,28 @@ class ChunkMaps:
         # The version at which all chunks of these rows were last compared: one look for all rows of a read.
         self._versions = np.full(n_row_chunks, -1, np.int64)
 
-    def copy_rows(self, rows: np.ndarray, version: int) -> np.ndarray:
-        """Copies rows [n, clip, …], 0 where a chunk is absent; raises StoreError for a chunk of a wrong length."""
+    def copy_rows(self, rows: np.ndarray, version: int, clips: np.ndarray | None = None) -> np.ndarray:
+        """Copies rows [n, clip, …], or one clip of each, [n, …]; 0 where a chunk is absent.
+
+        Raises StoreError for a chunk of a wrong length.
+        """
         array = self.array
         row_chunks, places = np.divmod(rows, array.chunks[0])
         if not (self._versions[row_chunks] == version).all():
             slots = self._find_slots(row_chunks)
             if len(slots) > MAX_MAPS and len(rows) > 1:
                 half = len(rows) // 2
-                return np.concatenate([self.copy_rows(rows[:half], version), self.copy_rows(rows[half:], version)])
+                parts = [(rows[part], None if clips is None else clips[part]) for part in (np.s_[:half], np.s_[half:])]
+                return np.concatenate([self.copy_rows(part, version, own) for part, own in parts])
             self._make_room(slots)
             for slot in slots:
                 self._show(slot, version)
             self._versions[row_chunks] = version
         if self._line is not None:
-            return self._line[row_chunks * self._n_slot_units + places * self._n_row_units]
+            line_rows = row_chunks * self._n_slot_units + places * self._n_row_units
+            return self._line[line_rows] if clips is None else self._line[line_rows, clips]
+        if clips is not None:
+            return self._values[row_chunks, clips // array.chunks[1], places, clips % array.chunks[1]]
         result = np.empty((len(rows), *array.shape[1:]), array.dtype)
         for i in range(array.n_clip_chunks):
             part = result[:, i * array.chunks[1] : (i + 1) * array.chunks[1]]

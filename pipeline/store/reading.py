@@ -72,6 +72,13 @@ def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> N
         )
 
 
+def require_clips(path: str, clips: np.ndarray, n_clips: int) -> None:
+    """Raises StoreError unless all clips, int64 [n], are among the `n_clips` that a row has at most."""
+    outside = (clips < 0) | (clips >= n_clips)
+    if outside.any():
+        raise StoreError(f"clip {clips[outside][0]} is asked for, {path} holds {n_clips} a segment")
+
+
 def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
     """Says for each row whether it is pending, or was made from something else than `digests` says, bool [row]."""
     return np.asarray(

@@ -29,7 +29,7 @@ from pipeline.store.layout import (
 from pipeline.store.local_rows import LocalRows
 from pipeline.store.location import Place
 from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
-from pipeline.store.reading import RowFinder, find_missing, require_done
+from pipeline.store.reading import RowFinder, find_missing, require_clips, require_done
 
 
 def create_zarr_store(
@@ -110,15 +110,24 @@ class ZarrFeatureStore:
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
         """Reads one output of done segments, in their order; LocalRows says what holds while others write."""
+        return self._read(segment_ids, output, None)
+
+    def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
+        """Reads one clip of each segment; on a URL whole rows are read."""
+        require_clips(self.path, clips, self.layout.n_clips)
+        return self._read(segment_ids, output, clips)
+
+    def _read(self, segment_ids: Iterable[str], output: str, clips: np.ndarray | None) -> np.ndarray:
         ids = list(segment_ids)
         if self._finder is None:
             self._finder = RowFinder(self.segment_ids)
         rows = self._finder.find(self.path, ids)
         local = self._find_local(f"outputs/{output}")
         if local is not None:
-            return local[0].read_rows(local[1], rows, ids)
+            return local[0].read_rows(local[1], rows, ids, clips)
         require_done(self.path, ids, self.read_array("state")[rows])
-        return np.asarray(self._open_array(f"outputs/{output}").oindex[rows])
+        values = np.asarray(self._open_array(f"outputs/{output}").oindex[rows])
+        return values if clips is None else values[np.arange(len(rows)), clips]
 
     def read_all(self, output: str) -> np.ndarray:
         """Reads one output of every row from the files as they are now, every checksum compared."""

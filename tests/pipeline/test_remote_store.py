@@ -94,6 +94,8 @@ def test_a_store_on_a_url_holds_the_bytes_of_a_local_one(s3_bucket: str, tmp_pat
     assert verify_store(open_store(remote.path)) == []
     assert [str(p) for p in list_stores(cache)] == [remote.path]
     assert open_store(remote.path).read(["s003"], "pooled").tobytes() == make_values(np.asarray([3])).tobytes()
+    one = open_store(remote.path).read_clips(["s003", "s004"], "pooled", np.array([1, 0]))
+    assert one.tobytes() == make_values(np.asarray([3, 4]))[[0, 1], [1, 0]].tobytes()
     assert read_failures(remote.path) == read_failures(local.path)
     append_run(remote.path, {"n": 1})
     append_run(remote.path, {"n": 2})

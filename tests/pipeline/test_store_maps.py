@@ -94,6 +94,15 @@ def test_rows_are_those_of_plain_numpy(tmp_path: Path, backend: Backend, shape: 
     assert store.read([], "pooled").shape == (0, N_CLIPS, *shape)
     copied = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(copied.read(ids, "pooled"), values[rows])
+    clips = np.random.default_rng(2).integers(0, N_CLIPS, 100)
+    np.testing.assert_array_equal(store.read_clips(ids, "pooled", clips), values[rows, clips])
+    assert store.read_clips([], "pooled", clips[:0]).shape == (0, *shape)
+    for clip in (-1, N_CLIPS):
+        with pytest.raises(StoreError, match=f"clip {clip} is asked for, .* holds {N_CLIPS} a segment"):
+            store.read_clips(["s000", "s001"], "pooled", np.array([0, clip]))
+    store.begin_shard(plan_shards(store.layout)[1])
+    with pytest.raises(StoreError, match="segment s016 is pending"):
+        store.read_clips(["s000", "s016"], "pooled", np.array([0, 0]))
 
 
 def test_slots_of_large_chunk_files_begin_at_large_pages() -> None:
@@ -136,7 +145,9 @@ def test_rows_of_clip_chunks_agree_however_few_maps_are_kept(tmp_path: Path, mon
     fill(store, values)
     for _ in range(3):
         rows = np.random.default_rng(4).integers(0, N_ROWS, 60)
-        np.testing.assert_array_equal(store.read([f"s{r:03d}" for r in rows], "pooled"), values[rows])
+        ids, clips = [f"s{r:03d}" for r in rows], np.random.default_rng(5).integers(0, 70, 60)
+        np.testing.assert_array_equal(store.read(ids, "pooled"), values[rows])
+        np.testing.assert_array_equal(store.read_clips(ids, "pooled", clips), values[rows, clips])
     np.testing.assert_array_equal(store.read_all("pooled"), values)
 
 
@@ -172,8 +183,8 @@ def test_a_shard_begun_between_the_looks_is_refused(tmp_path: Path, monkeypatch:
     writer = open_store(tmp_path / "x.zarr")
     copy_rows = raw_chunks.ChunkMaps.copy_rows
 
-    def copy_while_one_writes(self: raw_chunks.ChunkMaps, rows: np.ndarray, version: int) -> np.ndarray:
-        copied = copy_rows(self, rows, version)
+    def copy_while_one_writes(self: raw_chunks.ChunkMaps, *arguments: object) -> np.ndarray:
+        copied = copy_rows(self, *arguments)
         writer.begin_shard(plan_shards(writer.layout)[0])
         return copied
 
@@ -191,8 +202,8 @@ def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
     writer = open_store(tmp_path / "x.zarr")
     copy_rows, done = raw_chunks.ChunkMaps.copy_rows, []
 
-    def copy_while_one_writes(self: raw_chunks.ChunkMaps, rows: np.ndarray, version: int) -> np.ndarray:
-        copied = copy_rows(self, rows, version)
+    def copy_while_one_writes(self: raw_chunks.ChunkMaps, *arguments: object) -> np.ndarray:
+        copied = copy_rows(self, *arguments)
         if not done:
             fill(writer, new, (0,))
             done.append(1)

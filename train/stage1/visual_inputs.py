@@ -48,7 +48,7 @@ class VisualInputs(Protocol):
     ) -> Iterator[tuple[str, dict[str, Tensor], ClipFacts]]:
         """Gives all entries of each segment, in order: its id, by name [n_entries, ...], and what they are made from.
 
-        `spec` says which clips and crops; of its outputs nothing is asked. Raises as `iterate_batches`.
+        Of `spec` only `clip`, `frame` and `decoder` are asked. Raises as `iterate_batches`.
         """
         ...
 
