@@ -101,7 +101,8 @@ def train_encoder(
     longer a number.
     """
     model.to(device)
-    model.gated.to(memory_format=torch.channels_last_3d)  # 1.4 times as fast on a CPU, faster on GPUs under autocast
+    module: Any = model.gated  # torch's stubs know no such layout
+    module.to(memory_format=torch.channels_last_3d)  # 1.4 times as fast on a CPU, faster on GPUs under autocast
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=config.weight_decay)
     records = _read_state(folder / STATE, model, optimizer)
@@ -232,7 +233,7 @@ def _gather_inputs(
 
 def _place(value: Tensor, device: torch.device) -> Tensor:
     layout = torch.channels_last_3d if value.ndim == 5 else torch.preserve_format
-    return value.to(device, memory_format=layout, non_blocking=True)
+    return value.to(device, non_blocking=True).to(memory_format=layout)
 
 
 def _cut_inputs(inputs: EncoderInputs, sizes: Sequence[int]) -> list[EncoderInputs]:
