@@ -59,6 +59,7 @@ def train(context: RunContext) -> StepResult:
     if absent is not None:
         named["absent"] = absent.key
     settings |= {"absent_weight": config.absent.weight, "seed": context.request.seed}
+    settings["classes"] = list(context.card.classes)
     step = Step("encoder", 1, settings, named)
     return context.run(step, lambda folder: _train(context, folder, clusters, absent), together=True)
 
@@ -152,9 +153,7 @@ def _read_absent(context: RunContext, absent: StepResult | None) -> np.ndarray:
 def predict(context: RunContext, preset: str, segments: Sequence[Segment], name: str = "predictions") -> StepResult:
     """Predicts segments from the clips of a preset, and keeps no features."""
     encoder = train(context)
-    step = Step(
-        "predictions", 1, {"preset": preset}, {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
-    )
+    step = Step("predictions", 1, {"preset": preset}, _name_seen(context, encoder, segments))
 
     def make(folder: Path) -> Mapping[str, Any]:
         ids = [segment.segment_id for segment in segments]
@@ -170,12 +169,8 @@ def export_store(context: RunContext, name: str, preset: str, segments: Sequence
     """Writes a store of adapted features of segments, and their predictions (METHODS 5.7)."""
     encoder = train(context)
     outputs = context.config.export.outputs
-    step = Step(
-        "features",
-        1,
-        {"preset": preset, "outputs": list(outputs)},
-        {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)},
-    )
+    settings = {"preset": preset, "outputs": list(outputs)}
+    step = Step("features", 1, settings, _name_seen(context, encoder, segments))
 
     def make(folder: Path) -> Mapping[str, Any]:
         clips = choose_visual(context.config.visual, context.request.places, preset).spec
@@ -197,6 +192,14 @@ def export_store(context: RunContext, name: str, preset: str, segments: Sequence
         return {"store": path.name, "n_segments": len(segments)}
 
     return context.run(step, make, name=name)
+
+
+def _name_seen(context: RunContext, encoder: StepResult, segments: Sequence[Segment]) -> dict[str, str]:
+    """Names what a trained encoder is shown: clips, and the sound that gates them."""
+    named = {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
+    if context.config.attention.enabled:
+        named["sound"] = context.inputs.name_sound(segments)
+    return named
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,20 @@ class GatedEncoder(nn.Module):
         """
         return self._classify(self._compute_features(visual, gates))
 
+    def check_cached_trunk(self) -> None:
+        """Raises SpecError where the trunk, or its statistics, are to train, so that it can't come from the cache."""
+        split = self.network.split_stage
+        if not self.has_frozen_trunk:
+            raise SpecError(
+                f"the trunk comes from the cache, but weights train from {self.trainable_from} on, before the split at "
+                f"{split}; use visual.mode = 'frames', or training.trainable_from = {SPLIT!r}"
+            )
+        if self.batch_norm == "train":
+            raise SpecError(
+                "the trunk comes from the cache, where its BatchNorm can't train; use visual.mode = 'frames', or "
+                "training.batch_norm = 'eval'"
+            )
+
     @torch.no_grad()
     def encode(
         self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None, outputs: Sequence[str]
@@ -164,7 +178,7 @@ class GatedEncoder(nn.Module):
     def _compute_trunk(self, visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = self.network.trunk_names
         if set(visual) == set(names):
-            self._check_cached_trunk()
+            self.check_cached_trunk()
             return {name: visual[name] for name in names}
         if set(visual) != {CLIP}:
             raise SpecError(f"inputs {', '.join(visual) or 'none'}; the encoder takes {CLIP}, or {', '.join(names)}")
@@ -175,19 +189,6 @@ class GatedEncoder(nn.Module):
             if self.batch_norm == "train":
                 return self.network.trunk(clip)
             return self._get_form(clip.device).trunk(clip)
-
-    def _check_cached_trunk(self) -> None:
-        split = self.network.split_stage
-        if not self.has_frozen_trunk:
-            raise SpecError(
-                f"the trunk comes from the cache, but weights train from {self.trainable_from} on, before the split at "
-                f"{split}; use visual.mode = 'frames', or training.trainable_from = {SPLIT!r}"
-            )
-        if self.batch_norm == "train":
-            raise SpecError(
-                "the trunk comes from the cache, where its BatchNorm can't train; use visual.mode = 'frames', or "
-                "training.batch_norm = 'eval'"
-            )
 
     def _get_form(self, device: torch.device) -> EncoderNetwork:
         precision: Precision = "fp32"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from extract.encoders.registry import find_encoder
 from extract.extraction import ExtractionProgress
 from pipeline.cards import DatasetCard
 from pipeline.errors import RunError
@@ -18,6 +19,7 @@ from pipeline.store.interface import FeatureStore
 from train.splits import LabelledSegments, ShiftSplits
 from train.stage1.config import Stage1Config
 from train.stage1.frame_inputs import FrameInputs
+from train.stage1.gated_encoder import GatedEncoder
 from train.stage1.input_stores import (
     DataPlaces,
     EncoderChoice,
@@ -148,6 +150,7 @@ def open_run_inputs(
 
     Raises RunError where nothing is left of a part that training needs.
     """
+    _check_training(config)
     segments = list_segments(splits)
     sound_choice = choose_sound(config.sound)
     sound_store = fill_store(places, sound_choice, segments, progress, notify)
@@ -169,6 +172,16 @@ def open_run_inputs(
     return RunInputs(
         places, kept, left_out, SoundFeatures(sound_store), sound_choice, sound_store, train, test, stores, config
     )
+
+
+def _check_training(config: Stage1Config) -> None:
+    """Raises SpecError for a stage that isn't there or a cache of what is to train, before hours of extraction."""
+    training = config.training
+    with torch.device("meta"):  # nothing is allocated or drawn
+        network = find_encoder(config.visual.encoder).build()
+        gated = GatedEncoder(network, 2, training.trainable_from, training.batch_norm)
+    if config.visual.mode == "trunk":
+        gated.check_cached_trunk()
 
 
 def _done(store: FeatureStore, segments: Sequence[Segment]) -> Iterable[tuple[str, bool]]:
