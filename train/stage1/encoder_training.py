@@ -184,6 +184,9 @@ def _run_epoch(
             )
         optimizer.step()
         watcher.advance()
+    for name, tensor in model.get_trained_tensors().items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{name} isn't finite after epoch {epoch}; lower training.lr")
     return ranks.average(totals, device)
 
 
