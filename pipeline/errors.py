@@ -87,3 +87,7 @@ class LeaseLostError(StoreError):
 
 class ClusterError(EchoshiftError):
     """Workers can't be started or reached, don't see the same files or versions, or the scheduler is gone."""
+
+
+class RunError(EchoshiftError):
+    """A training run can't begin or go on: data, configuration or what an earlier run left don't fit."""

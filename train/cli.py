@@ -11,6 +11,8 @@ from extract.commands import demo_commands, manifest_commands, store_commands, w
 from extract.commands.extract_command import extract
 from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
+from train.commands.ablate_command import ablate, table
+from train.commands.stage1_command import stage1
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -26,6 +28,9 @@ app.add_typer(store_commands.app, name="store")
 app.add_typer(demo_commands.app, name="demo")
 app.command()(plan)
 app.command()(extract)
+app.command()(stage1)
+app.command()(ablate)
+app.command()(table)
 
 
 def show_usage(error: TyperException) -> None:

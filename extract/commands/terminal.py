@@ -72,6 +72,15 @@ class TerminalProgress:
         self._what, self._n_total, self._n_done = what, n_total, 0
         self._started = self._last_line = time.monotonic()
 
+    def describe(self, what: str) -> None:
+        """Says how the work under way goes, in place of what it was begun as; elsewhere it is a line of its own."""
+        self._what = what
+        if self._task is not None:
+            self._bar.update(self._task, description=what)
+        if not self._is_terminal:
+            self._last_line = time.monotonic()
+            print(what, file=sys.stderr, flush=True)
+
     def advance(self, n: int = 1) -> None:
         """Counts steps done."""
         self._n_done += n

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -61,9 +62,9 @@ def import_charades_ego(
     if cut.n_actions:
         _logger.warning("%s: %d actions reach beyond their videos and were cut there", folder, cut.n_actions)
     require_counts((s for group in files.values() for s in group), card, folder, allow_counts)
-    files["first", "train"] = _tag_labelled(files["first", "train"], labelled_fraction)
+    files["first", "train"] = tag_labelled(files["first", "train"], labelled_fraction)
     if pairs != "all":
-        files["third", "train"], files["first", "train"] = _thin_pairs(
+        files["third", "train"], files["first", "train"] = thin_pairs(
             files["third", "train"], files["first", "train"], pairs
         )
     return tuple(segment for group in files.values() for segment in group)
@@ -117,7 +118,8 @@ def _cut_actions(actions: list[TimedLabel], length_s: float, cut: _Cut) -> tuple
     return tuple(kept)
 
 
-def _tag_labelled(segments: list[Segment], labelled_fraction: float) -> list[Segment]:
+def tag_labelled(segments: Sequence[Segment], labelled_fraction: float) -> list[Segment]:
+    """Tags the first `labelled_fraction` of segments (rounded down) `labelled`, the others `unlabelled`."""
     # 1e-9: 0.29 * 100 is 28.999... in floating point.
     n_labelled = math.floor(labelled_fraction * len(segments) + 1e-9)
     return [
@@ -126,7 +128,10 @@ def _tag_labelled(segments: list[Segment], labelled_fraction: float) -> list[Seg
     ]
 
 
-def _thin_pairs(third: list[Segment], first: list[Segment], pairs: Pairs) -> tuple[list[Segment], list[Segment]]:
+def thin_pairs(
+    third: Sequence[Segment], first: Sequence[Segment], pairs: Literal["half", "none"]
+) -> tuple[list[Segment], list[Segment]]:
+    """Thins the train splits of two views as `import_charades_ego` says."""
     in_third = {segment.pair_id for segment in third}
     ranked = [segment.pair_id for segment in first if segment.pair_id in in_third]
     even, odd = set(ranked[::2]), set(ranked[1::2])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.store.file_maps import FileMap, identify_file
+from pipeline.store.file_maps import FileMap, is_still
 from pipeline.store.raw_chunks import ChunkMaps, RawArray, is_whole, make_checksum_error, map_chunk
 from pipeline.store.reading import require_done
 
@@ -67,7 +67,7 @@ class LocalRows:
     def _look_at_states(self) -> None:
         for i, name in enumerate(self._names):
             held = self._files[i]
-            if identify_file(name) != (None if held is None else held.identity):
+            if not is_still(None if held is None else held.identity, name):
                 self._reread_states(i, name)
 
     def _reread_states(self, i: int, name: str) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
 from pipeline.errors import StoreError
-from pipeline.store.file_maps import FileIdentity, FileMap, MapSpace, identify_file, map_file
+from pipeline.store.file_maps import FileIdentity, FileMap, MapSpace, is_still, map_file
 
 N_CHECKSUM_BYTES = 4
 # Half of what Linux lets a process map, shared by the few stores that one process reads.
 MAX_MAPS = 8192
-N_STEP_BYTES = 64 * 2**20
 N_READERS = 4
 
 
@@ -123,16 +121,20 @@ class ChunkMaps:
         n_row_chunks = math.ceil(array.shape[0] / array.chunks[0])
         n_slots, n_file_bytes = n_row_chunks * array.n_clip_chunks, array.n_chunk_bytes + N_CHECKSUM_BYTES
         n_row_bytes = array.n_chunk_bytes // array.chunks[0]
-        # Where slots can be whole rows, one index finds a row, which NumPy does faster than with two.
-        in_line = array.chunks[1:] == array.shape[1:] and math.lcm(n_row_bytes, PAGESIZE) <= N_STEP_BYTES
-        self._space = MapSpace(n_slots, n_file_bytes, n_row_bytes if in_line else 1)
-        self._line = None
-        if in_line:
-            self._line = self._space.slots.reshape(-1, n_row_bytes).view(array.dtype).reshape(-1, *array.shape[1:])
-            self._n_slot_rows = self._space.slots.shape[1] // n_row_bytes
+        self._space = MapSpace(n_slots, n_file_bytes)
         chunks = self._space.slots[:, : array.n_chunk_bytes].view(array.dtype)
         # [row chunk, clip chunk, row, clip, …]; not contiguous, and a view nevertheless
         self._values = chunks.reshape(n_row_chunks, array.n_clip_chunks, *array.chunks)
+        self._line = None
+        if array.chunks[1:] == array.shape[1:] and n_slots:
+            # One index finds a row, which NumPy does faster than with two: entry i is the row that begins i units into
+            # the space, a unit the largest step of which slots and rows are multiples. Most entries are no row of ours.
+            n_slot_bytes = self._space.slots.shape[1]
+            n_unit_bytes = math.gcd(n_row_bytes, n_slot_bytes)
+            self._n_slot_units, self._n_row_units = n_slot_bytes // n_unit_bytes, n_row_bytes // n_unit_bytes
+            n_units = n_slots * self._n_slot_units - self._n_row_units + 1
+            strides = (n_unit_bytes, *self._values.strides[3:])
+            self._line = np.ndarray((n_units, *array.shape[1:]), array.dtype, self._space.slots.data, strides=strides)
         self._shown: dict[int, _Shown] = {}
         # The version at which all chunks of these rows were last compared: one look for all rows of a read.
         self._versions = np.full(n_row_chunks, -1, np.int64)
@@ -155,7 +157,7 @@ class ChunkMaps:
                 self._show(slot, version)
             self._versions[row_chunks] = version
         if self._line is not None:
-            line_rows = row_chunks * self._n_slot_rows + places
+            line_rows = row_chunks * self._n_slot_units + places * self._n_row_units
             return self._line[line_rows] if clips is None else self._line[line_rows, clips]
         if clips is not None:
             return self._values[row_chunks, clips // array.chunks[1], places, clips % array.chunks[1]]
@@ -168,7 +170,7 @@ class ChunkMaps:
     def are_current(self, rows: np.ndarray) -> bool:
         """Says whether the maps that rows were copied from are still those of the files."""
         return all(
-            slot in self._shown and self._shown[slot].identity == identify_file(self._name(slot))
+            slot in self._shown and is_still(self._shown[slot].identity, self._name(slot))
             for slot in self._find_slots(rows // self.array.chunks[0])
         )
 
@@ -194,7 +196,7 @@ class ChunkMaps:
         if shown is not None:
             if shown.version == version:
                 return
-            if shown.identity == identify_file(self._name(slot)):
+            if is_still(shown.identity, self._name(slot)):
                 shown.version = version
                 return
         path = self._name(slot)
@@ -227,12 +229,22 @@ def _read_into(result: np.ndarray, array: RawArray, row_chunk: int, clip_chunk: 
     # Whole rows are read in place; a chunk of some clips, or one that reaches beyond the rows, by way of a buffer.
     direct = part.shape == array.chunks and part.flags.c_contiguous
     target = part.reshape(-1).view(np.uint8) if direct else np.empty(array.n_chunk_bytes, np.uint8)
+    if not read_chunk(array, path, target):
+        part[...] = 0
+    elif not direct:
+        part[...] = array.view_chunk(target)[tuple(slice(n) for n in part.shape)]
+
+
+def read_chunk(array: RawArray, path: str, target: np.ndarray) -> bool:
+    """Reads a chunk file's values into `target`, uint8 [n_chunk_bytes]; False, and nothing read, when it is absent.
+
+    Raises StoreError naming the file for a wrong length or checksum.
+    """
     checksum = bytearray(N_CHECKSUM_BYTES)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        part[...] = 0
-        return
+        return False
     try:
         n_bytes = os.fstat(handle).st_size
         if n_bytes != array.n_chunk_bytes + N_CHECKSUM_BYTES:
@@ -245,5 +257,4 @@ def _read_into(result: np.ndarray, array: RawArray, row_chunk: int, clip_chunk: 
         os.close(handle)
     if google_crc32c.value(target) != int.from_bytes(checksum, "little"):
         raise make_checksum_error(path)
-    if not direct:
-        part[...] = array.view_chunk(target)[tuple(slice(n) for n in part.shape)]
+    return True

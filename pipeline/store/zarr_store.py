@@ -14,6 +14,7 @@ from pipeline.errors import StoreError
 from pipeline.specs import FeatureSpec
 from pipeline.store.chunk_checking import find_chunk_faults
 from pipeline.store.faults import tell_store_faults
+from pipeline.store.index_chunks import read_rows, write_rows
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
     PENDING,
@@ -135,13 +136,24 @@ class ZarrFeatureStore:
 
     def _find_local(self, name: str) -> tuple[LocalRows, RawArray] | None:
         """Finds the files behind an output of a local store; None where zarr has to read it."""
+        array = self._describe(name)
+        if self._rows is None:
+            state = self._describe("state")
+            self._rows = None if state is None else LocalRows(self.path, state)
+        return None if array is None or self._rows is None else (self._rows, array)
+
+    def _describe(self, name: str) -> RawArray | None:
         if name not in self._raw:
             self._raw[name] = describe_raw_array(self._open_array(name))
-        if self._rows is None:
-            state = describe_raw_array(self._open_array("state"))
-            self._rows = None if state is None else LocalRows(self.path, state)
-        array = self._raw[name]
-        return None if array is None or self._rows is None else (self._rows, array)
+        return self._raw[name]
+
+    def _write_rows(self, name: str, start_row: int, values: np.ndarray) -> None:
+        """Writes rows of an array of the index."""
+        array = None if self._group.read_only else self._describe(name)  # zarr has the words for what it may not write
+        if array is None:
+            self._open_array(name)[start_row : start_row + len(values)] = values
+        else:
+            write_rows(array, start_row, values)
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
         """Says for each row whether it is pending or stale."""
@@ -179,9 +191,10 @@ class ZarrFeatureStore:
 
     def begin_shard(self, shard: Shard) -> None:
         """Sets the shard's rows to pending."""
-        state = self._open_array("state")
-        if (np.asarray(state[shard.start_row : shard.stop_row]) != PENDING).any():
-            state[shard.start_row : shard.stop_row] = PENDING
+        array, rows = self._describe("state"), (shard.start_row, shard.stop_row)
+        states = self.read_array("state", *rows) if array is None else read_rows(array, *rows)
+        if (states != PENDING).any():
+            self._write_rows("state", shard.start_row, np.full(shard.n_rows, PENDING, np.uint8))
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
         """Writes whole chunks of one output."""
@@ -203,7 +216,7 @@ class ZarrFeatureStore:
         for name in ROW_ARRAYS:
             values = getattr(index, name)
             if values is not None:
-                self._open_array(name)[shard.start_row : shard.stop_row] = values
+                self._write_rows(name, shard.start_row, values)
 
     def find_checksum_faults(self) -> list[VerifyFault]:
         """Reads every chunk that holds a done row."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from pipeline.store import raw_chunks
+from pipeline.store.file_maps import N_LARGE_PAGE_BYTES, identify_file, is_still
 from pipeline.store.interface import Backend, FeatureStore, ShardIndex
 from pipeline.store.layout import DONE, Shard, plan_arrays, plan_rows_per_shard, plan_shards
 from pipeline.store.opening import create_store, open_store
@@ -77,7 +80,8 @@ def name_path(folder: Path, backend: Backend) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((5,), "float32"), ((7,), "float16"), ((2, 3), "float16"), ((), "float32")]
+    ("shape", "dtype"),
+    [((5,), "float32"), ((7,), "float16"), ((2, 3), "float16"), ((), "float32"), ((12001,), "float32")],
 )
 def test_rows_are_those_of_plain_numpy(tmp_path: Path, backend: Backend, shape: tuple[int, ...], dtype: str) -> None:
     values = make_values(*shape, dtype=dtype)
@@ -99,6 +103,37 @@ def test_rows_are_those_of_plain_numpy(tmp_path: Path, backend: Backend, shape: 
     store.begin_shard(plan_shards(store.layout)[1])
     with pytest.raises(StoreError, match="segment s016 is pending"):
         store.read_clips(["s000", "s016"], "pooled", np.array([0, 0]))
+
+
+def test_slots_of_large_chunk_files_begin_at_large_pages() -> None:
+    row = (3, 12001)  # 144,012 bytes, of which large pages are no multiple
+    maps = raw_chunks.ChunkMaps(raw_chunks.RawArray("x", (N_ROWS, *row), (16, *row), np.dtype("<f4")))
+    addresses = [slot.__array_interface__["data"][0] for slot in maps._space.slots]
+    assert {address % N_LARGE_PAGE_BYTES for address in addresses} == {0}
+    assert {b - a for a, b in pairwise(addresses)} == {2 * N_LARGE_PAGE_BYTES}
+
+
+def test_a_file_is_another_when_anything_that_tells_it_differs(tmp_path: Path) -> None:
+    path, beside = tmp_path / "0", tmp_path / "0.partial"
+    assert is_still(None, str(path))
+    path.write_bytes(b"abc")
+    assert not is_still(None, str(path))
+    os.utime(path, ns=(10**18, 10**18))
+    held = identify_file(str(path))
+    assert is_still(held, str(path))
+    beside.write_bytes(b"xyz")
+    os.utime(beside, ns=(10**18, 10**18))
+    beside.replace(path)  # alike but for its inode
+    assert not is_still(held, str(path))
+    held = identify_file(str(path))
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    assert not is_still(held, str(path))
+    held = identify_file(str(path))
+    path.write_bytes(b"abcd")
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    assert not is_still(held, str(path))
+    path.unlink()
+    assert not is_still(held, str(path))
 
 
 def test_rows_of_clip_chunks_agree_however_few_maps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,3 +270,20 @@ def test_rows_are_found_as_a_dict_finds_them(n: int) -> None:
     for absent in (f"other-{i}" for i in range(200)):
         with pytest.raises(StoreError, match=f"segment {absent} is not in x"):
             finder.find("x", [*ids[:3], absent])
+
+
+class AlikeText(str):
+    """Is text whose hash is that of all others of its kind."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return 7
+
+
+def test_ids_with_the_same_hash_are_told_apart() -> None:
+    ids = [AlikeText(f"segment-{i}") for i in range(5)]
+    finder = RowFinder(ids)
+    assert finder.find("x", [ids[3], ids[0], ids[3]]).tolist() == [3, 0, 3]
+    with pytest.raises(StoreError, match="segment segment-9 is not in x"):
+        finder.find("x", [ids[3], AlikeText("segment-9")])

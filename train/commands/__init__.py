@@ -1,0 +1,1 @@
+"""Is the commands that train, tabulate and show."""

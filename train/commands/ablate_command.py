@@ -1,0 +1,169 @@
+"""Is `echoshift ablate` and `echoshift table`: run a grid, and print what it came to."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
+from pipeline.cards import MANIFESTS_DIR
+from train.commands.run_options import (
+    DEFAULT_RUNS,
+    ConfigChoice,
+    DatasetChoice,
+    MediaChoice,
+    OverrideChoice,
+    PresetChoice,
+    RunChoices,
+    RunsOption,
+    choose_shifts,
+    open_places,
+    resolve_choices,
+)
+
+if TYPE_CHECKING:
+    from train.grids import Grid, PlannedRun
+    from train.stage1.input_stores import DataPlaces
+    from train.tables import Table
+
+EXIT_SOME_FAILED = 3
+
+
+class TableForm(StrEnum):
+    """Lists the forms of a table."""
+
+    text = "text"
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
+
+GridOption = Annotated[str, typer.Option("--grid", help="A grid's name, or a TOML file of one's own.")]
+ShiftsOption = Annotated[
+    str, typer.Option("--shifts", help="Shifts, separated by blanks; default: the grid's, or all.")
+]
+SeedsOption = Annotated[
+    int | None, typer.Option("--seeds", help="How many seeds, 0, 1, …; default: the grid's.", min=1)
+]
+FormOption = Annotated[TableForm, typer.Option("--form", help="How the table is printed.")]
+ToOption = Annotated[Path | None, typer.Option("--to", help="Write the table into this file.")]
+
+
+def ablate(
+    grid: GridOption,
+    dataset: DatasetChoice = "",
+    shifts: ShiftsOption = "",
+    seeds: SeedsOption = None,
+    workers: Annotated[int, typer.Option(help="Processes, each with a GPU or a share of the cores.", min=1)] = 1,
+    preset: PresetChoice = "paper",
+    config: ConfigChoice = None,
+    set_: OverrideChoice = None,
+    media: MediaChoice = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    runs: RunsOption = DEFAULT_RUNS,
+    manifest: ManifestOption = None,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+    device: DeviceOption = "auto",
+    form: FormOption = TableForm.text,
+    to: ToOption = None,
+) -> None:
+    """Run what a grid still lacks and print its table; ends with 3 if a run failed."""
+    from extract.commands.cluster_options import end_on_sigterm, plan_cluster
+    from extract.commands.terminal import show_progress
+    from train.ablation import run_grid, select_missing
+    from train.runs import RESULTS, read_runs
+    from train.splits import find_shift
+    from train.stage1.run_context import Stage1Request
+
+    choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
+    places, chosen, planned = _plan(choices, grid, shifts, seeds)
+    runs_dir = runs / places.card.name
+
+    def make_request(run: PlannedRun) -> Stage1Request:
+        resolved = resolve_choices(places.card, choices, run.overrides)
+        shift = find_shift(places.card, run.shift)
+        return Stage1Request(places, shift, run.seed, resolved, runs_dir, row=run.row, export=False)
+
+    missing = select_missing(planned, read_runs(runs_dir / RESULTS), places.manifest.sha256)
+    typer.echo(f"{len(planned) - len(missing)} of {len(planned)} runs are done", err=True)
+    failed = []
+    if missing:
+        cluster = plan_cluster(workers, None, slurm=False, slurm_options=[], device=device) if workers > 1 else None
+        with end_on_sigterm(), show_progress("runs") as progress:
+            gpus = cluster.gpus if cluster is not None else ()
+            failed = run_grid(missing, make_request, progress, n_workers=workers, gpus=gpus)
+    _print(_make_table(places, chosen, planned, runs_dir), form, to)
+    for run in failed:
+        typer.echo(f"failed: {run.planned.row}, {run.planned.shift}, seed {run.planned.seed}: {run.reason}", err=True)
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def table(
+    grid: GridOption,
+    dataset: DatasetChoice = "",
+    shifts: ShiftsOption = "",
+    seeds: SeedsOption = None,
+    preset: PresetChoice = "paper",
+    config: ConfigChoice = None,
+    set_: OverrideChoice = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    runs: RunsOption = DEFAULT_RUNS,
+    manifest: ManifestOption = None,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+    form: FormOption = TableForm.text,
+    to: ToOption = None,
+) -> None:
+    """Print a grid's table from the runs that are done; trains nothing."""
+    choices = RunChoices(dataset, None, cache, manifest, manifests, "cpu", preset, config, set_)
+    places, chosen, planned = _plan(choices, grid, shifts, seeds)
+    _print(_make_table(places, chosen, planned, runs / places.card.name), form, to)
+
+
+def _plan(
+    choices: RunChoices, name: str, shifts: str, n_seeds: int | None
+) -> tuple[DataPlaces, Grid, list[PlannedRun]]:
+    from train.grids import plan_runs, read_grid
+
+    grid = read_grid(name)
+    places = open_places(choices)
+    named = shifts.split() or list(grid.shifts)
+    if not named:
+        named = [shift.name for shift in choose_shifts(places.card, places.manifest, "all")]
+    planned = plan_runs(
+        grid,
+        places.card,
+        lambda overrides: resolve_choices(places.card, choices, overrides).describe(),
+        seeds=range(n_seeds) if n_seeds else (),
+        shifts=named,
+    )
+    return places, grid, planned
+
+
+def _make_table(places: DataPlaces, grid: Grid, planned: list[PlannedRun], runs_dir: Path) -> Table:
+    from train.runs import RESULTS, read_runs
+    from train.tables import make_table
+
+    records = read_runs(runs_dir / RESULTS)
+    return make_table(grid, records, planned, places.card, manifest_sha256=places.manifest.sha256)
+
+
+def _print(made: Table, form: TableForm, to: Path | None) -> None:
+    from extract.commands.terminal import print_table
+    from train.table_formats import format_csv, format_latex, format_markdown, lay_out
+
+    forms = {TableForm.markdown: format_markdown, TableForm.csv: format_csv, TableForm.latex: format_latex}
+    if to is not None:
+        by_ending = {".md": TableForm.markdown, ".csv": TableForm.csv, ".tex": TableForm.latex}
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(forms[by_ending.get(to.suffix, TableForm.markdown if form == TableForm.text else form)](made))
+    if form != TableForm.text:
+        typer.echo(forms[form](made), nl=False)
+        return
+    header, lines = lay_out(made)
+    print_table(made.title, header, lines)
+    for note in made.notes:
+        typer.echo(note)

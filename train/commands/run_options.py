@@ -1,0 +1,107 @@
+"""Holds the options that say what is trained, where and how; shared by the commands that do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import RunError
+
+if TYPE_CHECKING:
+    from pipeline.cards import DatasetCard, Shift
+    from pipeline.segments import Manifest
+    from train.stage1.config import Stage1Config
+    from train.stage1.input_stores import DataPlaces
+
+DatasetChoice = Annotated[
+    str, typer.Argument(help="A dataset with a card and a manifest; default: the one last extracted.")
+]
+MediaChoice = Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")]
+PresetChoice = Annotated[str, typer.Option(help="paper (the text) or released (what the released code computes).")]
+ConfigChoice = Annotated[Path | None, typer.Option(help="A TOML file over the preset.")]
+OverrideChoice = Annotated[
+    list[str] | None, typer.Option("--set", help="part.field=value, such as training.n_epochs=5; wins over all else.")
+]
+RunsOption = Annotated[Path, typer.Option(help="Where runs lie.", envvar="ECHOSHIFT_RUNS")]
+DEFAULT_RUNS = Path("runs")
+
+
+@dataclass(frozen=True, slots=True)
+class RunChoices:
+    """Is what the command line says of data and configuration."""
+
+    dataset: str
+    media: Path | None
+    cache: str
+    manifest: Path | None
+    manifests: Path
+    device: str
+    preset: str
+    config: Path | None
+    overrides: list[str] | None
+
+
+def find_last_dataset(cache: str) -> str:
+    """Gives the dataset of the store in a cache that was last extracted to; raises RunError where there is none."""
+    from pipeline.store.location import locate
+    from pipeline.store.opening import list_stores, open_store
+
+    found: list[tuple[str, str]] = []
+    for path in list_stores(cache):
+        attributes = open_store(path).attributes
+        lines = (locate(path).beside(".runs.jsonl").read_text() or "").splitlines()
+        when = json.loads(lines[-1])["when"] if lines else attributes["created"]["when"]
+        found.append((when, str(attributes["dataset"])))
+    if not found:
+        raise RunError(f"no dataset named, and nothing extracted in {cache}; name one, or extract first")
+    return max(found)[1]
+
+
+def choose_dataset(choices: RunChoices) -> str:
+    """Gives the named dataset, or the one last extracted, and says so."""
+    if choices.dataset:
+        return choices.dataset
+    dataset = find_last_dataset(choices.cache)
+    typer.echo(f"no dataset named: {dataset}, the one last extracted", err=True)
+    return dataset
+
+
+def open_places(choices: RunChoices) -> DataPlaces:
+    """Reads card and manifest, and says where everything lies."""
+    from pipeline.cards import read_dataset_card
+    from pipeline.manifest_csv import locate_manifest, read_manifest
+    from train.stage1.input_stores import DataPlaces
+
+    dataset = choose_dataset(choices)
+    card: DatasetCard = read_dataset_card(dataset, choices.manifests)
+    manifest: Manifest = read_manifest(choices.manifest or locate_manifest(dataset, choices.manifests), card)
+    media = choices.media or choices.manifests.parent / dataset
+    if choices.media is not None and not choices.media.is_dir():
+        raise RunError(f"no media folder {choices.media}")
+    return DataPlaces(card, manifest, media, choices.cache, choices.device)
+
+
+def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shift]:
+    """Finds shifts by name, separated by blanks; `all` is those of which the manifest has segments."""
+    from train.splits import find_shift
+
+    if names.strip() != "all":
+        return [find_shift(card, name) for name in names.split()]
+    there = {segment.domain for segment in manifest}
+    shifts = [shift for shift in card.shifts if {*shift.source, shift.target} <= there]
+    if not shifts:
+        raise RunError(
+            f"the manifest of {card.name} holds none of the card's shifts; import all domains, or say --shift"
+        )
+    return shifts
+
+
+def resolve_choices(card: DatasetCard, choices: RunChoices, more: tuple[str, ...] = ()) -> Stage1Config:
+    """Makes Stage 1's configuration; `more` are a grid row's overrides, which win."""
+    from train.stage1.config_files import resolve_config
+
+    return resolve_config(card, choices.preset, choices.config, [*(choices.overrides or []), *more])

@@ -1,0 +1,135 @@
+"""Computes what runs say together: means with intervals, and paired tests against a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import RunError
+
+PairKey = tuple[str, int]  # a shift's name and a seed
+LEVEL = 0.95
+# Differences this close to each other are equal but for rounding; a t-test of them would divide by the rounding.
+_EQUAL = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class MeanInterval:
+    """Is the mean of n runs; `half_width` is that of its 95 % t-interval, None for one run, which has none."""
+
+    mean: float
+    half_width: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Is how far a method lies above a baseline on the same n pairs, and how probable that were without a difference.
+
+    `p_value` is two-sided. It is None for a single pair, and where all differences are equal but not 0: there is no
+    spread to measure them by. It is 1 where all are 0.
+    """
+
+    difference: float
+    half_width: float | None
+    p_value: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTest:
+    """Is a difference with its 95 % bootstrap interval over n test segments, and its two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def compute_interval(values: Sequence[float]) -> MeanInterval:
+    """Computes the mean of runs and the half width of its 95 % t-interval; raises RunError for none or a NaN."""
+    from scipy.special import stdtrit  # Student's t; importing scipy.stats takes a second, all that a table has
+
+    numbers = _check(values, "scores of runs")
+    n = len(numbers)
+    half_width = float(stdtrit(n - 1, (1 + LEVEL) / 2) * numbers.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return MeanInterval(float(numbers.mean()), half_width, n)
+
+
+def compare_pairs(ours: Mapping[PairKey, float], baseline: Mapping[PairKey, float]) -> PairedTest:
+    """Tests, by a paired t-test over the (shift, seed) pairs that both have, whether `ours` differs from the baseline.
+
+    Runs of one seed or shift aren't independent of each other, so the p-value is rather too small. Raises RunError
+    where no pair is in both.
+    """
+    from scipy.special import stdtr
+
+    keys = [key for key in ours if key in baseline]
+    if not keys:
+        raise RunError("no run has a baseline of the same shift and seed to compare with")
+    first = _check([ours[key] for key in keys], "scores of runs")
+    second = _check([baseline[key] for key in keys], "scores of the baseline's runs")
+    differences, n = first - second, len(keys)
+    interval = compute_interval(differences.tolist())
+    if np.ptp(differences) <= _EQUAL:
+        p_value = 1.0 if n > 1 and abs(interval.mean) <= _EQUAL else None
+    else:
+        statistic = interval.mean / (differences.std(ddof=1) / np.sqrt(n))
+        p_value = float(2 * stdtr(n - 1, -abs(statistic)))
+    return PairedTest(interval.mean, interval.half_width, p_value, n)
+
+
+def compare_segments(
+    ours: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray], *, n_draws: int = 10_000, seed: int = 0
+) -> SegmentTest:
+    """Tests by a paired bootstrap over test segments whether a mean over segments differs from the baseline's.
+
+    Both map a shift to one number a test segment, float [n] in the same order: whether it is right, or the share of
+    seeds in which it is. The difference is the mean over shifts of the mean over segments; segments are drawn anew
+    within each shift. So the test is of these trained networks on other segments, not of training again. It is not for
+    average precision, which is no mean over segments. Raises RunError naming the shift that doesn't fit.
+    """
+    from scipy.stats import bootstrap
+
+    if not ours or set(ours) != set(baseline):
+        raise RunError(f"segments of shifts {sorted(ours)} can't be compared with those of {sorted(baseline)}")
+    differences = []
+    for shift, values in ours.items():
+        if values.shape != baseline[shift].shape or values.ndim != 1 or len(values) < 2:
+            raise RunError(f"{shift}: {list(values.shape)} and {list(baseline[shift].shape)} aren't 2 or more segments")
+        differences.append(np.subtract(values, baseline[shift], dtype=np.float64))
+        _check(differences[-1], f"{shift}: differences of segments")
+    n_largest = max(map(len, differences))
+    result = bootstrap(
+        differences,
+        _average_means,
+        n_resamples=n_draws,
+        batch=max(1, 2**24 // n_largest),  # 128 MiB of drawn values at a time
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    drawn = result.bootstrap_distribution
+    n_beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return SegmentTest(
+        difference=float(_average_means(*differences)),
+        low=float(result.confidence_interval.low),
+        high=float(result.confidence_interval.high),
+        p_value=min(1.0, 2 * (n_beyond + 1) / (n_draws + 1)),
+        n=sum(map(len, differences)),
+    )
+
+
+def _average_means(*samples: np.ndarray, axis: int = -1) -> Any:
+    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
+
+
+def _check(values: Sequence[float] | np.ndarray, what: str) -> np.ndarray:
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers) or not np.isfinite(numbers).all():
+        raise RunError(f"{what}: {len(numbers)} values, {int((~np.isfinite(numbers)).sum())} of them not finite")
+    return numbers

@@ -1,0 +1,53 @@
+"""Joins the processes that torchrun starts: who is first, who waits, on which device each computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_TIMEOUT = timedelta(hours=12)  # the others wait while the first one extracts or trains the audio classifier
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Is this process's place among those that train together; alone without torchrun."""
+
+    rank: int = 0
+    n_ranks: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Says whether this process writes files and prints."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.n_ranks > 1:
+            dist.barrier()
+
+    def choose_device(self, device: str) -> str:
+        """Gives each process its own GPU, where `auto` or `cuda` leave the choice."""
+        if self.n_ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank}"
+        return device
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Joins the processes that torchrun started, until the block ends; without torchrun this process is alone."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks == 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), n_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,127 @@
+"""Splits a manifest for one shift; segments of the target lose their labels here, before anything trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from pipeline.cards import DatasetCard, Shift
+from pipeline.errors import ManifestError
+from pipeline.importers.charades_ego import tag_labelled, thin_pairs
+from pipeline.segments import Manifest, Segment
+
+TRAIN, TEST = "train", "test"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSegments:
+    """Is segments with their labels: class indices int64 [n], or, where the task is multi-label, float32 [n, K]."""
+
+    segments: tuple[Segment, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftSplits:
+    """Is what a shift trains on, in file order. Whatever of the target isn't named labelled has no labels.
+
+    Attributes:
+        source_train, source_val: the source's train and test split.
+        target_labelled: the labelled part of the target's train split; empty but in semi-supervised settings.
+        target_train: the rest of it, unlabelled.
+        target_test: unlabelled; `label_target_test` alone knows its labels.
+    """
+
+    source_train: LabelledSegments
+    source_val: LabelledSegments
+    target_labelled: LabelledSegments
+    target_train: tuple[Segment, ...]
+    target_test: tuple[Segment, ...]
+
+
+def find_shift(card: DatasetCard, name: str) -> Shift:
+    """Finds a shift of a card by its name, such as D1-D2; raises ManifestError with those there are."""
+    for shift in card.shifts:
+        if shift.name == name:
+            return shift
+    raise ManifestError(f"{card.name} has no shift {name!r}; it has {', '.join(s.name for s in card.shifts) or 'none'}")
+
+
+def split_for_shift(
+    manifest: Manifest,
+    card: DatasetCard,
+    shift: Shift,
+    *,
+    use_tags: bool = False,
+    labelled_fraction: float | None = None,
+    pairs: Literal["all", "half", "none"] = "all",
+) -> ShiftSplits:
+    """Splits a manifest for one shift.
+
+    The labelled part of the target is what is tagged `labelled` (`use_tags`), or the first `labelled_fraction` of its
+    train split; `pairs` thins the train splits (`thin_pairs`). Raises ManifestError where a part that must hold
+    segments is empty, naming domain and split.
+    """
+    source_train = _select(manifest, shift.source, TRAIN)
+    target_train = _select(manifest, (shift.target,), TRAIN)
+    if pairs != "all":
+        source_train, target_train = thin_pairs(source_train, target_train, pairs)
+    _require(source_train, manifest, shift.source, TRAIN)
+    _require(target_train, manifest, (shift.target,), TRAIN)
+    if labelled_fraction is not None:
+        target_train = tag_labelled(target_train, labelled_fraction)
+    is_labelled = use_tags or labelled_fraction is not None
+    labelled = [s for s in target_train if is_labelled and "labelled" in s.tags]
+    unlabelled = [s for s in target_train if not (is_labelled and "labelled" in s.tags)]
+    return ShiftSplits(
+        source_train=_label(source_train, card),
+        source_val=_label(_select(manifest, shift.source, TEST), card),
+        target_labelled=_label(labelled, card),
+        target_train=strip_labels(unlabelled),
+        target_test=strip_labels(_select(manifest, (shift.target,), TEST)),
+    )
+
+
+def label_target_test(manifest: Manifest, card: DatasetCard, shift: Shift) -> LabelledSegments:
+    """Gives the target's test split with its labels: for scores alone."""
+    return _label(_select(manifest, (shift.target,), TEST), card)
+
+
+def strip_labels(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Takes from segments whatever says what happens in them: labels, timed labels and noun."""
+    return tuple(replace(segment, labels=(), timed_labels=(), noun="") for segment in segments)
+
+
+def count_labels(labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Counts the samples of each class, int64 [K], of indices [n] or of 0 and 1 [n, K]."""
+    if labels.ndim == 2:
+        return labels.sum(axis=0).astype(np.int64)
+    return np.bincount(labels, minlength=n_classes)
+
+
+def _select(manifest: Manifest, domains: Sequence[str], split: str) -> list[Segment]:
+    return [segment for segment in manifest if segment.domain in domains and segment.split == split]
+
+
+def _require(segments: Sequence[Segment], manifest: Manifest, domains: Sequence[str], split: str) -> None:
+    if not segments:
+        raise ManifestError(
+            f"the manifest of {manifest.dataset} has no segment of {'+'.join(domains)}, split {split}; "
+            f"import it with that domain, or choose another shift"
+        )
+
+
+def _label(segments: Sequence[Segment], card: DatasetCard) -> LabelledSegments:
+    index = card.class_index
+    if card.task == "multi-label":
+        labels = np.zeros((len(segments), len(card.classes)), dtype=np.float32)
+        for i, segment in enumerate(segments):
+            labels[i, [index[label] for label in segment.labels]] = 1
+        return LabelledSegments(tuple(segments), labels)
+    return LabelledSegments(tuple(segments), np.array([index[s.labels[0]] for s in segments], dtype=np.int64))

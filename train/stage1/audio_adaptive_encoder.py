@@ -1,0 +1,197 @@
+"""Puts the audio-adaptive encoder together: a gated visual network, and the attention that makes its gates of sound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from extract.encoders.encoder_network import EncoderNetwork
+from extract.weights.weights_files import check_tensors, read_header, read_tensors, tensor_sha256
+from pipeline.errors import WeightsError
+from train.batches import EncoderInputs
+from train.stage1.audio_attention import AudioAttention
+from train.stage1.config import Stage1Config
+from train.stage1.gated_encoder import GatedEncoder
+from train.stage1.sound_features import SoundFeatures
+from train.stage1.visual_inputs import ClipFacts
+
+_GATED, _ATTENTION = "visual.", "attention."
+
+
+class AudioAdaptiveEncoder(nn.Module):
+    """Is E of Zhang et al., section 3.1: a visual encoder whose channels the sound gates."""
+
+    def __init__(self, gated: GatedEncoder, attention: AudioAttention | None) -> None:
+        super().__init__()
+        self.gated = gated
+        self.attention = attention
+
+    def forward(self, inputs: EncoderInputs) -> Tensor:
+        """Gives logits [B, K] of one clip of each of B segments."""
+        return self.gated(inputs.visual, self.compute_gates(inputs.audio_map, inputs.has_audio))
+
+    def compute_gates(self, audio_map: Tensor, has_audio: Tensor) -> dict[str, Tensor] | None:
+        """Gives a gate for each channel of each path, [B, channels], or None without attention."""
+        return None if self.attention is None else self.attention(audio_map, has_audio)
+
+    def get_trained_tensors(self) -> dict[str, Tensor]:
+        """Gives what training changes, parameters and statistics, by name: what a checkpoint holds."""
+        tensors = {f"{_GATED}{name}": tensor for name, tensor in self.gated.trainable_state().items()}
+        if self.attention is not None:
+            tensors |= {f"{_ATTENTION}{name}": tensor for name, tensor in self.attention.state_dict().items()}
+        return tensors
+
+    def load_trained_tensors(self, tensors: Mapping[str, Tensor], place: str) -> None:
+        """Loads what `get_trained_tensors` gave; raises WeightsError unless names, shapes and types are the same."""
+        check_tensors(tensors, self.get_trained_tensors(), place)
+        self.gated.load_trainable_state({n.removeprefix(_GATED): t for n, t in tensors.items() if n.startswith(_GATED)})
+        if self.attention is not None:
+            own = {n.removeprefix(_ATTENTION): t for n, t in tensors.items() if n.startswith(_ATTENTION)}
+            self.attention.load_state_dict(own, strict=True)
+
+
+def build_encoder(
+    network: EncoderNetwork,
+    n_map_channels: int,
+    n_classes: int,
+    config: Stage1Config,
+    *,
+    seed: int,
+) -> AudioAdaptiveEncoder:
+    """Builds the encoder on a loaded network; what is new is drawn from the seed, the same whatever ran before.
+
+    The classifier is drawn before the attention, so that encoders with and without attention begin alike.
+    """
+    training = config.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gated = GatedEncoder(network, n_classes, training.trainable_from, training.batch_norm, training.dropout)
+        attention = None
+        if config.attention.enabled:
+            attention = AudioAttention(n_map_channels, gated.gate_channels, config.attention)
+    return AudioAdaptiveEncoder(gated, attention)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """Is what a checkpoint says of itself besides its tensors.
+
+    Attributes:
+        encoder: the visual network's name; weights, sound_weights: sha256 of the frozen networks' tensors.
+        sound: fingerprint of the store whose maps the gates are made of.
+        classes: in index order.
+        config: Stage1Config as JSON.
+    """
+
+    encoder: str
+    weights: str
+    sound_weights: str
+    sound: str
+    classes: tuple[str, ...]
+    config: str
+
+    def identify(self, tensors: Mapping[str, Tensor]) -> str:
+        """Computes the sha256 that stands for the whole adapted encoder, frozen parts included."""
+        parts = [self.encoder, self.weights, self.sound_weights, self.sound, tensor_sha256(tensors)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def write_checkpoint(path: Path, model: AudioAdaptiveEncoder, facts: CheckpointFacts) -> str:
+    """Writes the trained tensors as safetensors, the facts in its header; gives the encoder's identity (sha256)."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.get_trained_tensors().items()}
+    identity = facts.identify(tensors)
+    header = {
+        "echoshift": "audio-adaptive encoder",
+        "identity": identity,
+        "encoder": facts.encoder,
+        "weights": facts.weights,
+        "sound_weights": facts.sound_weights,
+        "sound": facts.sound,
+        "classes": json.dumps(facts.classes),
+        "config": facts.config,
+    }
+    fresh = path.with_name(f"{path.name}.partial")
+    save_file(tensors, fresh, metadata=header)
+    fresh.replace(path)
+    return identity
+
+
+def read_checkpoint(path: Path, model: AudioAdaptiveEncoder) -> str:
+    """Loads a checkpoint into an encoder built for it; gives its identity.
+
+    Raises WeightsError where the file isn't one, its tensors don't fit, or have changed.
+    """
+    header = read_header(path)
+    try:
+        facts = CheckpointFacts(
+            header["encoder"],
+            header["weights"],
+            header["sound_weights"],
+            header["sound"],
+            tuple(json.loads(header["classes"])),
+            header["config"],
+        )
+        expected = header["identity"]
+    except KeyError as error:
+        raise WeightsError(f"{path} is no checkpoint of an audio-adaptive encoder; run Stage 1 again") from error
+    tensors = read_tensors(path)
+    if facts.identify(tensors) != expected:
+        raise WeightsError(f"{path} has changed since it was written; run Stage 1 again")
+    model.load_trained_tensors(tensors, str(path))
+    return expected
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPrediction:
+    """Is what the encoder says of one segment.
+
+    Attributes:
+        probabilities: float32 [K]: the mean over clips of the softmax, or, multi-label, the maximum of the sigmoid.
+        outputs: outputs of the visual encoder by name, float32 [n_clips, ...].
+        facts: which times and frames the clips cover.
+    """
+
+    segment_id: str
+    probabilities: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    facts: ClipFacts
+
+
+@torch.inference_mode()
+def predict_segments(
+    model: AudioAdaptiveEncoder,
+    clips: Iterable[tuple[str, Mapping[str, Tensor], ClipFacts]],
+    sound: SoundFeatures,
+    *,
+    multi_label: bool,
+    device: torch.device,
+    outputs: Sequence[str] = (),
+    without_sound: bool = False,
+) -> Iterator[SegmentPrediction]:
+    """Predicts segments from all their clips; one window of sound gates all clips of a segment (METHODS 5.5).
+
+    `without_sound` treats every segment as one without a track (the sound is missing at test).
+    """
+    model.eval()
+    for segment_id, visual, facts in clips:
+        on_device = {name: value.to(device) for name, value in visual.items()}
+        n_clips = len(next(iter(on_device.values())))
+        gates = None
+        if model.attention is not None:
+            has_audio = torch.from_numpy(sound.has_audio([segment_id]) & (not without_sound)).to(device)
+            gates = model.compute_gates(sound.read_maps([segment_id]).to(device), has_audio)
+            assert gates is not None, "there is attention"
+            gates = {name: gate.expand(n_clips, -1) for name, gate in gates.items()}
+        computed = model.gated.encode(on_device, gates, (*outputs, "logits"))
+        logits = computed["logits"].float()
+        p = logits.sigmoid().amax(dim=0) if multi_label else logits.softmax(dim=1).mean(dim=0)
+        named = {name: computed[name].float().cpu().numpy() for name in outputs}
+        yield SegmentPrediction(segment_id, p.cpu().numpy(), named, facts)

@@ -1,0 +1,153 @@
+"""Finds the stores that Stage 1 trains from, and has extracted what they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from extract.encoders.registry import find_encoder
+from extract.extraction import ExtractionProgress, ExtractionRequest, extract_features
+from extract.feature_specs import StoreOptions, make_feature_spec
+from extract.flow_choice import choose_flow
+from extract.media_survey import MediaSurvey, identify_segments
+from extract.run_options import RunOptions
+from extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
+from pipeline.cards import DatasetCard
+from pipeline.errors import RunError
+from pipeline.rows import compute_digests
+from pipeline.segments import Manifest, Segment
+from pipeline.specs import FeatureSpec
+from pipeline.store.interface import FeatureStore
+from pipeline.store.layout import DONE
+from pipeline.store.location import Place
+from pipeline.store.opening import has_store, name_store, open_store
+from pipeline.store.reading import RowFinder
+from train.stage1.config import SoundConfig, VisualConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlaces:
+    """Is where a dataset lies, and who computes on it. `media_root` needn't exist where all that is read is cached."""
+
+    card: DatasetCard
+    manifest: Manifest
+    media_root: Path
+    cache_dir: Place
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderChoice:
+    """Is a specification with the weights that it names."""
+
+    spec: FeatureSpec
+    weights: WeightsRecord
+
+
+def choose_sound(config: SoundConfig) -> EncoderChoice:
+    """Makes the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`."""
+    record = resolve_weights(config.weights or default_weights(config.encoder), config.encoder)
+    spec = make_feature_spec(
+        config.encoder, record, StoreOptions(), outputs=("map", "pooled"), overrides=config.overrides
+    )
+    return EncoderChoice(spec, record)
+
+
+def choose_visual(
+    config: VisualConfig, places: DataPlaces, preset: str, *, n_views: int = 1, outputs: Sequence[str] = ("trunk",)
+) -> EncoderChoice:
+    """Makes the specification of the visual encoder's clips under a preset."""
+    record = resolve_weights(config.weights or default_weights(config.encoder), config.encoder)
+    overrides = list(config.overrides)
+    if find_encoder(config.encoder).modality == "flow":
+        flow = choose_flow(places.card, places.manifest, places.media_root)
+        overrides.insert(0, f"frame.flow={flow}")
+    if n_views > 1:
+        overrides.append(f"clip.n_views={n_views}")
+    spec = make_feature_spec(
+        config.encoder, record, StoreOptions(), outputs=outputs, preset=preset, overrides=overrides
+    )
+    return EncoderChoice(spec, record)
+
+
+def fill_store(
+    places: DataPlaces,
+    choice: EncoderChoice,
+    segments: Sequence[Segment],
+    progress: ExtractionProgress,
+    notify: Callable[[str], None],
+) -> FeatureStore:
+    """Opens the store of a specification, after the segments that it lacks were extracted.
+
+    Where the media aren't there it must hold all of them. Raises RunError otherwise, and whatever extraction raises.
+    Failed segments stay failed; who trains leaves them out.
+    """
+    path = name_store(places.cache_dir, places.card.name, choice.spec, "zarr")
+    if not has_store(path):
+        in_hdf5 = name_store(places.cache_dir, places.card.name, choice.spec, "hdf5") if not path.is_remote else path
+        path = in_hdf5 if has_store(in_hdf5) else path
+    if not places.media_root.is_dir():
+        return _open_whole(places, path, choice, segments)
+    request = ExtractionRequest(
+        card=places.card,
+        manifest=replace(places.manifest, segments=tuple(segments)),
+        media_root=places.media_root,
+        cache_dir=places.cache_dir,
+        backend="hdf5" if str(path).endswith(".h5") else "zarr",
+        encoders=((choice.spec, choice.weights),),
+        options=RunOptions(device=places.device),
+        wait_s=float("inf"),
+    )
+    summary = extract_features(request, progress, notify)
+    if summary.stores[0].n_failed:
+        notify(
+            f"{summary.stores[0].n_failed} segments have no features of {choice.spec.encoder} and are left out; "
+            f"`echoshift store explain SEGMENT` says why"
+        )
+    return open_store(path)
+
+
+def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments: Sequence[Segment]) -> FeatureStore:
+    missing = (
+        f"extract {places.card.name} with --encoders {choice.spec.encoder}, or say with --media where its media lie"
+    )
+    if not has_store(path):
+        raise RunError(f"no media at {places.media_root}, and no store {path}; {missing}")
+    store = open_store(path)
+    known = set(store.segment_ids)
+    absent = [segment.segment_id for segment in segments if segment.segment_id not in known]
+    if absent:
+        raise RunError(
+            f"no media at {places.media_root}, and {path} lacks {len(absent)} segments, {absent[0]} first; {missing}"
+        )
+    return store
+
+
+def select_done(store: FeatureStore, segment_ids: Sequence[str]) -> np.ndarray:
+    """Says which segments' rows are done, bool [n]; raises StoreError for one that the store hasn't."""
+    rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
+    return np.asarray(store.read_array("state")[rows] == DONE)
+
+
+def read_digests(store: FeatureStore, segment_ids: Sequence[str]) -> list[str]:
+    """Reads what segments' rows were made from, 32 hex digits each."""
+    rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
+    return [bytes(digest).hex() for digest in store.read_array("digest")[rows]]
+
+
+@lru_cache(maxsize=4)
+def _survey(root: Path, card_name: str, layout_json: str) -> MediaSurvey:
+    from pipeline.cards import MediaLayout
+
+    return MediaSurvey(root, MediaLayout.model_validate_json(layout_json))
+
+
+def compute_media_digests(places: DataPlaces, spec: FeatureSpec, segments: Sequence[Segment]) -> list[str]:
+    """Computes from the media what rows of a specification would be made from, 32 hex digits each (FORMAT.md)."""
+    survey = _survey(places.media_root, places.card.name, places.card.media.model_dump_json())
+    identities = identify_segments(survey, list(segments), spec)
+    return [bytes(digest).hex() for digest in compute_digests(list(segments), identities)]

@@ -1,0 +1,159 @@
+"""Holds what the steps of one run of Stage 1 share, and runs each of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.inference import resolve_device
+from pipeline.cards import DatasetCard, Shift
+from train.ranks import Ranks
+from train.splits import ShiftSplits, split_for_shift
+from train.stage1.config import Stage1Config
+from train.stage1.encoder_training import EpochWatcher
+from train.stage1.input_stores import DataPlaces
+from train.stage1.run_inputs import RunInputs, name_labels, open_run_inputs
+from train.stage1.visual_inputs import VisualInputs
+from train.steps import Step, StepResult, StepRunner
+
+
+@dataclass(frozen=True, slots=True)
+class Stage1Request:
+    """Is one run.
+
+    Attributes:
+        runs_dir: where steps and results lie, `runs/DATASET`.
+        row: the grid's row that asks for it.
+        export: whether adapted features, and the table for Stage 2, are wanted, or scores alone.
+        rerun: names of steps that are done anew.
+    """
+
+    places: DataPlaces
+    shift: Shift
+    seed: int
+    config: Stage1Config
+    runs_dir: Path
+    row: str = ""
+    export: bool = True
+    rerun: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class RunContext:
+    """Is a run under way; `results` are the steps that were asked for so far, by name."""
+
+    request: Stage1Request
+    inputs: RunInputs
+    visual: VisualInputs
+    runner: StepRunner
+    ranks: Ranks
+    watcher: EpochWatcher
+    device: torch.device
+    results: dict[str, StepResult] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Stage1Config:
+        """Gives the run's configuration."""
+        return self.request.config
+
+    @property
+    def card(self) -> DatasetCard:
+        """Gives the data set's card."""
+        return self.request.places.card
+
+    @property
+    def splits(self) -> ShiftSplits:
+        """Gives the shift's segments, without those that failed to be extracted."""
+        return self.inputs.splits
+
+    @property
+    def multi_label(self) -> bool:
+        """Says whether a segment may have any number of classes."""
+        return self.card.task == "multi-label"
+
+    @property
+    def title(self) -> str:
+        """Names the run in a line of progress."""
+        row = f", {self.request.row}" if self.request.row else ""
+        return f"{self.request.shift.name}, seed {self.request.seed}{row}"
+
+    @property
+    def source_name(self) -> str:
+        """Hashes the source's train segments and labels."""
+        return name_labels(self.splits.source_train)
+
+    @contextmanager
+    def open_clips(self, preset: str) -> Iterator[VisualInputs]:
+        """Opens what gives clips of a preset: what trains, or, where that is a cache without them, the videos."""
+        if not self.inputs.trunk_stores or preset == self.config.visual.test_preset:
+            yield self.visual
+        else:
+            with self.inputs.open_frames(self.request.seed, self.device) as frames:
+                yield frames
+
+    def run(
+        self, step: Step, make: Callable[[Path], Mapping[str, Any]], *, name: str = "", together: bool = False
+    ) -> StepResult:
+        """Runs a step once; of several processes the first does it, or all `together` while the first keeps the record.
+
+        `name` is what the run calls the step, where it has several of a kind.
+        """
+        alone = self.ranks.n_ranks == 1
+        result = self.runner.run(step, make) if alone else self._run_in_ranks(step, make, together)
+        self.results[name or step.name] = result
+        return result
+
+    def _run_in_ranks(self, step: Step, make: Callable[[Path], Mapping[str, Any]], together: bool) -> StepResult:
+        is_done = self.runner.is_done(step)
+        self.ranks.wait()  # nobody looks any more before somebody begins
+        if together and not is_done and not self.ranks.is_first:
+            make(self.runner.find_folder(step))
+        if self.ranks.is_first:
+            self.runner.run(step, make)
+        self.ranks.wait()
+        return self.runner.run(step, make)
+
+
+def open_context(
+    request: Stage1Request, watcher: EpochWatcher, notify: Callable[[str], None], ranks: Ranks
+) -> RunContext:
+    """Splits the manifest, opens what the run reads (of several processes the first extracts what is missing)."""
+    config, places = request.config, request.places
+    chosen = config.target_labels
+    splits = split_for_shift(
+        places.manifest,
+        places.card,
+        request.shift,
+        use_tags=chosen.use_tags,
+        labelled_fraction=chosen.labelled_fraction,
+        pairs=chosen.pairs,
+    )
+    inputs: RunInputs | None = None
+    if ranks.is_first:
+        inputs = open_run_inputs(places, splits, config, watcher, notify)
+    ranks.wait()
+    if inputs is None:
+        inputs = open_run_inputs(places, splits, config, watcher, notify)
+    device = resolve_device(ranks.choose_device(places.device))
+    return RunContext(
+        request=request,
+        inputs=inputs,
+        visual=inputs.open_visual(request.seed, device),
+        runner=StepRunner(request.runs_dir / "steps", request.rerun, notify),
+        ranks=ranks,
+        watcher=watcher,
+        device=device,
+    )
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Writes one array as .npy in one step."""
+    fresh = path.with_name(f"{path.name}.partial.npy")
+    np.save(fresh, values, allow_pickle=False)
+    fresh.replace(path)

@@ -1,0 +1,175 @@
+"""Runs Stage 1 for one shift and seed: its steps, the scores on the target, the record (METHODS section 5)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import RunError
+from pipeline.specs import fingerprint
+from train.ranks import Ranks
+from train.runs import RESULTS, RunRecord, append_run, describe_code_version, hash_config, keep_latest, read_runs
+from train.scores import Scores, compute_scores
+from train.source_bins import bin_by_source
+from train.splits import LabelledSegments, label_target_test
+from train.stage1.audio_classifier import AudioPredictions
+from train.stage1.encoder_steps import CHECKPOINT, export_store, predict
+from train.stage1.encoder_training import EpochWatcher
+from train.stage1.exporting import VisualPredictions
+from train.stage1.prediction_table import write_prediction_table
+from train.stage1.run_context import RunContext, Stage1Request, open_context
+from train.stage1.run_inputs import list_segments, list_train_segments
+from train.stage1.sound_steps import PREDICTIONS, predict_sound
+from train.steps import Step, hash_json
+
+TABLE = "table.parquet"
+STEPS = (
+    "audio_classifier",
+    "audio_predictions",
+    "clusters",
+    "absent_labels",
+    "encoder",
+    "predictions",
+    "features",
+    "table",
+    "scores",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage1Outcome:
+    """Is what a run came to; `table` and `features` are there where they were asked for."""
+
+    record: RunRecord
+    checkpoint: Path
+    table: Path | None
+    features: tuple[Path, ...]
+    left_out: tuple[str, ...]
+
+
+def run_stage1(
+    request: Stage1Request,
+    watcher: EpochWatcher,
+    notify: Callable[[str], None] = lambda message: None,
+    ranks: Ranks | None = None,
+) -> Stage1Outcome:
+    """Runs whatever isn't done yet, and appends the run to the results.
+
+    Of the target's labels none is read but, for the scores, those of its test split. Raises RunError, and what
+    extraction raises.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    context = open_context(request, watcher, notify, ranks or Ranks())
+    with context.visual:
+        scores = _score(context)
+        table, features = _export(context) if request.export else (None, ())
+    config = request.config.describe()
+    record = RunRecord(
+        dataset=context.card.name,
+        stage="stage1",
+        shift=request.shift.name,
+        seed=request.seed,
+        row=request.row,
+        config=config,
+        config_hash=hash_config(config),
+        steps={name: result.key for name, result in context.results.items()},
+        fingerprints={
+            request.config.sound.encoder: context.inputs.sound_name,
+            request.config.visual.encoder: fingerprint(context.inputs.train.spec),
+        },
+        manifest_sha256=request.places.manifest.sha256,
+        code_version=describe_code_version(),
+        selection="last",
+        scores=scores,
+        started=started,
+        ended=datetime.now(UTC),
+        duration_s=round(time.perf_counter() - clock, 3),
+        device=_describe_device(context.device),
+    )
+    if context.ranks.is_first:
+        results = request.runs_dir / RESULTS
+        known = keep_latest(read_runs(results)).get(record.key)
+        if known is None or known.steps != record.steps or known.row != record.row:
+            append_run(results, record)
+    checkpoint = context.results["encoder"].folder / CHECKPOINT
+    return Stage1Outcome(record, checkpoint, table, features, context.inputs.left_out)
+
+
+def _score(context: RunContext) -> Scores:
+    """Scores the target's test split under the rule `last`: the only place that reads its labels."""
+    request, splits, classes = context.request, context.splits, context.card.classes
+    if not splits.target_test:
+        raise RunError(
+            f"{request.shift.name}: the target has no test segment to score; import a manifest with a test split"
+        )
+    predictions = predict(context, context.config.visual.test_preset, splits.target_test)
+    kept = {segment.segment_id for segment in splits.target_test}
+    test = label_target_test(request.places.manifest, context.card, request.shift)
+    rows = [i for i, segment in enumerate(test.segments) if segment.segment_id in kept]
+    test = LabelledSegments(tuple(test.segments[i] for i in rows), test.labels[rows])
+    ids = [segment.segment_id for segment in test.segments]
+    step = Step(
+        "scores",
+        1,
+        {"classes": list(classes)},
+        {
+            "predictions": predictions.key,
+            "test": hash_json([ids, test.labels.tolist(), [segment.noun for segment in test.segments]]),
+            "source": hash_json([context.source_name, [s.noun for s in splits.source_train.segments]]),
+            "sound": context.inputs.name_sound(test.segments),
+        },
+    )
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        probabilities = VisualPredictions.read(predictions.folder / PREDICTIONS).select(ids)
+        bins = bin_by_source(splits.source_train, test, len(classes))
+        scores = compute_scores(probabilities, test.labels, context.inputs.sound.has_audio(ids), classes, bins)
+        return scores.model_dump(mode="json")
+
+    return Scores.model_validate(dict(context.run(step, make).outcome))
+
+
+def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
+    """Writes adapted features of every split, and the table that Stage 2 begins with."""
+    export, visual, splits = context.config.export, context.config.visual, context.splits
+    segments = list_segments(splits)
+    features = export_store(context, "features", visual.test_preset, segments)
+    stores = [features.folder / str(features.outcome["store"])]
+    if export.train_preset:
+        of_train = export_store(context, "train_features", export.train_preset, list_train_segments(splits))
+        stores.append(of_train.folder / str(of_train.outcome["store"]))
+    labels = features
+    if export.label_preset != visual.test_preset and splits.target_train:
+        labels = predict(context, export.label_preset, splits.target_train, name="label_predictions")
+    audio = predict_sound(context)
+    step = Step(
+        "table",
+        1,
+        {"classes": list(context.card.classes), "task": context.card.task},
+        {"features": features.key, "labels": labels.key, "audio": audio.key},
+    )
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        pseudo_labelled = [] if context.multi_label else [segment.segment_id for segment in splits.target_train]
+        write_prediction_table(
+            folder / TABLE,
+            segments,
+            context.card.classes,
+            AudioPredictions.read(audio.folder / PREDICTIONS),
+            VisualPredictions.read(features.folder / PREDICTIONS),
+            VisualPredictions.read(labels.folder / PREDICTIONS),
+            pseudo_labelled,
+        )
+        return {"n_segments": len(segments), "n_pseudo_labels": len(pseudo_labelled)}
+
+    return context.run(step, make).folder / TABLE, tuple(stores)
+
+
+def _describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

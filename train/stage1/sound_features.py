@@ -1,0 +1,65 @@
+"""Reads what the frozen audio network computed, layer3 maps and pooled features, from its store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import RunError
+from pipeline.store.interface import FeatureStore
+from pipeline.store.layout import DONE
+from pipeline.store.reading import RowFinder
+
+MAP, POOLED = "map", "pooled"
+
+
+class SoundFeatures:
+    """Gives the sound of segments from a store of an audio encoder; rows without sound come as zeros."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        names = {output.name for output in store.spec.outputs}
+        if not {MAP, POOLED} <= names:
+            raise RunError(f"{store.path} holds {', '.join(sorted(names))}; Stage 1 needs {MAP} and {POOLED}")
+        self._store = store
+        self._finder = RowFinder(list(store.segment_ids))
+        self._has_audio = store.read_array("has_audio").astype(bool)
+        self._is_done = store.read_array("state") == DONE
+
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        """Gives the shape of one map: channels, frequencies, times."""
+        return next(output.shape for output in self._store.spec.outputs if output.name == MAP)
+
+    @property
+    def n_features(self) -> int:
+        """Gives the width of the pooled feature."""
+        return next(output.shape for output in self._store.spec.outputs if output.name == POOLED)[0]
+
+    def is_done(self, segment_ids: Sequence[str]) -> np.ndarray:
+        """Says which segments have a row that is done, bool [n]; raises StoreError for one that has none."""
+        return self._is_done[self._finder.find(str(self._store.path), segment_ids)]
+
+    def has_audio(self, segment_ids: Sequence[str]) -> np.ndarray:
+        """Says which segments have a usable track, bool [n]."""
+        return self._has_audio[self._finder.find(str(self._store.path), segment_ids)]
+
+    def read_maps(self, segment_ids: Sequence[str]) -> Tensor:
+        """Reads layer3 maps, float32 [n, C, F, N]; raises StoreError for a row that isn't done."""
+        return torch.from_numpy(self._read(segment_ids, MAP))
+
+    def read_pooled(self, segment_ids: Sequence[str]) -> np.ndarray:
+        """Reads pooled features, float32 [n, D]."""
+        return self._read(segment_ids, POOLED)
+
+    def _read(self, segment_ids: Sequence[str], output: str) -> np.ndarray:
+        values = self._store.read(segment_ids, output)[:, 0].astype(np.float32)
+        values[~self.has_audio(segment_ids)] = 0  # the store's NaN
+        return values
+
+
+def select_audible(segment_ids: Iterable[str], has_audio: np.ndarray) -> list[str]:
+    """Gives the segments that have sound, in order."""
+    return [segment_id for segment_id, audible in zip(segment_ids, has_audio, strict=True) if audible]

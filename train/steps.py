@@ -1,0 +1,148 @@
+"""Runs work in steps that are named by what they depend on, so that a step that is done is never done again.
+
+A step's key is a hash of its settings and of the keys of what it reads. Its folder, `runs/DATASET/steps/NAME-KEY`,
+holds what it made; `record.json` is written last: a folder without one is a step under way, or one that was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import RunError
+
+RECORD = "record.json"
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Is one piece of work.
+
+    Attributes:
+        name: such as `encoder`; part of the folder's name.
+        revision: raised when the step's own numerics change.
+        settings: JSON of the configuration that decides the outcome, seed included.
+        inputs: by name, the keys or fingerprints of what it reads.
+    """
+
+    name: str
+    revision: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """Computes the 12 hex digits that name the step's folder."""
+        return hash_json([self.name, self.revision, dict(self.settings), dict(self.inputs)])
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Is a step that is done: its folder, what its record says of the outcome, and whether it had been done before."""
+
+    key: str
+    folder: Path
+    outcome: Mapping[str, Any]
+    was_done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepRunner:
+    """Runs the steps of one dataset; those named in `rerun` are done anew, whatever is there.
+
+    `notify` is told in a line what waits.
+    """
+
+    root: Path
+    rerun: frozenset[str] = frozenset()
+    notify: Callable[[str], None] = lambda message: None
+
+    def find_folder(self, step: Step) -> Path:
+        """Gives the folder of a step, whether it is there or not."""
+        return self.root / f"{step.name}-{step.key}"
+
+    def is_done(self, step: Step) -> bool:
+        """Says whether a step is done."""
+        return (self.find_folder(step) / RECORD).is_file()
+
+    def run(self, step: Step, make: Callable[[Path], Mapping[str, Any]]) -> StepResult:
+        """Runs a step unless its record is there; `make(folder)` does the work and gives JSON that the record keeps.
+
+        What a killed `make` left in the folder is still there when it is called again: it may go on from it. Two runs
+        that want the same step do it once, the second waits.
+        """
+        folder = self.find_folder(step)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        record_path = folder / RECORD
+        if record_path.is_file() and step.name not in self.rerun:
+            return StepResult(step.key, folder, _read_outcome(record_path), was_done=True)
+        with _hold(folder.with_name(f"{folder.name}.lock"), step, self.notify):
+            if record_path.is_file():
+                if step.name not in self.rerun:
+                    return StepResult(step.key, folder, _read_outcome(record_path), was_done=True)
+                record_path.unlink()
+                shutil.rmtree(folder)
+            folder.mkdir(exist_ok=True)
+            started, clock = datetime.now(UTC), time.perf_counter()
+            outcome = dict(make(folder))
+            record = {
+                "step": step.name,
+                "key": step.key,
+                "revision": step.revision,
+                "settings": dict(step.settings),
+                "inputs": dict(step.inputs),
+                "outcome": outcome,
+                "started": started.isoformat(timespec="seconds"),
+                "duration_s": round(time.perf_counter() - clock, 3),
+            }
+            write_json(record_path, record)
+        return StepResult(step.key, folder, outcome, was_done=False)
+
+
+def hash_json(value: object) -> str:
+    """Computes 12 hex digits of the sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replaces a JSON file in one step."""
+    fresh = path.with_name(f"{path.name}.partial")
+    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def _read_outcome(path: Path) -> Mapping[str, Any]:
+    try:
+        outcome = json.loads(path.read_text(encoding="utf-8"))["outcome"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} isn't a step's record: {error}; delete the folder and run again") from error
+    if not isinstance(outcome, dict):
+        raise RunError(f"{path} isn't a step's record; delete the folder and run again")
+    return outcome
+
+
+@contextmanager
+def _hold(path: Path, step: Step, notify: Callable[[str], None]) -> Iterator[None]:
+    """Holds a step's lock while the block runs, and says so when it has to wait."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        notify(f"another run is at step {step.name}-{step.key}; waiting for it")
+        lock.acquire(poll_interval=_POLL_S)
+    try:
+        yield
+    finally:
+        lock.release()
