@@ -81,7 +81,7 @@ class Epoch:
                 leaves = {name: gate.detach().requires_grad_() for name, gate in gates.items()}
         if "clip" in visual:
             with self.timing("trunk"):
-                visual = self.encoder._compute_trunk(visual)
+                visual = self.encoder.compute_trunk(visual)
         with self.timing("head and step"):
             logits = self.encoder(visual, leaves)
             nn.functional.cross_entropy(logits, torch.arange(n) % N_CLASSES).backward()
