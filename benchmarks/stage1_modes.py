@@ -2,10 +2,11 @@
 
 Run as `python -m benchmarks.stage1_modes --media FOLDER [--segments 16] [--batch 4] [--repeats 3] [--precision fp32]
 [--encoder i3d_rgb] [--weights random:0] [--views 2] [--cached-mb 0]`. Segments are the first seconds of the videos
-below FOLDER. Both modes train the same network by the same step (cross-entropy, Adam) on half a batch at a time, as
-source and target are. Printed are medians in ms a segment of the parts of a step, their share, and the ratio of the two
-modes. Sound is random numbers of the size of ResNet-18's map. `--cached-mb 0` decodes in every epoch; with more, epochs
-after the first find the pictures in memory, which the first epoch here, that isn't measured, sees to.
+below FOLDER. Both modes train the same network by the same step (cross-entropy, Adam), a step of one and a step of the
+other in turn. Printed are medians in ms a segment of the parts of a step, their share, and the ratio of the two modes.
+Attention is the same work in both: where its figures differ, the machine was busy with something else. Sound is random
+numbers of the size of ResNet-18's map. `--cached-mb 0` decodes in every epoch; with more, epochs after the first find
+the pictures in memory, which the first epoch here, that isn't measured, sees to.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ MAP_SHAPE = (256, 17, 63)
 PARTS = ("inputs", "trunk", "attention", "head and step")
 
 
-class Epoch:
-    """Trains one epoch after another, and adds up what each part of its steps takes."""
+class Training:
+    """Trains step by step, and notes how long each part of a step takes."""
 
     def __init__(self, encoder: GatedEncoder, attention: AudioAttention | None, precision: str) -> None:
         self.encoder, self.attention = encoder, attention
@@ -60,15 +61,13 @@ class Epoch:
         self.optimiser = torch.optim.Adam([*parameters, *(attention.parameters() if attention else ())], lr=1e-4)
         self.parts_s: dict[str, float] = {}
 
-    def run(self, inputs: VisualInputs, batches: Sequence[Sequence[str]], epoch: int) -> dict[str, float]:
-        """Trains one epoch and gives the seconds of each part."""
+    def run(self, given: Iterator[dict[str, Tensor]], n: int) -> dict[str, float]:
+        """Makes the next step, on n segments, and gives the seconds of its parts."""
         self.parts_s = defaultdict(float)
-        given = inputs.iterate_batches(batches, epoch)
-        for batch in batches:
-            with self.timing("inputs"):
-                visual = next(given)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is not None):
-                self.step(visual, torch.randn(len(batch), *MAP_SHAPE))
+        with self.timing("inputs"):
+            visual = next(given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is not None):
+            self.step(visual, torch.randn(n, *MAP_SHAPE))
         return dict(self.parts_s)
 
     def step(self, visual: dict[str, Tensor], sound: Tensor) -> None:
@@ -138,29 +137,36 @@ def main() -> None:
                 if has_attention
                 else None
             )
-            report(Epoch(encoder, attention, options.precision), modes, batches, options.repeats, len(segments))
+            report(Training(encoder, attention, options.precision), modes, batches, options.repeats)
 
 
 def report(
-    training: Epoch, modes: dict[str, VisualInputs], batches: Sequence[Sequence[str]], n_repeats: int, n_segments: int
+    training: Training, modes: dict[str, VisualInputs], batches: Sequence[Sequence[str]], n_repeats: int
 ) -> None:
-    """Measures both modes in turn, after one epoch of each that isn't counted, and prints a row of each."""
+    """Measures epochs of both modes step by step in turn, after one that isn't counted, and prints a row of each.
+
+    The ratio is the median over the pairs of steps, which meet the same neighbours on the machine.
+    """
     taken: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
     for repeat in range(n_repeats + 1):
-        for mode, inputs in modes.items():
-            parts = training.run(inputs, batches, repeat)
-            if repeat:
-                taken[mode].append(parts)
-    totals = {mode: statistics.median(sum(parts.values()) for parts in found) for mode, found in taken.items()}
+        given = {mode: inputs.iterate_batches(batches, repeat) for mode, inputs in modes.items()}
+        for batch in batches:
+            for mode in modes:
+                parts_s = training.run(given[mode], len(batch))
+                if repeat:
+                    taken[mode].append({part: s / len(batch) for part, s in parts_s.items()})
+    pairs = zip(*(map(_add_up, taken[mode]) for mode in ("frames", "trunk")), strict=True)
+    ratio = statistics.median(frames_s / trunk_s for frames_s, trunk_s in pairs)
+    has_attention = "no" if training.attention is None else "yes"
     for mode, found in taken.items():
         parts = [statistics.median(p.get(part, 0.0) for p in found) for part in PARTS]
-        cells = [f"{1e3 * s / n_segments:.1f} ({100 * s / sum(parts):.0f} %)" for s in parts]
-        ratio = f"{totals['frames'] / totals['trunk']:.1f}" if mode == "trunk" else ""
-        has_attention = "no" if training.attention is None else "yes"
-        print(
-            f"| {has_attention} | {mode} | {1e3 * totals[mode] / n_segments:.1f} | {' | '.join(cells)} | {ratio} |",
-            flush=True,
-        )
+        cells = " | ".join(f"{1e3 * s:.1f} ({100 * s / sum(parts):.0f} %)" for s in parts)
+        total_ms = 1e3 * statistics.median(map(_add_up, found))
+        print(f"| {has_attention} | {mode} | {total_ms:.1f} | {cells} | {ratio:.1f} |", flush=True)
+
+
+def _add_up(parts_s: dict[str, float]) -> float:
+    return sum(parts_s.values())
 
 
 def find_segments(media: Path, n: int) -> list[Segment]:
