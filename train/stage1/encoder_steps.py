@@ -236,7 +236,9 @@ class _Trained:
 
 
 @contextmanager
-def _open_trained(context: RunContext, encoder: StepResult, preset: str, outputs: Sequence[str]) -> Iterator[_Trained]:
+def _open_trained(
+    context: RunContext, encoder: StepResult, preset: str, outputs: Sequence[str], *, without_sound: bool = False
+) -> Iterator[_Trained]:
     model = _build(context)
     read_checkpoint(encoder.folder / CHECKPOINT, model)
     model.to(context.device).eval()
