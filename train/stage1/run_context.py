@@ -169,9 +169,7 @@ def describe_data(context: RunContext) -> list[str]:
         lines.append(f"{request.shift.name}: the source has no train segment of {', '.join(absent)}")
     if context.inputs.left_out:
         left_out = context.inputs.left_out
-        lines.append(
-            f"{request.shift.name}: {len(left_out)} segments failed to be extracted, left out: {left_out[0]} …"
-        )
+        lines.append(f"{request.shift.name}: {len(left_out)} segments without features left out: {left_out[0]} …")
     return lines
 
 
