@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from extract.encoders.encoder_network import EncoderNetwork
@@ -105,7 +105,10 @@ class CheckpointFacts:
 
 
 def write_checkpoint(path: Path, model: AudioAdaptiveEncoder, facts: CheckpointFacts) -> str:
-    """Writes the trained tensors as safetensors, the facts in its header; gives the encoder's identity (sha256)."""
+    """Writes the trained tensors as safetensors, the facts in its header; gives the encoder's identity (sha256).
+
+    The same tensors and facts give the same bytes.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.get_trained_tensors().items()}
     identity = facts.identify(tensors)
     header = {
@@ -119,9 +122,19 @@ def write_checkpoint(path: Path, model: AudioAdaptiveEncoder, facts: CheckpointF
         "config": facts.config,
     }
     fresh = path.with_name(f"{path.name}.partial")
-    save_file(tensors, fresh, metadata=header)
+    fresh.write_bytes(_sort_metadata(save(tensors, metadata=header)))
     fresh.replace(path)
     return identity
+
+
+def _sort_metadata(file: bytes) -> bytes:
+    """Sorts the facts in a safetensors file's header, which its library writes in another order each time."""
+    stop = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + file[stop:]
 
 
 def read_checkpoint(path: Path, model: AudioAdaptiveEncoder) -> str:

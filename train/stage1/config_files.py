@@ -68,7 +68,9 @@ def _read_dataset_tables(card: DatasetCard, preset: str, user: Mapping[str, Any]
     unknown = set(tables) - {"any", "flow", *list_presets()}
     if unknown:
         raise RunError(f"{path}: unknown table {sorted(unknown)[0]}")
-    encoder = user.get("visual", {}).get("encoder") or tables.get("any", {}).get("visual", {}).get("encoder", "")
+    named = user.get("visual", {})  # which may be no table; the configuration's check says so
+    encoder = named.get("encoder") if isinstance(named, dict) else None
+    encoder = encoder or tables.get("any", {}).get("visual", {}).get("encoder", "")
     chosen = ["any", preset]
     if encoder and find_encoder(encoder).modality == "flow":
         chosen.append("flow")

@@ -59,6 +59,7 @@ def train(context: RunContext) -> StepResult:
     if absent is not None:
         named["absent"] = absent.key
     settings |= {"absent_weight": config.absent.weight, "seed": context.request.seed}
+    settings["classes"] = list(context.card.classes)
     step = Step("encoder", 1, settings, named)
     return context.run(step, lambda folder: _train(context, folder, clusters, absent), together=True)
 
@@ -159,10 +160,7 @@ def predict(
 ) -> StepResult:
     """Predicts segments from the clips of a preset, and keeps no features; `without_sound` as if they had no track."""
     encoder = train(context)
-    named = {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
-    if context.config.attention.enabled:
-        named["sound"] = "missing" if without_sound else context.inputs.name_sound(segments)
-    step = Step("predictions", 1, {"preset": preset}, named)
+    step = Step("predictions", 1, {"preset": preset}, _name_seen(context, encoder, segments, without_sound))
 
     def make(folder: Path) -> Mapping[str, Any]:
         ids = [segment.segment_id for segment in segments]
@@ -178,16 +176,8 @@ def export_store(context: RunContext, name: str, preset: str, segments: Sequence
     """Writes a store of adapted features of segments, and their predictions (METHODS 5.7)."""
     encoder = train(context)
     outputs = context.config.export.outputs
-    step = Step(
-        "features",
-        1,
-        {"preset": preset, "outputs": list(outputs)},
-        {
-            "encoder": encoder.key,
-            "clips": context.inputs.name_clips(segments),
-            "sound": context.inputs.name_sound(segments) if context.config.attention.enabled else "",
-        },
-    )
+    settings = {"preset": preset, "outputs": list(outputs)}
+    step = Step("features", 1, settings, _name_seen(context, encoder, segments))
 
     def make(folder: Path) -> Mapping[str, Any]:
         clips = choose_visual(context.config.visual, context.request.places, preset).spec
@@ -209,6 +199,16 @@ def export_store(context: RunContext, name: str, preset: str, segments: Sequence
         return {"store": path.name, "n_segments": len(segments)}
 
     return context.run(step, make, name=name)
+
+
+def _name_seen(
+    context: RunContext, encoder: StepResult, segments: Sequence[Segment], without_sound: bool = False
+) -> dict[str, str]:
+    """Names what a trained encoder is shown: clips, and the sound that gates them."""
+    named = {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
+    if context.config.attention.enabled:
+        named["sound"] = "missing" if without_sound else context.inputs.name_sound(segments)
+    return named
 
 
 @dataclass(frozen=True, slots=True)

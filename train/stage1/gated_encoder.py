@@ -86,6 +86,20 @@ class GatedEncoder(nn.Module):
         """
         return self._classify(self._compute_features(visual, gates))
 
+    def check_cached_trunk(self) -> None:
+        """Raises SpecError where the trunk, or its statistics, are to train, so that it can't come from the cache."""
+        split = self.network.split_stage
+        if not self.has_frozen_trunk:
+            raise SpecError(
+                f"the trunk comes from the cache, but weights train from {self.trainable_from} on, before the split at "
+                f"{split}; use visual.mode = 'frames', or training.trainable_from = {SPLIT!r}"
+            )
+        if self.batch_norm == "train":
+            raise SpecError(
+                "the trunk comes from the cache, where its BatchNorm can't train; use visual.mode = 'frames', or "
+                "training.batch_norm = 'eval'"
+            )
+
     @torch.no_grad()
     def encode(
         self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None, outputs: Sequence[str]
@@ -109,7 +123,7 @@ class GatedEncoder(nn.Module):
         """Computes the trunk's outputs, before any gate, or takes them as they come; inputs as for `forward`."""
         names = self.network.trunk_names
         if set(visual) == set(names):
-            self._check_cached_trunk()
+            self.check_cached_trunk()
             return {name: visual[name] for name in names}
         if set(visual) != {CLIP}:
             raise SpecError(f"inputs {', '.join(visual) or 'none'}; the encoder takes {CLIP}, or {', '.join(names)}")
@@ -176,19 +190,6 @@ class GatedEncoder(nn.Module):
         if set(gates) != set(trunk):
             raise SpecError(f"gates for {', '.join(gates) or 'nothing'}; the network takes some for {', '.join(trunk)}")
         return self.network.features({name: gate_channels(x, gates[name]) for name, x in trunk.items()})
-
-    def _check_cached_trunk(self) -> None:
-        split = self.network.split_stage
-        if not self.has_frozen_trunk:
-            raise SpecError(
-                f"the trunk comes from the cache, but weights train from {self.trainable_from} on, before the split at "
-                f"{split}; use visual.mode = 'frames', or training.trainable_from = {SPLIT!r}"
-            )
-        if self.batch_norm == "train":
-            raise SpecError(
-                "the trunk comes from the cache, where its BatchNorm can't train; use visual.mode = 'frames', or "
-                "training.batch_norm = 'eval'"
-            )
 
     def _get_form(self, device: torch.device) -> EncoderNetwork:
         precision: Precision = "fp32"

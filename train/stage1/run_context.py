@@ -102,10 +102,15 @@ class RunContext:
     ) -> StepResult:
         """Runs a step once; of several processes the first does it, or all `together` while the first keeps the record.
 
-        `name` is what the run calls the step, where it has several of a kind.
+        `name` is what the run calls the step, where it has several of a kind. A step that others ask for again isn't
+        looked at twice, let alone rerun twice.
         """
-        alone = self.ranks.n_ranks == 1
-        result = self.runner.run(step, make) if alone else self._run_in_ranks(step, make, together)
+        folder = self.runner.find_folder(step)
+        result = next((known for known in self.results.values() if known.folder == folder), None)
+        if result is None and self.ranks.n_ranks == 1:
+            result = self.runner.run(step, make)
+        elif result is None:
+            result = self._run_in_ranks(step, make, together)
         self.results[name or step.name] = result
         return result
 

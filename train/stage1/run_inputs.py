@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from extract.encoders.registry import find_encoder
 from extract.extraction import ExtractionProgress
 from extract.media_survey import MediaSurvey
 from pipeline.cards import DatasetCard
@@ -19,6 +20,7 @@ from pipeline.store.interface import FeatureStore
 from train.splits import LabelledSegments, ShiftSplits
 from train.stage1.config import Stage1Config
 from train.stage1.frame_inputs import FrameInputs
+from train.stage1.gated_encoder import GatedEncoder
 from train.stage1.input_stores import (
     DataPlaces,
     EncoderChoice,
@@ -150,6 +152,7 @@ def open_run_inputs(
 
     Raises RunError where nothing is left of a part that training needs.
     """
+    _check_training(config)
     segments = list_segments(splits)
     sound_choice = choose_sound(config.sound)
     sound_store = fill_store(places, sound_choice, segments, progress, notify)
@@ -181,6 +184,16 @@ def open_run_inputs(
         config=config,
         survey=MediaSurvey(places.media_root, places.card.media),
     )
+
+
+def _check_training(config: Stage1Config) -> None:
+    """Raises SpecError for a stage that isn't there or a cache of what is to train, before hours of extraction."""
+    training = config.training
+    with torch.device("meta"):  # nothing is allocated or drawn
+        network = find_encoder(config.visual.encoder).build()
+        gated = GatedEncoder(network, 2, training.trainable_from, training.batch_norm)
+    if config.visual.mode == "trunk":
+        gated.check_cached_trunk()
 
 
 def _done(store: FeatureStore, segments: Sequence[Segment]) -> Iterable[tuple[str, bool]]:

@@ -98,10 +98,15 @@ def run_stage1(
     if context.ranks.is_first:
         results = request.runs_dir / RESULTS
         known = keep_latest(read_runs(results)).get(record.key)
-        if known is None or known.steps != record.steps or known.row != record.row:
+        if known is None or _tell_apart(known) != _tell_apart(record):
             append_run(results, record)
     checkpoint = context.results["encoder"].folder / CHECKPOINT
     return Stage1Outcome(record, checkpoint, table, features, context.inputs.left_out)
+
+
+def _tell_apart(record: RunRecord) -> tuple[object, ...]:
+    """Gives what makes two records of the same configuration, shift and seed results of their own."""
+    return record.steps, record.row, record.manifest_sha256
 
 
 def _score(context: RunContext) -> Scores:

@@ -18,7 +18,7 @@ from train.stage1.audio_classifier import AudioClassifier, AudioPredictions, pre
 from train.stage1.clustering import cluster_interactions
 from train.stage1.run_context import RunContext, write_array
 from train.stage1.run_inputs import list_segments, name_labels
-from train.steps import Step, StepResult, hash_json
+from train.steps import Step, StepResult
 
 PREDICTIONS = "predictions.npz"
 _CLASSIFIER = "classifier.safetensors"
@@ -122,12 +122,15 @@ def get_clustered_part(context: RunContext) -> LabelledSegments:
 
 def mark_absent(context: RunContext) -> StepResult:
     """Marks the absent activities of the target's train split (Eq. 1)."""
-    audio = predict_sound(context)
-    ids = [segment.segment_id for segment in context.splits.target_train]
+    audio, classifier = predict_sound(context), classify_sound(context)
+    target = context.splits.target_train
+    ids = [segment.segment_id for segment in target]
     config = context.config.absent
     settings: dict[str, Any] = {"task": context.card.task}
     settings |= {"gamma": config.gamma} if context.multi_label else {"n_absent": config.n_absent}
-    step = Step("absent_labels", 1, settings, {"audio": audio.key, "target": hash_json(ids)})
+    # Not the key of all predictions: what a test segment sounds like must not train the encoder anew.
+    named = {"classifier": classifier.key, "sound": context.inputs.name_sound(target)}
+    step = Step("absent_labels", 1, settings, named)
 
     def make(folder: Path) -> Mapping[str, Any]:
         heard = AudioPredictions.read(audio.folder / PREDICTIONS).select(ids)

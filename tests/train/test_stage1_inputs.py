@@ -1,0 +1,126 @@
+"""Checks Stage 1 on what real data have: no track, a damaged video, a cache instead of videos, sound that changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cards import MediaLayout
+from pipeline.segments import Segment
+from pipeline.store.opening import list_stores
+from train.runs import RESULTS, read_runs
+
+TRUNK = ("visual.mode=trunk", "visual.n_views=2", "training.trainable_from=split")
+
+
+@pytest.fixture
+def tiny(tiny_shift: ModuleType, tmp_path: Path) -> Any:
+    """Gives the small data set, made for this test."""
+    made = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
+    made.make()
+    return made
+
+
+def read_table(tiny: Any) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = pq.read_table(tiny.find_step("table") / "table.parquet").to_pydict()
+    return columns
+
+
+def test_segments_without_a_track_are_trained_on_and_scored_apart(tiny_shift: ModuleType, tmp_path: Path) -> None:
+    tiny = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
+    tiny.make(without_track=("t-train", "t-test"))
+    code, out, err = tiny.stage1()
+    assert code == 0, err
+    scores = read_runs(tiny.runs / "tiny" / RESULTS)[0].scores
+    assert (scores.silent.n, scores.audible.n, scores.audible.value) == (4, 0, None)
+    assert next(line for line in out.splitlines() if line.startswith("s-t ")).split()[-3:] == ["-", "0", "last"]
+    columns = read_table(tiny)
+    assert columns["has_audio"] == [domain == "s" for domain in columns["domain"]]
+    record = json.loads((tiny.find_step("absent_labels") / "record.json").read_text())
+    assert record["outcome"]["n_silent"] == 8
+    assert not np.load(tiny.find_step("absent_labels") / "absent.npy").any(), "silence says nothing of what is absent"
+    losses = json.loads((tiny.find_step("encoder") / "record.json").read_text())["outcome"]["epochs"][0]["losses"]
+    assert losses["absent"] == 0
+
+
+def test_a_source_without_sound_says_how_to_train_without(tiny_shift: ModuleType, tmp_path: Path) -> None:
+    tiny = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
+    tiny.make(without_track=("s-train", "s-test", "t-train", "t-test"))
+    code, _, err = tiny.stage1()
+    assert code == 2
+    assert "0 of 8 source segments have any" in err
+    remedy = "attention.enabled=false absent.weight=0 balance.kind=class"
+    assert remedy in err
+    code, _, err = tiny.stage1("--no-export", settings=remedy.split())
+    assert code == 0, err
+    assert set(read_runs(tiny.runs / "tiny" / RESULTS)[0].steps) == {"encoder", "predictions", "scores"}
+
+
+def test_a_damaged_video_is_left_out_and_named(tiny: Any, tiny_shift: ModuleType) -> None:
+    segments = [
+        *tiny_shift.make_segments("s", "train", 8),
+        *tiny_shift.make_segments("s", "test", 4),
+        *tiny_shift.make_segments("t", "train", 8),
+        *tiny_shift.make_segments("t", "test", 4),
+    ]
+    lost = Segment("lost", "broken", 0.0, 1.0, ("low",), "t", "train")
+    (tiny.media / "broken.mp4").write_bytes(b"no video at all" * 100)
+    tiny.write_manifest([*segments, lost])
+    code, out, err = tiny.stage1()
+    assert code == 0, err
+    assert "1 segments have no features of resnet_demo and are left out" in err
+    assert "1 segments left out, which failed to be extracted: lost" in out
+    assert "lost" not in read_table(tiny)["segment_id"]
+
+
+def test_trunk_mode_trains_from_the_cache_alone(tiny: Any, tiny_shift: ModuleType) -> None:
+    code, _, err = tiny.stage1(settings=TRUNK)
+    assert code == 0, err
+    record = json.loads((tiny.find_step("encoder") / "record.json").read_text())
+    assert record["settings"]["visual"]["mode"] == "trunk"
+    assert record["inputs"]["visual"].startswith("trunk ")
+    assert read_runs(tiny.runs / "tiny" / RESULTS)[0].config["visual"]["mode"] == "trunk"
+    assert len(list_stores(tiny.root / "cache")) == 3, "sound, views to train on, clips to test on"
+    written = (tiny.find_step("encoder") / "encoder.safetensors").read_bytes()
+    shutil.rmtree(tiny.media)
+    shutil.rmtree(tiny.runs)
+    arguments = tiny.list_arguments("stage1", "tiny", "--shift", "s-t", settings=TRUNK)
+    where = arguments.index("--media")
+    del arguments[where : where + 2]
+    code, _, err = tiny_shift.run(*arguments)
+    assert code == 0, err
+    assert (tiny.find_step("encoder") / "encoder.safetensors").read_bytes() == written
+
+
+def test_trunk_mode_can_not_train_below_the_split(tiny: Any) -> None:
+    code, _, err = tiny.stage1(settings=["visual.mode=trunk", "visual.n_views=2"])
+    assert code == 2
+    assert "weights train from stem on, before the split" in err
+    assert not list_stores(tiny.root / "cache"), "which is seen before hours of extraction"
+
+
+@pytest.mark.parametrize("weight", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_test_segment_that_sounds_otherwise_is_predicted_anew(
+    tiny_shift: ModuleType, tmp_path: Path, weight: str
+) -> None:
+    tiny = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
+    tiny.make()
+    tiny.write_card(media=MediaLayout(rgb=("{video_id}",), audio=("sound/{video_id}.mp4",)))
+    (tiny.media / "sound").mkdir()
+    for path in tiny.media.glob("*.mp4"):
+        shutil.copy(path, tiny.media / "sound" / path.name)
+    settings = [f"absent.weight={weight}", "visual.test_preset=zhang-stage1-val", "training.n_epochs=1"]
+    assert tiny.stage1(settings=settings)[0] == 0
+    before = tiny.list_records()
+    tiny_shift.write_video(tiny.media / "sound" / "t-test.mp4", [1, 1, 0, 0], seed=9)
+    code, _, err = tiny.stage1(settings=settings)
+    assert code == 0, err
+    fresh = {name.rpartition("-")[0] for name in set(tiny.list_records()) - set(before)}
+    assert fresh == {"audio_predictions", "predictions", "features", "table", "scores"}, "nothing is trained anew"
