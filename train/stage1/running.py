@@ -160,7 +160,7 @@ def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
     audio = predict_sound(context)
     step = Step(
         "table",
-        1,
+        2,
         {"classes": list(context.card.classes), "task": context.card.task},
         {"features": features.key, "labels": labels.key, "audio": audio.key},
     )
