@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +31,14 @@ class Ranks:
         """Waits until all processes are here."""
         if self.n_ranks > 1:
             dist.barrier()
+
+    def average(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+        """Averages numbers over all processes, each of which gives the same names; `device` is where it computes."""
+        if self.n_ranks == 1:
+            return dict(values)
+        summed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(summed)
+        return dict(zip(values, (summed / self.n_ranks).tolist(), strict=True))
 
     def choose_device(self, device: str) -> str:
         """Gives each process its own GPU, where `auto` or `cuda` leave the choice."""

@@ -1,4 +1,4 @@
-"""Gives the tests of training a small data set of two domains."""
+"""Gives the tests of training a small data set of two domains, and a small encoder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def tiny_shift() -> ModuleType:
-    """Gives tiny_shift.py (importlib mode puts no test folder on the path)."""
-    path = Path(__file__).with_name("tiny_shift.py")
-    spec = importlib.util.spec_from_file_location("tiny_shift", path)
+def load_beside(name: str) -> ModuleType:
+    """Loads a module that lies beside this file (importlib mode puts no test folder on the path)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_shift"] = module  # which frozen slotted dataclasses ask for
+    sys.modules[name] = module  # which slotted dataclasses ask for
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny_shift() -> ModuleType:
+    """Gives tiny_shift.py."""
+    return load_beside("tiny_shift")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder() -> ModuleType:
+    """Gives tiny_encoder.py."""
+    return load_beside("tiny_encoder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +99,12 @@ def train_encoder(
     wasn't come to the same. Losses go to TensorBoard files in `folder`/tensorboard. Raises RunError where a loss is no
     longer a number.
     """
+    size = min(config.n_source, len(task.source))
+    if size < ranks.n_ranks:
+        raise RunError(
+            f"a batch of {size} source segments can't be shared among {ranks.n_ranks} processes; raise "
+            f"training.n_source, or start fewer"
+        )
     model.to(device)
     module: Any = model.gated  # torch's stubs know no such layout
     module.to(memory_format=torch.channels_last_3d)  # 1.4 times as fast on a CPU, faster on GPUs under autocast
@@ -160,7 +165,7 @@ def _run_epoch(
     parts = [batch.split(config.n_accumulated) for batch in shares]
     ids = [_list_ids(task, part) for batch in parts for part in batch]
     loaded = visual.iterate_batches(ids, epoch)
-    totals: dict[str, float] = defaultdict(float)
+    totals = dict.fromkeys(("source", "absent", *(["labelled"] if len(task.labelled) else []), "total"), 0.0)
     for i_batch, batch in enumerate(parts):
         optimizer.zero_grad(set_to_none=True)
         for i_part, part in enumerate(batch):
@@ -169,9 +174,9 @@ def _run_epoch(
             is_last = i_part == len(batch) - 1
             with _sync_if(trained, is_last):
                 losses = _compute_losses(trained, part, inputs, task, config, device)
-                (losses["total"] * part.share).backward()
+                losses["total"].backward()
             for name, value in losses.items():
-                totals[name] += float(value.detach()) * part.share / len(parts)
+                totals[name] += float(value.detach()) / len(parts)
         if not np.isfinite(totals["total"]):
             raise RunError(
                 f"the loss is {totals['total']} in batch {i_batch} of epoch {epoch}; lower training.lr, or train with "
@@ -179,7 +184,10 @@ def _run_epoch(
             )
         optimizer.step()
         watcher.advance()
-    return dict(totals)
+    for name, tensor in model.get_trained_tensors().items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{name} isn't finite after epoch {epoch}; lower training.lr")
+    return ranks.average(totals, device)
 
 
 def _compute_losses(
@@ -190,7 +198,10 @@ def _compute_losses(
     config: TrainingConfig,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Computes all losses from one pass of the source's, the labelled and the unlabelled target's segments together."""
+    """Computes all losses from one pass of the source's, the labelled and the unlabelled target's segments together.
+
+    Each is the part's contribution to the batch's loss: its own mean times its share.
+    """
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = trained(inputs).float()
     sizes = [len(part.source), len(part.labelled), len(part.target)]
@@ -200,14 +211,17 @@ def _compute_losses(
     target = None
     if len(part.target):
         target = TargetBatch(target_inputs, torch.from_numpy(task.absent[part.target]).to(device))
-    losses = compute_encoder_losses(
+    means = compute_encoder_losses(
         of_source, source, of_target if target else None, target, task.absent_weight, multi_label=task.multi_label
     )
+    source_share, labelled_share, target_share = part.shares
+    losses = {"source": means["source"] * source_share, "absent": means["absent"] * target_share}
+    losses["total"] = losses["source"] + task.absent_weight * losses["absent"]
     if len(part.labelled):
         batch = LabelledTargetBatch(
             labelled_inputs, *_take(task.labelled, task.labelled_weights, part.labelled, device)
         )
-        losses["labelled"] = compute_source_loss(of_labelled, batch.labels, batch.weights)
+        losses["labelled"] = compute_source_loss(of_labelled, batch.labels, batch.weights) * labelled_share
         losses["total"] = losses["total"] + losses["labelled"]
     return losses
 

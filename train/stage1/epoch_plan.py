@@ -15,28 +15,39 @@ _SOURCE, _LABELLED, _TARGET = range(3)
 class PlannedBatch:
     """Is the rows of one batch, or of one part of it: of the source, the target's labelled part, and its unlabelled.
 
-    `share` is the part's share of its batch; the shares of a batch's parts add up to 1.
+    `shares` are what the mean loss of each of the three is multiplied by. Over the parts of a batch that are computed
+    one after the other they add up to 1, over processes, whose gradients are averaged, they average 1: either way the
+    gradient is that of the whole batch, however unevenly it is cut.
     """
 
     source: np.ndarray
     labelled: np.ndarray
     target: np.ndarray
-    share: float = 1.0
+    shares: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @property
+    def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gives the three in the order of `shares`."""
+        return self.source, self.labelled, self.target
 
     def split(self, n_parts: int) -> list[PlannedBatch]:
         """Cuts a batch into parts that are computed one after the other, each with something of the source."""
         n_parts = min(n_parts, len(self.source))
-        cut = [np.array_split(rows, n_parts) for rows in (self.source, self.labelled, self.target)]
-        return [
-            PlannedBatch(source, labelled, target, len(source) / len(self.source))
-            for source, labelled, target in zip(*cut, strict=True)
-        ]
+        cut = zip(*(np.array_split(rows, n_parts) for rows in self.rows), strict=True)
+        return [self._make_part(*rows, n_averaged=1) for rows in cut]
 
     def take_share(self, rank: int, n_ranks: int) -> PlannedBatch:
         """Gives what one of several processes computes of a batch."""
-        return PlannedBatch(
-            self.source[rank::n_ranks], self.labelled[rank::n_ranks], self.target[rank::n_ranks], self.share
+        return self._make_part(*(rows[rank::n_ranks] for rows in self.rows), n_averaged=n_ranks)
+
+    def _make_part(
+        self, source: np.ndarray, labelled: np.ndarray, target: np.ndarray, *, n_averaged: int
+    ) -> PlannedBatch:
+        of_source, of_labelled, of_target = (
+            share * n_averaged * len(part) / len(whole) if len(whole) else share
+            for share, part, whole in zip(self.shares, (source, labelled, target), self.rows, strict=True)
         )
+        return PlannedBatch(source, labelled, target, (of_source, of_labelled, of_target))
 
 
 def plan_epoch(
