@@ -1,7 +1,7 @@
 """Measures an epoch of Stage 1 in `frames` mode against one in `trunk` mode, interleaved, with and without attention.
 
 Run as `python -m benchmarks.stage1_modes --media FOLDER [--segments 16] [--batch 4] [--repeats 3] [--precision fp32]
-[--encoder i3d_rgb] [--weights random:0] [--views 2] [--cached-mb 0]`. Segments are the first seconds of the videos
+[--encoder i3d_rgb] [--weights random:0] [--views 2] [--cached-mb 0] [--sound-s 10]`. Segments are the first seconds of the videos
 below FOLDER. Both modes train the same network by the same step (cross-entropy, Adam), a step of one and a step of the
 other in turn. Printed are medians in ms a segment of the parts of a step, their share, and the ratio of the two modes.
 Attention is the same work in both: where its figures differ, the machine was busy with something else. Sound is random
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from extract.encoders.registry import find_encoder
 from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.freed_memory import keep_freed_memory
@@ -47,15 +48,16 @@ from train.stage1.visual_inputs import VisualInputs
 
 LAYOUT = MediaLayout()
 N_CLASSES = 8
-MAP_SHAPE = (256, 17, 63)
 PARTS = ("inputs", "trunk", "attention", "head and step")
 
 
 class Training:
     """Trains step by step, and notes how long each part of a step takes."""
 
-    def __init__(self, encoder: GatedEncoder, attention: AudioAttention | None, precision: str) -> None:
-        self.encoder, self.attention = encoder, attention
+    def __init__(
+        self, encoder: GatedEncoder, attention: AudioAttention | None, map_shape: tuple[int, ...], precision: str
+    ) -> None:
+        self.encoder, self.attention, self.map_shape = encoder, attention, map_shape
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         parameters = [p for p in encoder.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam([*parameters, *(attention.parameters() if attention else ())], lr=1e-4)
@@ -67,7 +69,7 @@ class Training:
         with self.timing("inputs"):
             visual = next(given)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is not None):
-            self.step(visual, torch.randn(n, *MAP_SHAPE))
+            self.step(visual, torch.randn(n, *self.map_shape))
         return dict(self.parts_s)
 
     def step(self, visual: dict[str, Tensor], sound: Tensor) -> None:
@@ -110,9 +112,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--cached-mb", type=int, default=0)
+    parser.add_argument("--sound-s", type=float, default=10.0, help="seconds of sound that attention sees")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args()
     keep_freed_memory()
+    map_shape = plan_map_shape(options.sound_s)
     segments = find_segments(options.media, options.segments)
     batches = [[s.segment_id for s in segments[i : i + options.batch]] for i in range(0, len(segments), options.batch)]
     weights = resolve_weights(options.weights, options.encoder)
@@ -133,11 +137,18 @@ def main() -> None:
             torch.manual_seed(0)
             encoder = GatedEncoder(load_encoder(options.encoder, weights), N_CLASSES).train()
             attention = (
-                AudioAttention(MAP_SHAPE[0], encoder.gate_channels, AttentionConfig()).train()
+                AudioAttention(map_shape[0], encoder.gate_channels, AttentionConfig()).train()
                 if has_attention
                 else None
             )
-            report(Training(encoder, attention, options.precision), modes, batches, options.repeats)
+            report(Training(encoder, attention, map_shape, options.precision), modes, batches, options.repeats)
+
+
+def plan_map_shape(sound_s: float) -> tuple[int, ...]:
+    """Gives the shape of ResNet-18's layer3 for so many seconds of sound."""
+    entry = find_encoder("resnet18_audio")
+    assert entry.audio is not None, "it hears"
+    return entry.output_shapes(entry.clip, entry.audio.model_copy(update={"duration_s": sound_s}))["map"]
 
 
 def report(
