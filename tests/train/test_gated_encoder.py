@@ -145,10 +145,10 @@ def test_frozen_norms_use_the_statistics_that_are_said() -> None:
     assert not torch.allclose(wanted["train"]["trunk_slow"], wanted["eval"]["trunk_slow"], atol=1e-2)
     for mode, trunk in wanted.items():
         encoder = build_encoder(batch_norm=mode).train()
-        for key, value in encoder._compute_trunk({"clip": clip}).items():
+        for key, value in encoder.compute_trunk({"clip": clip}).items():
             torch.testing.assert_close(value, trunk[key], rtol=1e-4, atol=1e-4)
         still = build_encoder(batch_norm=mode).eval()
-        for key, value in still._compute_trunk({"clip": clip}).items():
+        for key, value in still.compute_trunk({"clip": clip}).items():
             torch.testing.assert_close(value, wanted["eval"][key], rtol=1e-4, atol=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_autocast_reaches_the_frozen_trunk_and_logits_stay_float32() -> None:
     encoder, visual = build_encoder().train(), {"clip": make_clip()}
     plain = encoder.eval()(visual)
     with torch.autocast("cpu", torch.bfloat16):
-        trunk = encoder._compute_trunk(visual)
+        trunk = encoder.compute_trunk(visual)
         logits = encoder(visual, make_gates(encoder, 2, 1.0))
     assert {x.dtype for x in trunk.values()} == {torch.bfloat16} and logits.dtype == torch.float32
     torch.testing.assert_close(logits, plain, rtol=0.1, atol=0.02)

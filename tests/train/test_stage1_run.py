@@ -93,7 +93,8 @@ def test_the_table_holds_every_segment_and_pseudo_labels_are_the_argmax(finished
     assert table.schema.metadata[b"classes"] == b"low\nhigh\nnever"
     columns = table.to_pydict()
     assert list(columns) == [
-        "segment_id", "domain", "split", "has_audio", "audio_probabilities", "visual_probabilities", "pseudo_label",
+        "segment_id", "domain", "split", "has_audio", "audio_features", "audio_probabilities", "visual_probabilities",
+        "pseudo_label",
     ]  # fmt: skip
     assert len(columns["segment_id"]) == len(set(columns["segment_id"])) == 24
     assert all(columns["has_audio"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -43,17 +42,9 @@ from train.stage1.kept_media import KeptMedia
 from train.stage1.trunk_inputs import TrunkInputs
 from train.stage1.visual_inputs import derive_epoch_seed
 
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "extract" / "tiny_dataset.py"))
 LAYOUT = MediaLayout()
 N_MB = 100
-
-
-def load_tiny_dataset() -> ModuleType:
-    path = Path(__file__).parents[1] / "extract" / "tiny_dataset.py"
-    spec = importlib.util.spec_from_file_location("tiny_dataset", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +52,13 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes two videos of 3 s at 15 Hz, 96 x 72."""
     root = tmp_path_factory.mktemp("media")
     for seed, name in enumerate(("a", "b")):
-        load_tiny_dataset().write_video(root / f"{name}.mp4", seed=seed, sound="none")
+        TINY["write_video"](root / f"{name}.mp4", seed=seed, sound="none")
     return root
 
 
 @pytest.fixture
 def segments() -> list[Segment]:
-    made: list[Segment] = load_tiny_dataset().make_segments(["a", "b"])
-    return made
+    return list(TINY["make_segments"](["a", "b"]))
 
 
 def make_spec(preset: str, *overrides: str, encoder: str = "slowfast_demo", outputs: str = "trunk") -> FeatureSpec:
@@ -208,8 +198,7 @@ def test_draws_depend_on_seed_epoch_and_segment_alone(
         for inputs in (apart, apart, here):  # twice by the same processes
             found = list(inputs.iterate_batches(batches, epoch=0))
             assert all(torch.equal(a["clip"], b["clip"]) for a, b in zip(found, first, strict=True))
-        n_processes = len(multiprocessing.active_children())
-        assert n_processes == 2
+        assert len(multiprocessing.active_children()) == 2
         (alone,) = apart.iterate_batches([["b-2", "a-1"]], epoch=0)
         assert torch.equal(alone["clip"], torch.stack([clips["b-2"], clips["a-1"]]))
         (later,) = apart.iterate_batches([["b-2", "a-1"]], epoch=1)
@@ -293,7 +282,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_visual_inputs as t
 if __name__ == "__main__":
-    segments = t.load_tiny_dataset().make_segments(["a", "b"])
+    segments = t.TINY["make_segments"](["a", "b"])
     inputs = t.make_inputs(Path({media!r}), segments, n_readers=2)
     for batch in inputs.iterate_batches(t.batch_ids(segments) * 100000, 0):
         print(*[p.pid for p in multiprocessing.active_children()], flush=True)

@@ -159,6 +159,15 @@ class ExportConfig(SpecModel):
     label_preset: str = "zhang-stage2-test"
 
 
+class EvaluationConfig(SpecModel):
+    """Says what the scores are of: `sound` = `missing` takes the sound away at test (METHODS 6; A: 50.7 on EPIC).
+
+    The gates are then those of the learned missing-audio embedding.
+    """
+
+    sound: Literal["kept", "missing"] = "kept"
+
+
 class Stage1Config(SpecModel):
     """Is everything that decides Stage 1's result but data and seed."""
 
@@ -172,6 +181,7 @@ class Stage1Config(SpecModel):
     training: TrainingConfig = TrainingConfig()
     target_labels: TargetLabelsConfig = TargetLabelsConfig()
     export: ExportConfig = ExportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def describe(self) -> dict[str, Any]:
         """Gives as JSON everything that decides a result; how fast it comes isn't among it."""

@@ -149,15 +149,22 @@ def _read_absent(context: RunContext, absent: StepResult | None) -> np.ndarray:
     return found
 
 
-def predict(context: RunContext, preset: str, segments: Sequence[Segment], name: str = "predictions") -> StepResult:
-    """Predicts segments from the clips of a preset, and keeps no features."""
+def predict(
+    context: RunContext,
+    preset: str,
+    segments: Sequence[Segment],
+    *,
+    name: str = "predictions",
+    without_sound: bool = False,
+) -> StepResult:
+    """Predicts segments from the clips of a preset, and keeps no features; `without_sound` as if they had no track."""
     encoder = train(context)
-    step = Step("predictions", 1, {"preset": preset}, _name_seen(context, encoder, segments))
+    step = Step("predictions", 1, {"preset": preset}, _name_seen(context, encoder, segments, without_sound))
 
     def make(folder: Path) -> Mapping[str, Any]:
         ids = [segment.segment_id for segment in segments]
         context.watcher.start(f"{context.title}: predictions", len(ids))
-        with _open_trained(context, encoder, preset, ()) as predicting:
+        with _open_trained(context, encoder, preset, (), without_sound=without_sound) as predicting:
             predict_all(ids, predicting.predict, context.watcher.advance).write(folder / PREDICTIONS)
         return {"n_segments": len(ids)}
 
@@ -193,11 +200,13 @@ def export_store(context: RunContext, name: str, preset: str, segments: Sequence
     return context.run(step, make, name=name)
 
 
-def _name_seen(context: RunContext, encoder: StepResult, segments: Sequence[Segment]) -> dict[str, str]:
+def _name_seen(
+    context: RunContext, encoder: StepResult, segments: Sequence[Segment], without_sound: bool = False
+) -> dict[str, str]:
     """Names what a trained encoder is shown: clips, and the sound that gates them."""
     named = {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
     if context.config.attention.enabled:
-        named["sound"] = context.inputs.name_sound(segments)
+        named["sound"] = "missing" if without_sound else context.inputs.name_sound(segments)
     return named
 
 
@@ -210,6 +219,7 @@ class _Trained:
     visual: VisualInputs
     clips: FeatureSpec
     outputs: tuple[str, ...]
+    without_sound: bool
 
     def predict(self, segment_ids: Sequence[str]) -> Iterator[SegmentPrediction]:
         """Predicts segments in their order."""
@@ -220,17 +230,20 @@ class _Trained:
             multi_label=self.context.multi_label,
             device=self.context.device,
             outputs=self.outputs,
+            without_sound=self.without_sound,
         )
 
 
 @contextmanager
-def _open_trained(context: RunContext, encoder: StepResult, preset: str, outputs: Sequence[str]) -> Iterator[_Trained]:
+def _open_trained(
+    context: RunContext, encoder: StepResult, preset: str, outputs: Sequence[str], *, without_sound: bool = False
+) -> Iterator[_Trained]:
     model = _build(context)
     read_checkpoint(encoder.folder / CHECKPOINT, model)
     model.to(context.device).eval()
     clips = choose_visual(context.config.visual, context.request.places, preset).spec
     with context.open_clips(preset) as visual:
-        yield _Trained(context, model, visual, clips, tuple(outputs))
+        yield _Trained(context, model, visual, clips, tuple(outputs), without_sound)
 
 
 def _make_adapted_spec(clips: FeatureSpec, identity: str, outputs: Sequence[str]) -> FeatureSpec:

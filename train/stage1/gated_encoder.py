@@ -119,6 +119,22 @@ class GatedEncoder(nn.Module):
             features[LOGITS] = self._classify(features)
         return {name: features[name] for name in outputs}
 
+    def compute_trunk(self, visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes the trunk's outputs, before any gate, or takes them as they come; inputs as for `forward`."""
+        names = self.network.trunk_names
+        if set(visual) == set(names):
+            self.check_cached_trunk()
+            return {name: visual[name] for name in names}
+        if set(visual) != {CLIP}:
+            raise SpecError(f"inputs {', '.join(visual) or 'none'}; the encoder takes {CLIP}, or {', '.join(names)}")
+        clip = visual[CLIP]
+        if not self.has_frozen_trunk:
+            return self.network.trunk(clip)
+        with torch.no_grad():
+            if self.batch_norm == "train":
+                return self.network.trunk(clip)
+            return self._get_form(clip.device).trunk(clip)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Gives what training changes, by its name in `state_dict`: what a checkpoint holds, on the module's device.
 
@@ -168,27 +184,12 @@ class GatedEncoder(nn.Module):
         return logits
 
     def _compute_features(self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        trunk = self._compute_trunk(visual)
+        trunk = self.compute_trunk(visual)
         if gates is None:
             return self.network.features(trunk)
         if set(gates) != set(trunk):
             raise SpecError(f"gates for {', '.join(gates) or 'nothing'}; the network takes some for {', '.join(trunk)}")
         return self.network.features({name: gate_channels(x, gates[name]) for name, x in trunk.items()})
-
-    def _compute_trunk(self, visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = self.network.trunk_names
-        if set(visual) == set(names):
-            self.check_cached_trunk()
-            return {name: visual[name] for name in names}
-        if set(visual) != {CLIP}:
-            raise SpecError(f"inputs {', '.join(visual) or 'none'}; the encoder takes {CLIP}, or {', '.join(names)}")
-        clip = visual[CLIP]
-        if not self.has_frozen_trunk:
-            return self.network.trunk(clip)
-        with torch.no_grad():
-            if self.batch_norm == "train":
-                return self.network.trunk(clip)
-            return self._get_form(clip.device).trunk(clip)
 
     def _get_form(self, device: torch.device) -> EncoderNetwork:
         precision: Precision = "fp32"

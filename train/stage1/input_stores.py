@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -139,15 +138,7 @@ def read_digests(store: FeatureStore, segment_ids: Sequence[str]) -> list[str]:
     return [bytes(digest).hex() for digest in store.read_array("digest")[rows]]
 
 
-@lru_cache(maxsize=4)
-def _survey(root: Path, card_name: str, layout_json: str) -> MediaSurvey:
-    from pipeline.cards import MediaLayout
-
-    return MediaSurvey(root, MediaLayout.model_validate_json(layout_json))
-
-
-def compute_media_digests(places: DataPlaces, spec: FeatureSpec, segments: Sequence[Segment]) -> list[str]:
+def compute_media_digests(survey: MediaSurvey, spec: FeatureSpec, segments: Sequence[Segment]) -> list[str]:
     """Computes from the media what rows of a specification would be made from, 32 hex digits each (FORMAT.md)."""
-    survey = _survey(places.media_root, places.card.name, places.card.media.model_dump_json())
     identities = identify_segments(survey, list(segments), spec)
     return [bytes(digest).hex() for digest in compute_digests(list(segments), identities)]

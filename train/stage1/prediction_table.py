@@ -27,7 +27,8 @@ def write_prediction_table(
 ) -> None:
     """Writes one row a segment as Parquet; `labels` are the predictions that pseudo-labels are made of.
 
-    Columns: segment_id, domain, split, has_audio, audio_probabilities and visual_probabilities (lists of K floats),
+    Columns: segment_id, domain, split, has_audio, audio_features (the audio classifier's pooled layer4, lists of 512
+    floats; of no meaning without sound), audio_probabilities and visual_probabilities (lists of K floats),
     pseudo_label: the argmax of the mean over views, an index of the classes, which are in the file's metadata; -1 for
     segments that get none, and where the task is multi-label.
     """
@@ -40,6 +41,7 @@ def write_prediction_table(
             "domain": [segment.domain for segment in segments],
             "split": [segment.split for segment in segments],
             "has_audio": heard.has_audio,
+            "audio_features": _as_lists(heard.features),
             "audio_probabilities": _as_lists(heard.probabilities),
             "visual_probabilities": _as_lists(visual.select(ids)),
             "pseudo_label": pa.array([guesses.get(segment_id, NO_LABEL) for segment_id in ids], pa.int32()),

@@ -14,7 +14,7 @@ import torch
 from extract.inference import resolve_device
 from pipeline.cards import DatasetCard, Shift
 from train.ranks import Ranks
-from train.splits import ShiftSplits, split_for_shift
+from train.splits import ShiftSplits, count_labels, split_for_shift
 from train.stage1.config import Stage1Config
 from train.stage1.encoder_training import EpochWatcher
 from train.stage1.input_stores import DataPlaces
@@ -155,6 +155,27 @@ def open_context(
         watcher=watcher,
         device=device,
     )
+
+
+def describe_data(context: RunContext) -> list[str]:
+    """Says in a few lines what a run trains on, before it begins: split by split, with the source's class counts."""
+    splits, request = context.splits, context.request
+    counts = count_labels(splits.source_train.labels, len(context.card.classes))
+    by_class = ", ".join(f"{name} {n}" for name, n in zip(context.card.classes, counts.tolist(), strict=True))
+    silent = (~context.inputs.sound.has_audio([s.segment_id for s in splits.target_test])).sum()
+    lines = [
+        f"{request.shift.name}: source {'+'.join(request.shift.source)}, {len(splits.source_train)} train segments "
+        f"({by_class}), {len(splits.source_val)} for validation",
+        f"{request.shift.name}: target {request.shift.target}, {len(splits.target_train)} unlabelled train segments, "
+        f"{len(splits.target_labelled)} labelled, {len(splits.target_test)} test segments, {silent} of them silent",
+    ]
+    absent = [name for name, n in zip(context.card.classes, counts.tolist(), strict=True) if not n]
+    if absent:
+        lines.append(f"{request.shift.name}: the source has no train segment of {', '.join(absent)}")
+    if context.inputs.left_out:
+        left_out = context.inputs.left_out
+        lines.append(f"{request.shift.name}: {len(left_out)} segments without features left out: {left_out[0]} …")
+    return lines
 
 
 def write_array(path: Path, values: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from extract.encoders.registry import find_encoder
 from extract.extraction import ExtractionProgress
+from extract.media_survey import MediaSurvey
 from pipeline.cards import DatasetCard
 from pipeline.errors import RunError
 from pipeline.segments import Segment
@@ -42,9 +43,9 @@ class RunInputs:
 
     Attributes:
         splits: without the segments whose sound or pictures failed to be extracted; `left_out` lists those.
-        visual_name: fingerprint and mode of the training clips.
         train, test: the specifications of training and test clips with their weights.
-        trunk_stores: the level-2 stores, none where frames are decoded.
+        trunk_stores: the level-2 stores, of training and of test clips; none where frames are decoded.
+        survey: tells which videos the frames come from.
     """
 
     places: DataPlaces
@@ -57,6 +58,7 @@ class RunInputs:
     test: EncoderChoice
     trunk_stores: tuple[FeatureStore, ...]
     config: Stage1Config
+    survey: MediaSurvey
 
     @property
     def sound_name(self) -> str:
@@ -77,7 +79,7 @@ class RunInputs:
         """Hashes which segments, and what their clips are made from."""
         ids = [segment.segment_id for segment in segments]
         if not self.trunk_stores:
-            return hash_json([ids, compute_media_digests(self.places, self.train.spec, segments)])
+            return hash_json([ids, compute_media_digests(self.survey, self.train.spec, segments)])
         found = dict.fromkeys(ids, "")
         for store in self.trunk_stores:
             known = set(store.segment_ids) & set(ids)
@@ -170,7 +172,17 @@ def open_run_inputs(
     left_out = tuple(segment_id for segment_id, done in is_done.items() if not done)
     kept = _leave_out(splits, set(left_out), places.card)
     return RunInputs(
-        places, kept, left_out, SoundFeatures(sound_store), sound_choice, sound_store, train, test, stores, config
+        places=places,
+        splits=kept,
+        left_out=left_out,
+        sound=SoundFeatures(sound_store),
+        sound_choice=sound_choice,
+        sound_store=sound_store,
+        train=train,
+        test=test,
+        trunk_stores=stores,
+        config=config,
+        survey=MediaSurvey(places.media_root, places.card.media),
     )
 
 

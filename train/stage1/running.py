@@ -23,7 +23,7 @@ from train.stage1.encoder_steps import CHECKPOINT, export_store, predict
 from train.stage1.encoder_training import EpochWatcher
 from train.stage1.exporting import VisualPredictions
 from train.stage1.prediction_table import write_prediction_table
-from train.stage1.run_context import RunContext, Stage1Request, open_context
+from train.stage1.run_context import RunContext, Stage1Request, describe_data, open_context
 from train.stage1.run_inputs import list_segments, list_train_segments
 from train.stage1.sound_steps import PREDICTIONS, predict_sound
 from train.steps import Step, hash_json
@@ -66,6 +66,9 @@ def run_stage1(
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     context = open_context(request, watcher, notify, ranks or Ranks())
+    if context.ranks.is_first:
+        for line in describe_data(context):
+            notify(line)
     with context.visual:
         scores = _score(context)
         table, features = _export(context) if request.export else (None, ())
@@ -113,7 +116,9 @@ def _score(context: RunContext) -> Scores:
         raise RunError(
             f"{request.shift.name}: the target has no test segment to score; import a manifest with a test split"
         )
-    predictions = predict(context, context.config.visual.test_preset, splits.target_test)
+    without_sound = context.config.evaluation.sound == "missing"
+    preset = context.config.visual.test_preset
+    predictions = predict(context, preset, splits.target_test, without_sound=without_sound)
     kept = {segment.segment_id for segment in splits.target_test}
     test = label_target_test(request.places.manifest, context.card, request.shift)
     rows = [i for i, segment in enumerate(test.segments) if segment.segment_id in kept]
@@ -155,7 +160,7 @@ def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
     audio = predict_sound(context)
     step = Step(
         "table",
-        1,
+        2,
         {"classes": list(context.card.classes), "task": context.card.task},
         {"features": features.key, "labels": labels.key, "audio": audio.key},
     )
