@@ -1,0 +1,144 @@
+"""Checks that a grid is run, here or in workers, told by a table, not run again, and that no failing row stops it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from train.runs import RESULTS, RunRecord, read_runs
+
+GRID = """
+title = "Two rows"
+stage = "stage1"
+baseline = "plain"
+seeds = [0, 1]
+
+[[rows]]
+name = "plain"
+overrides = ["attention.enabled=false", "absent.weight=0", "balance.kind=none"]
+
+[[rows]]
+name = "full"
+"""
+FAILING = """
+[[rows]]
+name = "wild"
+overrides = ["training.lr=1e30"]
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Gives the small data set, two grids, and what the first came to."""
+    root = tmp_path_factory.mktemp("ablation")
+    made = tiny_shift.TinyShift(root, root / "runs")
+    made.make()
+    (root / "two.toml").write_text(GRID)
+    (root / "three.toml").write_text(GRID + FAILING)
+    code, out, err = ablate(tiny_shift, made, "two.toml")
+    assert code == 0, err
+    assert "0 of 4 runs are done" in err
+    (root / "printed.csv").write_text(out)
+    return made
+
+
+def ablate(tiny_shift: ModuleType, tiny: Any, grid: str, *arguments: object) -> tuple[int, str, str]:
+    named = ["tiny", "--grid", tiny.root / grid, "--shifts", "s-t", "--seeds", 2]
+    settings = ["training.n_source=2", "visual.test_preset=zhang-stage1-val"]
+    found: tuple[int, str, str] = tiny_shift.run(
+        *tiny.list_arguments("ablate", *named, "--form", "csv", *arguments, settings=settings)
+    )
+    return found
+
+
+def read_results(tiny: Any) -> dict[tuple[str, int], RunRecord]:
+    return {(record.row, record.seed): record for record in read_runs(tiny.runs / "tiny" / RESULTS)}
+
+
+def list_tops(tiny: Any) -> dict[tuple[str, int], float]:
+    return {key: record.scores.main.value for key, record in read_results(tiny).items()}  # type: ignore[misc]
+
+
+def test_a_grid_is_run_told_and_not_run_again(tiny_shift: ModuleType, tiny: Any) -> None:
+    out = (tiny.root / "printed.csv").read_text()
+    results = read_results(tiny)
+    assert sorted(results) == [("full", 0), ("full", 1), ("plain", 0), ("plain", 1)]
+    assert set(results["plain", 0].steps) == {"encoder", "predictions", "scores"}
+    assert not list(tiny.steps.glob("features-*")), "a grid wants scores alone"
+    numbers = {(row["row"], row["column"]): row for row in csv.DictReader(io.StringIO(out))}
+    tops = list_tops(tiny)
+    for name in ("plain", "full"):
+        number = numbers[name, "s-t"]
+        assert float(number["value"]) == pytest.approx(50 * (tops[name, 0] + tops[name, 1]), rel=1e-5)
+        assert (number["n"], number["n_planned"]) == ("2", "2")
+    assert float(numbers["full", "difference to plain"]["value"]) == pytest.approx(
+        50 * sum(tops["full", seed] - tops["plain", seed] for seed in (0, 1)), abs=1e-4
+    )
+    before, lines = tiny.list_records(), (tiny.runs / "tiny" / RESULTS).read_bytes()
+    code, again, err = ablate(tiny_shift, tiny, "two.toml")
+    assert code == 0
+    assert "4 of 4 runs are done" in err
+    assert again == out
+    assert tiny.list_records() == before
+    assert (tiny.runs / "tiny" / RESULTS).read_bytes() == lines
+
+
+def test_a_row_that_fails_ends_with_3_and_the_others_are_done(
+    tiny_shift: ModuleType, tiny: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny.runs, tmp_path / "runs")
+    failing = tiny.with_runs(tmp_path / "runs")
+    code, out, err = ablate(tiny_shift, failing, "three.toml")
+    assert code == 3, err
+    assert "4 of 6 runs are done" in err
+    assert sorted(read_results(failing)) == [("full", 0), ("full", 1), ("plain", 0), ("plain", 1)]
+    for seed in (0, 1):
+        assert f"failed: wild, s-t, seed {seed}: the loss is nan in batch" in err
+    assert "wild" in out
+    assert len(read_runs(failing.runs / "tiny" / RESULTS)) == 4, "a failed run has no result, and is tried again"
+
+
+@pytest.mark.slow
+def test_workers_come_to_the_same_and_survive_a_row_that_fails(
+    tiny_shift: ModuleType, tiny: Any, tmp_path: Path
+) -> None:
+    apart = tiny.with_runs(tmp_path)
+    code, _, err = ablate(tiny_shift, apart, "three.toml", "--workers", 2)
+    assert code == 3, err
+    assert "failed: wild, s-t, seed 1: the loss is nan in batch" in err
+    assert list_tops(apart) == pytest.approx(list_tops(tiny))
+    steps = [{key: record.steps for key, record in read_results(ran).items()} for ran in (tiny, apart)]
+    assert steps[0] == steps[1]
+
+
+def test_a_table_is_printed_of_what_is_there_and_trains_nothing(
+    tiny_shift: ModuleType, tiny: Any, tmp_path: Path
+) -> None:
+    empty = tiny.with_runs(tmp_path)
+    settings = [part for setting in tiny_shift.SETTINGS for part in ("--set", setting)]
+    code, out, err = tiny_shift.run(
+        "table", "tiny", "--grid", tiny.root / "two.toml", "--manifests", tiny.root, "--runs", empty.runs, *settings,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "plain" in out and "full" in out
+    assert not list(empty.runs.glob("**/steps"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--grid", "a-table2-stage"], "there is no grid 'a-table2-stage'; did you mean 'a-table2-stage1'?"),
+        (["--grid", "a-gamma"], "grid a-gamma is for multi-label datasets; tiny is single-label"),
+        (["--shifts", "s-x"], "tiny has no shift 's-x'"),
+    ],
+)
+def test_a_wrong_grid_or_shift_is_an_error(tiny_shift: ModuleType, tiny: Any, arguments: list[str], words: str) -> None:
+    code, _, err = ablate(tiny_shift, tiny, "two.toml", *arguments)
+    assert code == 2
+    assert words in err
