@@ -14,7 +14,12 @@ from pipeline.store.layout import DONE
 from pipeline.store.opening import open_store
 from train.stage1.encoder_training import STATE
 
-SETTINGS = ["training.n_epochs=3", "visual.test_preset=zhang-stage1-val", "training.n_source=2"]
+SETTINGS = [
+    "training.n_epochs=3",
+    "training.validate_every=0",
+    "visual.test_preset=zhang-stage1-val",
+    "training.n_source=2",
+]
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,11 @@ def test_a_second_run_does_nothing(copied: Any) -> None:
     [
         ("training.lr=2e-3", {"encoder", "predictions", "features", "table", "scores"}),
         ("absent.n_absent=2", {"absent_labels", "encoder", "predictions", "features", "table", "scores"}),
-        ("clusters.max_clusters=2", {"clusters", "encoder", "predictions", "features", "table", "scores"}),
+        pytest.param(
+            "clusters.max_clusters=2",
+            {"clusters", "encoder", "predictions", "features", "table", "scores"},
+            marks=pytest.mark.slow,
+        ),
         ('export.outputs=["pooled_avg"]', {"features", "table"}),
         ("visual.n_readers=1", set()),
     ],

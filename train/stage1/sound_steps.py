@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from extract.weights.resolve import load_encoder
 from extract.weights.weights_files import check_tensors, read_tensors
+from pipeline.errors import RunError
 from train.absent_activities import mark_absent_multi, mark_absent_single
 from train.splits import LabelledSegments
 from train.stage1.audio_classifier import AudioClassifier, AudioPredictions, predict_audio, train_audio_classifier
@@ -85,6 +86,11 @@ def predict_sound(context: RunContext) -> StepResult:
 def find_clusters(context: RunContext) -> StepResult:
     """Finds interaction clusters by the frozen audio network's pooled features (METHODS 5.2)."""
     part = get_clustered_part(context)
+    if not len(part):
+        raise RunError(
+            f"{context.request.shift.name}: no segment of the target is labelled, so there is no sound of it to "
+            f"cluster; use target_labels.clusters_from=source, or balance.kind=class"
+        )
     config, sound, classes = context.config.clusters, context.inputs.sound, context.card.classes
     step = Step(
         "clusters",
