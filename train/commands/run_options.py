@@ -89,6 +89,8 @@ def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shi
     """Finds shifts by name, separated by blanks; `all` is those of which the manifest has segments."""
     from train.splits import find_shift
 
+    if not names.strip():
+        raise RunError(f"no shift named; say all, or which of {', '.join(s.name for s in card.shifts) or 'none'}")
     if names.strip() != "all":
         return [find_shift(card, name) for name in names.split()]
     there = {segment.domain for segment in manifest}
