@@ -170,6 +170,22 @@ def test_a_changed_setting_does_again_what_depends_on_it(copied: Any, setting: s
     assert set(before) <= set(copied.list_records()), "what was done stays"
 
 
+def test_pseudo_labels_are_made_of_the_views_that_their_preset_says(copied: Any) -> None:
+    before = copied.list_records()
+    code, _, err = copied.stage1(settings=["visual.test_preset=zhang-stage1-val"])
+    assert code == 0, err
+    assert list_fresh(copied, before) == {"predictions", "features", "table", "scores"}, "clips of a test train nothing"
+    steps = read_runs(copied.runs / "tiny" / RESULTS)[-1].steps
+    kept = VisualPredictions.read(copied.steps / f"predictions-{steps['label_predictions']}" / PREDICTIONS)
+    columns = pq.read_table(copied.steps / f"table-{steps['table']}" / "table.parquet").to_pydict()
+    labels = dict(zip(columns["segment_id"], columns["pseudo_label"], strict=True))
+    ids = [f"t-train-{i}" for i in range(8)]
+    assert set(kept.segment_ids) == set(ids)
+    assert [labels[segment_id] for segment_id in ids] == kept.select(ids).argmax(axis=1).tolist()
+    shown = dict(zip(columns["segment_id"], columns["visual_probabilities"], strict=True))
+    assert not np.allclose([shown[segment_id] for segment_id in ids], kept.select(ids)), "other views, other numbers"
+
+
 def test_a_step_is_rerun_alone_and_comes_to_the_same(copied: Any) -> None:
     before, clusters = copied.list_records(), (copied.find_step("clusters") / "clusters.npy").read_bytes()
     code, _, err = copied.stage1("--rerun", "clusters")

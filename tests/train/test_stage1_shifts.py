@@ -52,6 +52,7 @@ def test_shifts_from_one_source_share_what_listens_to_the_source(tiny: Any) -> N
         assert sum(line.startswith(f"{shift} ") for line in out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_several_sources_train_as_one_at_the_common_rate(tiny: Any) -> None:
     settings = [*QUICK, "training.lr=2e-3", "training.lr_by_source.s=5e-3", "balance.kind=none", "absent.weight=0"]
     code, _, err = tiny.stage1("--shift", "s+u-t", "--no-export", settings=settings)
