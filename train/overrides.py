@@ -73,6 +73,7 @@ def _describe_fault(kind: type[BaseModel], fault: str, place: tuple[int | str, .
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return parsed["value"] if len(parsed) == 1 else text

@@ -70,10 +70,16 @@ def split_for_shift(
     """
     source_train = _select(manifest, shift.source, TRAIN)
     target_train = _select(manifest, (shift.target,), TRAIN)
+    for domain in (*shift.source, shift.target):
+        _require([s for s in (*source_train, *target_train) if s.domain == domain], manifest, domain, TRAIN)
     if pairs != "all":
+        if not {s.pair_id for s in source_train if s.pair_id} & {s.pair_id for s in target_train}:
+            raise ManifestError(
+                f"the manifest of {manifest.dataset} pairs no train segment of {'+'.join(shift.source)} with one of "
+                f"{shift.target}; use all of them (target_labels.pairs=all)"
+            )
         source_train, target_train = thin_pairs(source_train, target_train, pairs)
-    _require(source_train, manifest, shift.source, TRAIN)
-    _require(target_train, manifest, (shift.target,), TRAIN)
+        _require(source_train, manifest, "+".join(shift.source), TRAIN)
     if labelled_fraction is not None:
         target_train = tag_labelled(target_train, labelled_fraction)
     is_labelled = use_tags or labelled_fraction is not None
@@ -109,10 +115,10 @@ def _select(manifest: Manifest, domains: Sequence[str], split: str) -> list[Segm
     return [segment for segment in manifest if segment.domain in domains and segment.split == split]
 
 
-def _require(segments: Sequence[Segment], manifest: Manifest, domains: Sequence[str], split: str) -> None:
+def _require(segments: Sequence[Segment], manifest: Manifest, domain: str, split: str) -> None:
     if not segments:
         raise ManifestError(
-            f"the manifest of {manifest.dataset} has no segment of {'+'.join(domains)}, split {split}; "
+            f"the manifest of {manifest.dataset} has no segment of {domain}, split {split}; "
             f"import it with that domain, or choose another shift"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -119,6 +120,10 @@ class TrainingConfig(SpecModel):
     batch_norm: Literal["eval", "train"] = "eval"
     precision: Literal["fp32", "bf16"] = "fp32"
     validate_every: int = Field(default=1, ge=0)
+
+    def find_lr(self, source: Sequence[str]) -> float:
+        """Finds the learning rate for a shift from these domains."""
+        return self.lr_by_source.get(source[0], self.lr) if len(source) == 1 else self.lr
 
 
 class TargetLabelsConfig(SpecModel):

@@ -25,15 +25,16 @@ def resolve_config(
     1. the fields' defaults; 2. the preset, `paper` or `released` (presets/*.toml); 3. what the dataset needs
     (datasets/NAME.toml): the tables `any`, the preset's name, and `flow` where the visual encoder sees flow;
     4. the user's TOML file; 5. overrides `key=value`. Networks that nothing names are the first of the card that sees
-    and the first that hears. Raises RunError naming place and key.
+    and the first that hears. A training.lr drops the lr_by_source of what came before, over which it could not win
+    otherwise. Raises RunError naming place and key.
     """
     settings = read_settings(_find_preset(preset))
     user: dict[str, Any] = {} if file is None else read_settings(file)
     for override in overrides:
-        user = merge_settings(user, parse_override(override))
+        user = _lay_over(user, parse_override(override))
     for table in _read_dataset_tables(card, preset, user):
-        settings = merge_settings(settings, table)
-    settings = merge_settings(settings, user)
+        settings = _lay_over(settings, table)
+    settings = _lay_over(settings, user)
     place = f"configuration of Stage 1 ({file or preset})"
     for part, is_part in (("visual", _sees), ("sound", _hears)):
         named = settings.setdefault(part, {})
@@ -44,6 +45,13 @@ def resolve_config(
     config = make_config(Stage1Config, settings, place)
     _check_encoders(config, place)
     return config
+
+
+def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    training, under = above.get("training"), below.get("training")
+    if isinstance(training, Mapping) and "lr" in training and isinstance(under, Mapping):
+        below = {**below, "training": {name: value for name, value in under.items() if name != "lr_by_source"}}
+    return merge_settings(below, above)
 
 
 def list_presets() -> list[str]:

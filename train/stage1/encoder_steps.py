@@ -84,8 +84,7 @@ def _train(
         multi_label=context.multi_label,
     )
     training = config.training
-    source = context.request.shift.source
-    lr = training.lr_by_source.get(source[0], training.lr) if len(source) == 1 else training.lr
+    lr = training.find_lr(context.request.shift.source)
     records = train_encoder(
         model,
         task,
