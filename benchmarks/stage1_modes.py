@@ -1,12 +1,12 @@
 """Measures an epoch of Stage 1 in `frames` mode against one in `trunk` mode, interleaved, with and without attention.
 
 Run as `python -m benchmarks.stage1_modes --media FOLDER [--segments 16] [--batch 4] [--repeats 3] [--precision fp32]
-[--encoder i3d_rgb] [--weights random:0] [--views 2] [--cached-mb 0] [--sound-s 10]`. Segments are the first seconds of the videos
-below FOLDER. Both modes train the same network by the same step (cross-entropy, Adam), a step of one and a step of the
-other in turn. Printed are medians in ms a segment of the parts of a step, their share, and the ratio of the two modes.
-Attention is the same work in both: where its figures differ, the machine was busy with something else. Sound is random
-numbers of the size of ResNet-18's map. `--cached-mb 0` decodes in every epoch; with more, epochs after the first find
-the pictures in memory, which the first epoch here, that isn't measured, sees to.
+[--encoder i3d_rgb] [--weights random:0] [--views 2] [--cached-mb 0] [--sound-s 10]`. Segments are the first seconds of
+the videos below FOLDER. Both modes train the same network by the same step (cross-entropy, Adam), a step of one and a
+step of the other in turn. Printed are medians in ms a segment of the parts of a step, their share, and the ratio of the
+two modes. Attention is the same work in both: where its figures differ, the machine was busy with something else. Sound
+is random numbers of the size of ResNet-18's map. `--cached-mb 0` decodes in every epoch; with more, epochs after the
+first find the pictures in memory, which the first epoch here, that isn't measured, sees to.
 """
 
 from __future__ import annotations
