@@ -5,31 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.clusters import ClusterRequest, connect_cluster
 from pipeline.errors import EchoshiftError
 from train.grids import PlannedRun
 from train.ranks import Ranks
 from train.runs import RunRecord, keep_latest
+from train.stage1.encoder_training import EpochWatcher
 from train.stage1.run_context import Stage1Request
 from train.stage1.running import run_stage1
-
-
-class GridWatcher(Protocol):
-    """Is told how far a grid is."""
-
-    def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of n_total steps."""
-        ...
-
-    def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
-        ...
-
-    def describe(self, what: str) -> None:
-        """Says how it goes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +52,7 @@ def select_missing(
 def run_grid(
     planned: Sequence[PlannedRun],
     make_request: Callable[[PlannedRun], Stage1Request],
-    watcher: GridWatcher,
+    watcher: EpochWatcher,
     *,
     n_workers: int = 1,
     gpus: tuple[str, ...] = (),
@@ -81,7 +65,7 @@ def run_grid(
 
 
 def _run_here(
-    planned: Sequence[PlannedRun], make_request: Callable[[PlannedRun], Stage1Request], watcher: GridWatcher
+    planned: Sequence[PlannedRun], make_request: Callable[[PlannedRun], Stage1Request], watcher: EpochWatcher
 ) -> list[FailedRun]:
     failed = []
     for run in planned:
@@ -97,7 +81,7 @@ def _run_here(
 def _run_in_workers(
     planned: Sequence[PlannedRun],
     make_request: Callable[[PlannedRun], Stage1Request],
-    watcher: GridWatcher,
+    watcher: EpochWatcher,
     cluster: ClusterRequest,
 ) -> list[FailedRun]:
     from distributed import as_completed

@@ -42,6 +42,7 @@ def train(context: RunContext) -> StepResult:
     config, inputs, splits = context.config, context.inputs, context.splits
     described = config.describe()
     settings = {name: described[name] for name in ("attention", "training", "balance")}
+    settings["training"] |= {"lr": config.training.find_lr(context.request.shift.source), "lr_by_source": {}}
     settings["visual"] = {k: v for k, v in described["visual"].items() if k not in ("test_preset", "n_views")}
     clusters = find_clusters(context) if config.balance.kind == "audio" else None
     absent = mark_absent(context) if config.absent.weight and splits.target_train else None
