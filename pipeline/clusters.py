@@ -162,7 +162,7 @@ def _start_local(request: ClusterRequest) -> Iterator[SpecCluster]:
     try:
         cluster = SpecCluster(
             workers={i: describe_worker(i) for i in range(request.n_workers)},
-            scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}},
+            scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": ":0"}},
             silence_logs=logging.CRITICAL,
             name="echoshift",
         )
