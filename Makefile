@@ -48,9 +48,9 @@ demo: $(INSTALLED) ## Generate the demo data, extract its features, train Stage 
 	$(BIN)/echoshift demo generate
 	$(BIN)/echoshift extract demo --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
 	$(BIN)/echoshift store ls --cache $(CACHE)
-	$(BIN)/echoshift stage1 demo --shift studio-workshop --device $(DEVICE) --cache $(CACHE) --runs $(RUNS)
-	$(BIN)/echoshift ablate demo --grid a-table2-stage1 --shifts "studio-workshop" --workers 2 --device $(DEVICE) \
+	$(BIN)/echoshift ablate demo --grid a-table2-stage1 --shifts studio-workshop --workers 2 --device $(DEVICE) \
 	  --cache $(CACHE) --runs $(RUNS)
+	$(BIN)/echoshift stage1 demo --shift studio-workshop --device $(DEVICE) --cache $(CACHE) --runs $(RUNS)
 
 WHAT = $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(ENCODERS),--encoders "$(ENCODERS)") $(if $(PRESET),--preset $(PRESET)) \
   --backend $(BACKEND) --device $(DEVICE) --cache "$(CACHE)"
