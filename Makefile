@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## Make .venv with the tried versions
 
-demo: $(INSTALLED) ## Generate the demo data, extract its features, train Stage 1, print its ablation (12 minutes on 2 cores)
+demo: $(INSTALLED) ## Generate the demo data, extract its features, train Stage 1, print its ablation (10 minutes on 2 cores)
 	$(BIN)/echoshift demo generate
 	$(BIN)/echoshift extract demo --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
 	$(BIN)/echoshift store ls --cache $(CACHE)
