@@ -33,7 +33,7 @@ from benchmarks.pipeline_parts import Encoders, PipelineParts
 from benchmarks.plain_loop import describe_plain_loop
 from extract.clips import plan_clips
 from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.inference import choose_batch, resolve_device
+from extract.inference import choose_batch
 from extract.media import locate_media, open_frames
 from extract.media_survey import MediaSurvey
 from extract.row_readers import choose_n_readers
@@ -41,6 +41,7 @@ from extract.run_options import RunOptions
 from extract.trial_extraction import choose_spread, extract_on_trial
 from extract.weights.resolve import default_weights, resolve_weights
 from pipeline.cards import MediaLayout
+from pipeline.devices import resolve_device
 from pipeline.segments import Segment
 from pipeline.store.layout import FAILED
 

@@ -16,21 +16,6 @@ from pipeline.errors import MediaMemoryError, SpecError
 from pipeline.specs import FeatureSpec
 
 
-def resolve_device(device: str) -> torch.device:
-    """Turns auto, cpu, cuda or cuda:n into a device; raises SpecError when there is no such GPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise SpecError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:n") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise SpecError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:n")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise SpecError(f"{device} asked for, but torch finds {torch.cuda.device_count()} GPUs; use --device cpu")
-    return chosen
-
-
 def choose_batch(device: torch.device) -> int:
     """Gives 1 clip a batch on a CPU, where more is slower, and 16 on a GPU."""
     return 16 if device.type == "cuda" else 1

@@ -113,7 +113,7 @@ def describe_device(device: str) -> str:
     """Says which device a run would use: the GPU's name, or the CPU with its threads."""
     import torch
 
-    from extract.inference import resolve_device
+    from pipeline.devices import resolve_device
 
     chosen = resolve_device(device)
     if chosen.type == "cuda":

@@ -9,7 +9,7 @@ import torch
 
 from extract.clip_assembly import ClipAssembler
 from extract.extraction_plan import ExtractionPlan, ShardWork
-from extract.inference import ShardEncoder, choose_batch, is_out_of_memory, resolve_device
+from extract.inference import ShardEncoder, choose_batch, is_out_of_memory
 from extract.output_writer import OutputWriter
 from extract.row_readers import RowReaders, choose_n_readers
 from extract.shard_inputs import (
@@ -23,6 +23,7 @@ from extract.shard_inputs import (
 )
 from extract.shard_rows import ShardRows
 from extract.sound.spectrograms import log_spectrogram
+from pipeline.devices import resolve_device
 from pipeline.errors import MediaMemoryError
 from pipeline.execution import ShardReport
 from pipeline.store.interface import FeatureStore, ShardIndex

@@ -21,7 +21,7 @@ def choose_rows_per_shard(request: ExtractionRequest, survey: MediaSurvey) -> in
     Stores of one run share each decode only where their shards are the same. Where there is no store yet, it is what
     the one with the smallest rows wants; on a CPU at most MAX_ROWS_PER_SHARD_ON_CPU.
     """
-    from extract.inference import resolve_device  # brings torch
+    from pipeline.devices import resolve_device
 
     if request.n_rows_per_shard is not None:
         return request.n_rows_per_shard

@@ -1,4 +1,4 @@
-"""Defines the batches of cached features that methods see, and what a method is; a target's batch has no label field."""
+"""Defines the batches of cached features that methods see, and what a method is; a target's has no label field."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Method(Protocol):
     """Is what is trained: an nn.Module with these two, each pure but for BatchNorm's running statistics.
 
     A method holds no state of the loop. It is built on the CPU with weights that its seed decides. Neither of the two
-    may look at values (no `if` on a tensor, no `.item()`, no boolean indexing), so that runs stack under torch.func.vmap
-    and steps can be captured in CUDA graphs; masked means take the place of selections.
+    may look at values (no `if` on a tensor, no `.item()`, no boolean indexing), so that runs stack under
+    torch.func.vmap and steps can be captured in CUDA graphs; masked means take the place of selections.
     """
 
     @property

@@ -25,8 +25,8 @@ from train.commands.run_options import (
 )
 
 if TYPE_CHECKING:
+    from train.data_places import DataPlaces
     from train.grids import Grid, PlannedRun
-    from train.stage1.input_stores import DataPlaces
     from train.tables import Table
 
 EXIT_SOME_FAILED = 3

@@ -14,8 +14,8 @@ from pipeline.errors import RunError
 if TYPE_CHECKING:
     from pipeline.cards import DatasetCard, Shift
     from pipeline.segments import Manifest
+    from train.data_places import DataPlaces
     from train.stage1.config import Stage1Config
-    from train.stage1.input_stores import DataPlaces
 
 DatasetChoice = Annotated[
     str, typer.Argument(help="A dataset with a card and a manifest; default: the one last extracted.")
@@ -74,7 +74,7 @@ def open_places(choices: RunChoices) -> DataPlaces:
     """Reads card and manifest, and says where everything lies."""
     from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import locate_manifest, read_manifest
-    from train.stage1.input_stores import DataPlaces
+    from train.data_places import DataPlaces
 
     dataset = choose_dataset(choices)
     card: DatasetCard = read_dataset_card(dataset, choices.manifests)

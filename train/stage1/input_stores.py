@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -15,28 +14,17 @@ from extract.flow_choice import choose_flow
 from extract.media_survey import MediaSurvey, identify_segments
 from extract.run_options import RunOptions
 from extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
-from pipeline.cards import DatasetCard
 from pipeline.errors import RunError
 from pipeline.rows import compute_digests
-from pipeline.segments import Manifest, Segment
+from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE
 from pipeline.store.location import Place
 from pipeline.store.opening import has_store, name_store, open_store
 from pipeline.store.reading import RowFinder
+from train.data_places import DataPlaces
 from train.stage1.config import SoundConfig, VisualConfig
-
-
-@dataclass(frozen=True, slots=True)
-class DataPlaces:
-    """Is where a dataset lies, and who computes on it. `media_root` needn't exist where all that is read is cached."""
-
-    card: DatasetCard
-    manifest: Manifest
-    media_root: Path
-    cache_dir: Place
-    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.inference import resolve_device
 from pipeline.cards import DatasetCard, Shift
+from pipeline.devices import resolve_device
+from train.data_places import DataPlaces
 from train.ranks import Ranks
 from train.splits import ShiftSplits, count_labels, split_for_shift
 from train.stage1.config import Stage1Config
 from train.stage1.encoder_training import EpochWatcher
-from train.stage1.input_stores import DataPlaces
 from train.stage1.run_inputs import RunInputs, name_labels, open_run_inputs
 from train.stage1.visual_inputs import VisualInputs
 from train.steps import Step, StepResult, StepRunner

@@ -17,12 +17,12 @@ from pipeline.errors import RunError
 from pipeline.segments import Segment
 from pipeline.specs import fingerprint
 from pipeline.store.interface import FeatureStore
+from train.data_places import DataPlaces
 from train.splits import LabelledSegments, ShiftSplits
 from train.stage1.config import Stage1Config
 from train.stage1.frame_inputs import FrameInputs
 from train.stage1.gated_encoder import GatedEncoder
 from train.stage1.input_stores import (
-    DataPlaces,
     EncoderChoice,
     choose_sound,
     choose_visual,

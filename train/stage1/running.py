@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from pipeline.devices import describe_device
 from pipeline.errors import RunError
 from pipeline.specs import fingerprint
 from train.ranks import Ranks
@@ -93,7 +92,7 @@ def run_stage1(
         started=started,
         ended=datetime.now(UTC),
         duration_s=round(time.perf_counter() - clock, 3),
-        device=_describe_device(context.device),
+        device=describe_device(context.device),
     )
     if context.ranks.is_first:
         results = request.runs_dir / RESULTS
@@ -179,7 +178,3 @@ def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
         return {"n_segments": len(segments), "n_pseudo_labels": len(pseudo_labelled)}
 
     return context.run(step, make).folder / TABLE, tuple(stores)
-
-
-def _describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
