@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -97,6 +97,27 @@ def split_for_shift(
 def label_target_test(manifest: Manifest, card: DatasetCard, shift: Shift) -> LabelledSegments:
     """Gives the target's test split with its labels: for scores alone."""
     return _label(_select(manifest, (shift.target,), TEST), card)
+
+
+def select_labelled(part: LabelledSegments, kept: Container[str]) -> LabelledSegments:
+    """Gives those of labelled segments whose ids are among the kept, in their order."""
+    rows = np.array([i for i, s in enumerate(part.segments) if s.segment_id in kept], dtype=np.int64)
+    return LabelledSegments(tuple(part.segments[i] for i in rows), part.labels[rows])
+
+
+def keep_segments(splits: ShiftSplits, kept: Container[str]) -> ShiftSplits:
+    """Gives a shift's splits without the segments whose ids aren't among the kept."""
+
+    def keep(part: Sequence[Segment]) -> tuple[Segment, ...]:
+        return tuple(segment for segment in part if segment.segment_id in kept)
+
+    return ShiftSplits(
+        source_train=select_labelled(splits.source_train, kept),
+        source_val=select_labelled(splits.source_val, kept),
+        target_labelled=select_labelled(splits.target_labelled, kept),
+        target_train=keep(splits.target_train),
+        target_test=keep(splits.target_test),
+    )
 
 
 def strip_labels(segments: Iterable[Segment]) -> tuple[Segment, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from extract.encoders.registry import find_encoder
@@ -18,7 +17,7 @@ from pipeline.segments import Segment
 from pipeline.specs import fingerprint
 from pipeline.store.interface import FeatureStore
 from train.data_places import DataPlaces
-from train.splits import LabelledSegments, ShiftSplits
+from train.splits import LabelledSegments, ShiftSplits, keep_segments
 from train.stage1.config import Stage1Config
 from train.stage1.frame_inputs import FrameInputs
 from train.stage1.gated_encoder import GatedEncoder
@@ -205,21 +204,7 @@ def _leave_out(splits: ShiftSplits, left_out: set[str], card: DatasetCard) -> Sh
     if not left_out:
         return splits
 
-    def keep_labelled(part: LabelledSegments) -> LabelledSegments:
-        rows = np.array([i for i, s in enumerate(part.segments) if s.segment_id not in left_out], dtype=np.int64)
-        return LabelledSegments(tuple(part.segments[i] for i in rows), part.labels[rows])
-
-    def keep(part: Sequence[Segment]) -> tuple[Segment, ...]:
-        return tuple(segment for segment in part if segment.segment_id not in left_out)
-
-    kept = replace(
-        splits,
-        source_train=keep_labelled(splits.source_train),
-        source_val=keep_labelled(splits.source_val),
-        target_labelled=keep_labelled(splits.target_labelled),
-        target_train=keep(splits.target_train),
-        target_test=keep(splits.target_test),
-    )
+    kept = keep_segments(splits, {s.segment_id for s in list_segments(splits)} - left_out)
     if not len(kept.source_train) or not (kept.target_train or len(kept.target_labelled)):
         raise RunError(
             f"{card.name}: all train segments of the source or of the target failed to be extracted; "

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.devices import describe_device
-from pipeline.errors import RunError
 from pipeline.specs import fingerprint
 from train.ranks import Ranks
 from train.runs import RESULTS, RunRecord, append_run, describe_code_version, hash_config, keep_latest, read_runs
-from train.scores import Scores, compute_scores
-from train.source_bins import bin_by_source
-from train.splits import LabelledSegments, label_target_test
+from train.scores import Scores
+from train.scoring import make_scores, open_test_split, plan_scores_step
 from train.stage1.audio_classifier import AudioPredictions
 from train.stage1.encoder_steps import CHECKPOINT, export_store, predict
 from train.stage1.encoder_training import EpochWatcher
@@ -25,7 +23,7 @@ from train.stage1.prediction_table import write_prediction_table
 from train.stage1.run_context import RunContext, Stage1Request, describe_data, open_context
 from train.stage1.run_inputs import list_segments, list_train_segments
 from train.stage1.sound_steps import PREDICTIONS, predict_sound
-from train.steps import Step, hash_json
+from train.steps import Step
 
 TABLE = "table.parquet"
 STEPS = (
@@ -110,38 +108,24 @@ def _tell_apart(record: RunRecord) -> tuple[object, ...]:
 
 def _score(context: RunContext) -> Scores:
     """Scores the target's test split under the rule `last`: the only place that reads its labels."""
-    request, splits, classes = context.request, context.splits, context.card.classes
-    if not splits.target_test:
-        raise RunError(
-            f"{request.shift.name}: the target has no test segment to score; import a manifest with a test split"
-        )
+    request, splits = context.request, context.splits
+    split = open_test_split(
+        request.places.manifest,
+        context.card,
+        request.shift,
+        [segment.segment_id for segment in splits.target_test],
+        splits.source_train,
+    )
     without_sound = context.config.evaluation.sound == "missing"
     preset = context.config.visual.test_preset
     predictions = predict(context, preset, splits.target_test, without_sound=without_sound)
-    kept = {segment.segment_id for segment in splits.target_test}
-    test = label_target_test(request.places.manifest, context.card, request.shift)
-    rows = [i for i, segment in enumerate(test.segments) if segment.segment_id in kept]
-    test = LabelledSegments(tuple(test.segments[i] for i in rows), test.labels[rows])
-    ids = [segment.segment_id for segment in test.segments]
-    step = Step(
-        "scores",
-        1,
-        {"classes": list(classes)},
-        {
-            "predictions": predictions.key,
-            "test": hash_json([ids, test.labels.tolist(), [segment.noun for segment in test.segments]]),
-            "source": hash_json([context.source_name, [s.noun for s in splits.source_train.segments]]),
-            "sound": context.inputs.name_sound(test.segments),
-        },
+    inputs = {"predictions": predictions.key, "sound": context.inputs.name_sound(split.test.segments)}
+    make = make_scores(
+        split,
+        lambda: VisualPredictions.read(predictions.folder / PREDICTIONS).select(split.segment_ids),
+        context.inputs.sound.has_audio(split.segment_ids),
     )
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        probabilities = VisualPredictions.read(predictions.folder / PREDICTIONS).select(ids)
-        bins = bin_by_source(splits.source_train, test, len(classes))
-        scores = compute_scores(probabilities, test.labels, context.inputs.sound.has_audio(ids), classes, bins)
-        return scores.model_dump(mode="json")
-
-    return Scores.model_validate(dict(context.run(step, make).outcome))
+    return Scores.model_validate(dict(context.run(plan_scores_step(split, inputs), make).outcome))
 
 
 def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
