@@ -99,6 +99,14 @@ def label_target_test(manifest: Manifest, card: DatasetCard, shift: Shift) -> La
     return _label(_select(manifest, (shift.target,), TEST), card)
 
 
+def label_target_train(
+    manifest: Manifest, card: DatasetCard, shift: Shift, segment_ids: Sequence[str]
+) -> LabelledSegments:
+    """Gives train segments of the target with their labels: for oracles, which are marked as such, alone."""
+    known = {segment.segment_id: segment for segment in _select(manifest, (shift.target,), TRAIN)}
+    return _label([known[segment_id] for segment_id in segment_ids], card)
+
+
 def select_labelled(part: LabelledSegments, kept: Container[str]) -> LabelledSegments:
     """Gives those of labelled segments whose ids are among the kept, in their order."""
     rows = np.array([i for i, s in enumerate(part.segments) if s.segment_id in kept], dtype=np.int64)

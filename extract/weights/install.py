@@ -12,7 +12,8 @@ from platformdirs import user_cache_dir
 from extract.encoders.registry import find_encoder
 from extract.weights.catalogue import find_catalogue_entry
 from extract.weights.fetch import Progress, compute_file_sha256, fetch_checkpoint
-from extract.weights.weights_files import InstalledWeights, tensor_sha256, write_weights
+from extract.weights.weights_files import InstalledWeights, write_weights
+from pipeline.tensor_files import tensor_sha256
 
 WEIGHTS_VARIABLE = "ECHOSHIFT_WEIGHTS"
 

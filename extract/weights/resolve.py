@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING
 from extract.encoders.registry import find_encoder
 from extract.weights.catalogue import find_catalogue_entry, read_catalogue
 from extract.weights.install import find_weights_dir
-from extract.weights.weights_files import (
-    InstalledWeights,
-    check_tensors,
-    read_header,
-    read_record,
-    read_tensors,
-    tensor_sha256,
-)
+from extract.weights.weights_files import InstalledWeights, read_record
 from pipeline.errors import WeightsError
+from pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,8 @@ from extract.weights.checkpoint_formats import read_checkpoint
 from extract.weights.fetch import compute_file_sha256, fetch_checkpoint
 from extract.weights.install import find_weights_dir, install_weights
 from extract.weights.resolve import check_weights, list_weights, load_encoder, resolve_weights
-from extract.weights.weights_files import read_header
 from pipeline.errors import WeightsError
+from pipeline.tensor_files import read_header
 
 
 class _Malicious:

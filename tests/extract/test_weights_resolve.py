@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from extract.encoders.registry import ENCODERS, find_encoder
 from extract.weights.resolve import default_weights, load_encoder, resolve_weights
-from extract.weights.weights_files import tensor_sha256
 from pipeline.errors import SpecError, WeightsError
+from pipeline.tensor_files import tensor_sha256
 
 
 def test_checksum_by_hand_and_whatever_the_order_or_layout() -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from extract.encoders.encoder_network import EncoderNetwork
-from extract.weights.weights_files import check_tensors, read_header, read_tensors, tensor_sha256
 from pipeline.errors import WeightsError
+from pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256, write_tensors
 from train.batches import EncoderInputs
 from train.stage1.audio_attention import AudioAttention
 from train.stage1.config import Stage1Config
@@ -121,20 +120,8 @@ def write_checkpoint(path: Path, model: AudioAdaptiveEncoder, facts: CheckpointF
         "classes": json.dumps(facts.classes),
         "config": facts.config,
     }
-    fresh = path.with_name(f"{path.name}.partial")
-    fresh.write_bytes(_sort_metadata(save(tensors, metadata=header)))
-    fresh.replace(path)
+    write_tensors(path, tensors, header)
     return identity
-
-
-def _sort_metadata(file: bytes) -> bytes:
-    """Sorts the facts in a safetensors file's header, which its library writes in another order each time."""
-    stop = 8 + int.from_bytes(file[:8], "little")
-    header = json.loads(file[8:stop])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    return len(text).to_bytes(8, "little") + text + file[stop:]
 
 
 def read_checkpoint(path: Path, model: AudioAdaptiveEncoder) -> str:

@@ -18,18 +18,24 @@ _PRESETS, _DATASETS = _HERE / "presets", _HERE / "datasets"
 
 
 def resolve_config(
-    card: DatasetCard, preset: str = "paper", file: Path | None = None, overrides: Sequence[str] = ()
+    card: DatasetCard,
+    preset: str = "paper",
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    foreign: frozenset[str] = frozenset(),
 ) -> Stage1Config:
     """Makes the configuration for a dataset; what comes later wins.
 
     1. the fields' defaults; 2. the preset, `paper` or `released` (presets/*.toml); 3. what the dataset needs
     (datasets/NAME.toml): the tables `any`, the preset's name, and `flow` where the visual encoder sees flow;
-    4. the user's TOML file; 5. overrides `key=value`. Networks that nothing names are the first of the card that sees
-    and the first that hears. A training.lr drops the lr_by_source of what came before, over which it could not win
-    otherwise. Raises RunError naming place and key.
+    4. the user's TOML file, without the parts that are `foreign`, another stage's; 5. overrides `key=value`. Networks
+    that nothing names are the first of the card that sees and the first that hears. A training.lr drops the
+    lr_by_source of what came before, over which it could not win otherwise. Raises RunError naming place and key.
     """
     settings = read_settings(_find_preset(preset))
-    user: dict[str, Any] = {} if file is None else read_settings(file)
+    user = {} if file is None else read_settings(file)
+    user = {part: values for part, values in user.items() if part not in foreign}
     for override in overrides:
         user = _lay_over(user, parse_override(override))
     for table in _read_dataset_tables(card, preset, user):

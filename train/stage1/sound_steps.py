@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from extract.weights.resolve import load_encoder
-from extract.weights.weights_files import check_tensors, read_tensors
 from pipeline.errors import RunError
+from pipeline.tensor_files import check_tensors, read_tensors
 from train.absent_activities import mark_absent_multi, mark_absent_single
 from train.splits import LabelledSegments
 from train.stage1.audio_classifier import AudioClassifier, AudioPredictions, predict_audio, train_audio_classifier
