@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.clusters import ClusterRequest, connect_cluster
 from pipeline.errors import EchoshiftError
-from train.grids import PlannedRun
-from train.ranks import Ranks
-from train.runs import RunRecord, keep_latest
-from train.stage1.encoder_training import EpochWatcher
-from train.stage1.run_context import Stage1Request
-from train.stage1.running import run_stage1
+from train.data_places import DataPlaces
+from train.grids import PlannedRun, Stage
+from train.runs import RESULTS, RunRecord, keep_latest, read_runs
+from train.splits import find_shift
+from train.two_stages import NeededStage1, list_needed, make_stage2_request
+from train.watching import EpochWatcher, SilentWatcher
+
+if TYPE_CHECKING:
+    from train.stage_settings import RunSettings
+
+Resolve = Callable[[Stage, tuple[str, ...]], "RunSettings"]
+CUDA = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,106 +31,211 @@ class FailedRun:
     reason: str
 
 
-class _Silent:
-    """Says nothing of the steps inside a run."""
+@dataclass(frozen=True, slots=True)
+class GridPlace:
+    """Is where a grid's runs read and write, and how the settings of a row are made."""
 
-    def start(self, what: str, n_total: int) -> None:
-        """Says nothing."""
+    places: DataPlaces
+    runs_dir: Path
+    resolve: Resolve
 
-    def advance(self, n: int = 1) -> None:
-        """Says nothing."""
 
-    def describe(self, what: str) -> None:
-        """Says nothing."""
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Is who computes: this process, or `n` others; `stack` is how many runs of Stage 2 train as one, 0 what pays."""
+
+    n: int = 1
+    gpus: tuple[str, ...] = ()
+    stack: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Is one call that a process makes, and the planned runs that fail with it."""
+
+    call: Callable[..., None]
+    arguments: tuple[Any, ...]
+    serves: tuple[PlannedRun, ...]
+    counts: int
 
 
 def select_missing(
     planned: Sequence[PlannedRun], records: Iterable[RunRecord], manifest_sha256: str
 ) -> list[PlannedRun]:
-    """Gives the planned runs that have no record of this manifest, in order."""
+    """Gives the planned runs that lack a record of this manifest under a rule that they ask for, in order."""
     done = {
-        (record.config_hash, record.shift, record.seed)
+        (record.stage, record.config_hash, record.shift, record.seed, record.selection)
         for record in keep_latest(records).values()
-        if record.stage == "stage1" and record.selection == "last" and record.manifest_sha256 == manifest_sha256
+        if record.manifest_sha256 == manifest_sha256
     }
-    return [run for run in planned if (run.config_hash, run.shift, run.seed) not in done]
+    return [
+        run
+        for run in planned
+        if not all((run.stage, run.config_hash, run.shift, run.seed, rule) in done for rule in list_rules(run))
+    ]
+
+
+def list_rules(run: PlannedRun) -> tuple[str, ...]:
+    """Lists the selection rules under which a planned run is scored."""
+    chosen: Mapping[str, Any] = run.config.get("stage2", {}).get("selection", {})
+    return tuple(chosen.get("rules", ("last",)))
 
 
 def run_grid(
-    planned: Sequence[PlannedRun],
-    make_request: Callable[[PlannedRun], Stage1Request],
-    watcher: EpochWatcher,
-    *,
-    n_workers: int = 1,
-    gpus: tuple[str, ...] = (),
+    missing: Sequence[PlannedRun], place: GridPlace, watcher: EpochWatcher, workers: Workers = Workers()
 ) -> list[FailedRun]:
-    """Runs all that is planned, each appended to the results as it ends; gives those that failed."""
-    watcher.start("runs", len(planned))
-    if n_workers == 1:
-        return _run_here(planned, make_request, watcher)
-    return _run_in_workers(planned, make_request, watcher, ClusterRequest("local", n_workers, gpus=gpus))
+    """Runs all that is missing, each appended to the results as it ends; gives those that failed.
+
+    First the runs of Stage 1, those that rows of Stage 2 need among them, then the runs of Stage 2.
+    """
+    first = _plan_stage1(missing, place)
+    second = [run for run in missing if run.stage == "stage2"]
+    watcher.start("runs", sum(task.counts for task in first) + len(second))
+    failed = _run_tasks(first, watcher, workers)
+    lost = {id(run): reason for run, reason in failed}
+    for run in second:
+        if id(run) in lost:
+            watcher.advance()
+    second = [run for run in second if id(run) not in lost]
+    failed += _run_tasks(_plan_stage2(second, place, workers), watcher, workers)
+    return [FailedRun(run, reason) for run, reason in failed]
 
 
-def _run_here(
-    planned: Sequence[PlannedRun], make_request: Callable[[PlannedRun], Stage1Request], watcher: EpochWatcher
-) -> list[FailedRun]:
+def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
+    """Plans each run of Stage 1 once, with everything that Stage 2 needs where a row of it asks."""
+    from train.stage1.run_context import Stage1Request
+
+    records = read_runs(place.runs_dir / RESULTS)
+    needed: dict[tuple[str, str, int], NeededStage1] = {}
+    rows: dict[tuple[str, str, int], list[PlannedRun]] = {}
+    for run in missing:
+        settings = place.resolve(run.stage, run.overrides)
+        shift = find_shift(place.places.card, run.shift)
+        of_run = [NeededStage1(settings.stage1, shift, run.seed)]
+        if run.stage == "stage2":
+            of_run = list_needed(settings, shift, run.seed, place.runs_dir, records)
+        for stage1 in of_run:
+            needed.setdefault(stage1.key, stage1)
+            rows.setdefault(stage1.key, []).append(run)
+    tasks = []
+    for key, stage1 in needed.items():
+        serves = rows[key]
+        own = [run for run in serves if run.stage == "stage1"]
+        request = Stage1Request(
+            place.places,
+            stage1.shift,
+            stage1.seed,
+            stage1.config,
+            place.runs_dir,
+            row=own[0].row if own else "",
+            export=len(own) < len(serves),
+        )
+        tasks.append(_Task(run_one_stage1, (request,), tuple(serves), max(1, len(own))))
+    return tasks
+
+
+def _plan_stage2(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers) -> list[_Task]:
+    """Plans the runs of Stage 2: on a GPU of this process all together, to train in stacks; elsewhere one by one."""
+    from pipeline.devices import resolve_device
+
+    if not runs:
+        return []
+    stack = workers.stack
+    if workers.n == 1 and stack != 1 and (stack or resolve_device(place.places.device).type == CUDA):
+        return [_Task(run_stacked, (tuple(runs), place, stack), tuple(runs), len(runs))]
+    settings = {run.row: place.resolve(run.stage, run.overrides) for run in runs}
+    return [_Task(run_one_stage2, (run, place.places, place.runs_dir, settings[run.row]), (run,), 1) for run in runs]
+
+
+def run_one_stage1(request: Any) -> None:
+    """Runs Stage 1 in this process, and says nothing of its steps."""
+    from train.ranks import Ranks
+    from train.stage1.running import run_stage1
+
+    run_stage1(request, SilentWatcher(), ranks=Ranks())
+
+
+def run_one_stage2(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
+    """Runs Stage 2 in this process, and says nothing of its epochs."""
+    from pipeline.devices import resolve_device
+    from train.stage2.running import plan_stage2, run_stage2
+
+    shift = find_shift(places.card, run.shift)
+    request = make_stage2_request(places, settings, shift, run.seed, runs_dir, row=run.row)
+    run_stage2(plan_stage2(request), SilentWatcher(), resolve_device(places.device))
+
+
+def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> None:
+    """Trains runs of Stage 2 in stacks, then scores each."""
+    from pipeline.devices import resolve_device
+    from train.stage2.running import plan_stage2, run_stage2, train_together
+
+    device = resolve_device(place.places.device)
+    planned = []
+    for run in runs:
+        settings = place.resolve(run.stage, run.overrides)
+        shift = find_shift(place.places.card, run.shift)
+        request = make_stage2_request(place.places, settings, shift, run.seed, place.runs_dir, row=run.row)
+        planned.append(plan_stage2(request))
+    trained = train_together(planned, SilentWatcher(), device, stack)
+    for one in planned:
+        run_stage2(one, SilentWatcher(), device, trained)
+
+
+def _run_tasks(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) -> list[tuple[PlannedRun, str]]:
+    if workers.n > 1 and tasks:
+        return _run_in_workers(tasks, watcher, workers)
     failed = []
-    for run in planned:
+    for task in tasks:
         try:
-            _run_one(make_request(run))
+            task.call(*task.arguments)
         except EchoshiftError as error:
-            failed.append(FailedRun(run, str(error)))
-            watcher.describe(f"{_name(run)} failed: {error}")
-        watcher.advance()
+            failed += _note_failure(task, str(error), watcher)
+        watcher.advance(task.counts)
     return failed
 
 
-def _run_in_workers(
-    planned: Sequence[PlannedRun],
-    make_request: Callable[[PlannedRun], Stage1Request],
-    watcher: EpochWatcher,
-    cluster: ClusterRequest,
-) -> list[FailedRun]:
+def _run_in_workers(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) -> list[tuple[PlannedRun, str]]:
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
     failed = []
-    with connect_cluster(cluster) as client:
+    with connect_cluster(ClusterRequest("local", workers.n, gpus=workers.gpus)) as client:
         futures = {}
-        for i, run in enumerate(planned):
-            request = _without_readers(make_request(run))
-            futures[client.submit(_run_one, request, pure=False, priority=-i, key=f"run-{i}")] = run
+        for i, task in enumerate(tasks):
+            arguments = tuple(_make_portable(argument) for argument in task.arguments)
+            futures[client.submit(task.call, *arguments, pure=False, priority=-i, key=f"run-{i}")] = task
         for future in as_completed(futures, loop=client.loop):
-            run = futures[future]
-            error = future.exception()
+            task, error = futures[future], future.exception()
             if isinstance(error, EchoshiftError | KilledWorker):
                 reason = str(error) if isinstance(error, EchoshiftError) else "its worker died, for want of memory?"
-                failed.append(FailedRun(run, reason))
-                watcher.describe(f"{_name(run)} failed: {reason}")
+                failed += _note_failure(task, reason, watcher)
             elif error is not None:
                 raise error
-            watcher.advance()
+            watcher.advance(task.counts)
     return failed
 
 
-def _without_readers(request: Stage1Request) -> Stage1Request:
-    """Has a worker, which may start no processes, decode by itself; paths hold wherever it runs."""
-    config = request.config
-    visual = config.visual.model_copy(update={"n_readers": 0})
-    places = request.places
-    where = str(places.cache_dir)
-    cache = where if "://" in where else str(Path(where).absolute())
-    return replace(
-        request,
-        config=config.model_copy(update={"visual": visual}),
-        places=replace(places, cache_dir=cache, media_root=places.media_root.absolute()),
-        runs_dir=request.runs_dir.absolute(),
-    )
+def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[tuple[PlannedRun, str]]:
+    run = task.serves[0]
+    watcher.describe(f"{run.row}, {run.shift}, seed {run.seed} failed: {reason}")
+    return [(run, reason) for run in task.serves]
 
 
-def _run_one(request: Stage1Request) -> None:
-    run_stage1(request, _Silent(), ranks=Ranks())
+def _make_portable(argument: Any) -> Any:
+    """Has paths hold wherever a worker runs; a worker, which may start no processes, decodes by itself."""
+    from train.stage1.run_context import Stage1Request
 
-
-def _name(run: PlannedRun) -> str:
-    return f"{run.row}, {run.shift}, seed {run.seed}"
+    if isinstance(argument, DataPlaces):
+        where = str(argument.cache_dir)
+        cache = where if "://" in where else str(Path(where).absolute())
+        return replace(argument, cache_dir=cache, media_root=argument.media_root.absolute())
+    if isinstance(argument, Stage1Request):
+        visual = argument.config.visual.model_copy(update={"n_readers": 0})
+        return replace(
+            argument,
+            config=argument.config.model_copy(update={"visual": visual}),
+            places=_make_portable(argument.places),
+            runs_dir=argument.runs_dir.absolute(),
+        )
+    return argument.absolute() if isinstance(argument, Path) else argument

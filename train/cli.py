@@ -13,6 +13,7 @@ from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
 from train.commands.stage1_command import stage1
+from train.commands.stage2_command import stage2
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -29,6 +30,7 @@ app.add_typer(demo_commands.app, name="demo")
 app.command()(plan)
 app.command()(extract)
 app.command()(stage1)
+app.command()(stage2)
 app.command()(ablate)
 app.command()(table)
 

@@ -18,6 +18,7 @@ from train.runs import hash_config
 GRIDS_DIR = Path(__file__).resolve().parent / "grids"
 
 ColumnGroup = Literal["silent", "rare"]
+Stage = Literal["stage1", "stage2"]
 
 
 class GridModel(BaseModel):
@@ -36,10 +37,12 @@ class PublishedTable(GridModel):
 class GridRow(GridModel):
     """Is one row: a variant, as `part.field=value` changes of the configuration that the command line gives.
 
-    `published` is the `method` under which cards list the row's published number, "" where there is none.
+    `published` is the `method` under which cards list the row's published number, "" where there is none. `stage` is
+    the stage whose runs the row is of, where it isn't the grid's.
     """
 
     name: str = Field(min_length=1)
+    stage: Stage | None = None
     overrides: tuple[str, ...] = ()
     published: str = ""
 
@@ -59,7 +62,7 @@ class Grid(GridModel):
 
     Attributes:
         name: the file's, without its ending.
-        stage: which stage's runs they are, such as `stage1`.
+        stage: which stage's runs they are, where a row doesn't say otherwise.
         task: the only task that the grid makes sense for; None: both.
         baseline: the row that the others are tested against, "" for none.
         seeds, shifts: unless the command line says otherwise; no shifts: all of the card that `sources` admits.
@@ -70,7 +73,7 @@ class Grid(GridModel):
 
     name: str
     title: str
-    stage: Literal["stage1", "stage2"]
+    stage: Stage
     task: Literal["single-label", "multi-label"] | None = None
     baseline: str = ""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -93,9 +96,10 @@ class Grid(GridModel):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """Is one run that a grid asks for; `config` is JSON and decides, with shift and seed, what is trained."""
+    """Is one run that a grid asks for; `config` is JSON and decides, with stage, shift and seed, what is trained."""
 
     row: str
+    stage: Stage
     shift: str
     seed: int
     overrides: tuple[str, ...]
@@ -138,16 +142,16 @@ def list_shifts(grid: Grid, card: DatasetCard) -> tuple[str, ...]:
 def plan_runs(
     grid: Grid,
     card: DatasetCard,
-    resolve: Callable[[tuple[str, ...]], Mapping[str, Any]],
+    resolve: Callable[[Stage, tuple[str, ...]], Mapping[str, Any]],
     *,
     seeds: Sequence[int] = (),
     shifts: Sequence[str] = (),
 ) -> list[PlannedRun]:
     """Plans a grid's runs: seed by seed, in each shift by shift, so that what is done early are whole seeds.
 
-    `resolve` makes the whole configuration, as JSON, of a row's overrides. `seeds` and `shifts` replace the grid's.
-    Raises RunError for a grid of another task, a shift that the card lacks, and rows that are the same run; whatever
-    `resolve` raises for a row gets a note that names it.
+    `resolve` makes the whole configuration, as JSON, of a row's stage and overrides. `seeds` and `shifts` replace the
+    grid's. Raises RunError for a grid of another task, a shift that the card lacks, and rows that are the same run;
+    whatever `resolve` raises for a row gets a note that names it.
     """
     if grid.task not in (None, card.task):
         raise RunError(f"grid {grid.name} is for {grid.task} datasets; {card.name} is {card.task}")
@@ -166,19 +170,29 @@ def plan_runs(
             raise RunError(f"grid {grid.name}: {error}") from error
     configs = _resolve_rows(grid, resolve)
     return [
-        PlannedRun(row.name, shift, seed, row.overrides, configs[row.name], hash_config(configs[row.name]))
+        PlannedRun(
+            row=row.name,
+            stage=row.stage or grid.stage,
+            shift=shift,
+            seed=seed,
+            overrides=row.overrides,
+            config=configs[row.name],
+            config_hash=hash_config(configs[row.name]),
+        )
         for seed in seeds
         for shift in shifts
         for row in grid.rows
     ]
 
 
-def _resolve_rows(grid: Grid, resolve: Callable[[tuple[str, ...]], Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _resolve_rows(
+    grid: Grid, resolve: Callable[[Stage, tuple[str, ...]], Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
     configs: dict[str, Mapping[str, Any]] = {}
     names: dict[str, str] = {}
     for row in grid.rows:
         try:
-            configs[row.name] = resolve(row.overrides)
+            configs[row.name] = resolve(row.stage or grid.stage, row.overrides)
         except EchoshiftError as error:
             error.add_note(f"in row {row.name!r} of grid {grid.name}")
             raise

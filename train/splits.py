@@ -128,6 +128,13 @@ def keep_segments(splits: ShiftSplits, kept: Container[str]) -> ShiftSplits:
     )
 
 
+def list_segment_ids(splits: ShiftSplits) -> list[str]:
+    """Lists the ids of all segments of a shift."""
+    labelled = (splits.source_train, splits.source_val, splits.target_labelled)
+    groups = (*(part.segments for part in labelled), splits.target_train, splits.target_test)
+    return [segment.segment_id for group in groups for segment in group]
+
+
 def strip_labels(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Takes from segments whatever says what happens in them: labels, timed labels and noun."""
     return tuple(replace(segment, labels=(), timed_labels=(), noun="") for segment in segments)

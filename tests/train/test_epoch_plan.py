@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.stage1.config import TrainingConfig
-from train.stage1.epoch_plan import PlannedBatch, plan_epoch
+from train.epoch_plan import PlannedBatch, plan_epoch
 
 SIZES = st.integers(min_value=1, max_value=40)
 BATCHES = st.integers(min_value=1, max_value=9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,8 @@ from train.commands.run_options import (
 
 if TYPE_CHECKING:
     from train.data_places import DataPlaces
-    from train.grids import Grid, PlannedRun
+    from train.grids import Grid, PlannedRun, Stage
+    from train.stage_settings import RunSettings
     from train.tables import Table
 
 EXIT_SOME_FAILED = 3
@@ -48,6 +50,17 @@ ShiftsOption = Annotated[
 SeedsOption = Annotated[
     int | None, typer.Option("--seeds", help="How many seeds, 0, 1, …; default: the grid's.", min=1)
 ]
+
+
+class RuleName(StrEnum):
+    """Lists the rules by which weights are chosen; `target_oracle` sees the target's test labels."""
+
+    last = "last"
+    source_val = "source_val"
+    target_oracle = "target_oracle"
+
+
+RuleOption = Annotated[RuleName, typer.Option("--rule", help="Which selection rule's scores the table shows.")]
 FormOption = Annotated[TableForm, typer.Option("--form", help="How the table is printed.")]
 ToOption = Annotated[Path | None, typer.Option("--to", help="Write the table into this file.")]
 
@@ -58,6 +71,13 @@ def ablate(
     shifts: ShiftsOption = "",
     seeds: SeedsOption = None,
     workers: Annotated[int, typer.Option(help="Processes, each with a GPU or a share of the cores.", min=1)] = 1,
+    stack: Annotated[
+        int,
+        typer.Option(
+            help="How many runs of Stage 2 train as one stacked model; 0: all of equal shape on a GPU, 1 on a CPU.",
+            min=0,
+        ),
+    ] = 0,
     preset: PresetChoice = "paper",
     config: ConfigChoice = None,
     set_: OverrideChoice = None,
@@ -67,26 +87,20 @@ def ablate(
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
     device: DeviceOption = "auto",
+    rule: RuleOption = RuleName.last,
     form: FormOption = TableForm.text,
     to: ToOption = None,
 ) -> None:
     """Run what a grid still lacks and print its table; ends with 3 if a run failed."""
     from extract.commands.cluster_options import end_on_sigterm, plan_cluster
     from extract.commands.terminal import show_progress
-    from train.ablation import run_grid, select_missing
+    from train.ablation import GridPlace, Workers, run_grid, select_missing
     from train.runs import RESULTS, read_runs
-    from train.splits import find_shift
-    from train.stage1.run_context import Stage1Request
 
     choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
     places, chosen, planned = _plan(choices, grid, shifts, seeds)
     runs_dir = runs / places.card.name
-
-    def make_request(run: PlannedRun) -> Stage1Request:
-        resolved = resolve_choices(places.card, choices, run.overrides)
-        shift = find_shift(places.card, run.shift)
-        return Stage1Request(places, shift, run.seed, resolved, runs_dir, row=run.row, export=False)
-
+    place = GridPlace(places, runs_dir, partial(_resolve, places, choices))
     missing = select_missing(planned, read_runs(runs_dir / RESULTS), places.manifest.sha256)
     typer.echo(f"{len(planned) - len(missing)} of {len(planned)} runs are done", err=True)
     failed = []
@@ -94,8 +108,8 @@ def ablate(
         cluster = plan_cluster(workers, None, slurm=False, slurm_options=[], device=device) if workers > 1 else None
         with end_on_sigterm(), show_progress("runs") as progress:
             gpus = cluster.gpus if cluster is not None else ()
-            failed = run_grid(missing, make_request, progress, n_workers=workers, gpus=gpus)
-    _print(_make_table(places, chosen, planned, runs_dir), form, to)
+            failed = run_grid(missing, place, progress, Workers(workers, gpus, stack))
+    _print(_make_table(places, chosen, planned, runs_dir, rule), form, to)
     for run in failed:
         typer.echo(f"failed: {run.planned.row}, {run.planned.shift}, seed {run.planned.seed}: {run.reason}", err=True)
     if failed:
@@ -114,13 +128,14 @@ def table(
     runs: RunsOption = DEFAULT_RUNS,
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    rule: RuleOption = RuleName.last,
     form: FormOption = TableForm.text,
     to: ToOption = None,
 ) -> None:
     """Print a grid's table from the runs that are done; trains nothing."""
     choices = RunChoices(dataset, None, cache, manifest, manifests, "cpu", preset, config, set_)
     places, chosen, planned = _plan(choices, grid, shifts, seeds)
-    _print(_make_table(places, chosen, planned, runs / places.card.name), form, to)
+    _print(_make_table(places, chosen, planned, runs / places.card.name, rule), form, to)
 
 
 def _plan(
@@ -136,19 +151,26 @@ def _plan(
     planned = plan_runs(
         grid,
         places.card,
-        lambda overrides: resolve_choices(places.card, choices, overrides).describe(),
+        lambda stage, overrides: _resolve(places, choices, stage, overrides).describe(),
         seeds=range(n_seeds) if n_seeds else (),
         shifts=named,
     )
     return places, grid, planned
 
 
-def _make_table(places: DataPlaces, grid: Grid, planned: list[PlannedRun], runs_dir: Path) -> Table:
+def _resolve(places: DataPlaces, choices: RunChoices, stage: Stage, overrides: tuple[str, ...]) -> RunSettings:
+    return resolve_choices(stage, places.card, choices, overrides)
+
+
+def _make_table(places: DataPlaces, grid: Grid, planned: list[PlannedRun], runs_dir: Path, rule: RuleName) -> Table:
+    from train.hits import average_hits
     from train.runs import RESULTS, read_runs
     from train.tables import make_table
 
     records = read_runs(runs_dir / RESULTS)
-    return make_table(grid, records, planned, places.card, manifest_sha256=places.manifest.sha256)
+    sha256 = places.manifest.sha256
+    hits = average_hits(planned, records, runs_dir, selection=rule.value, manifest_sha256=sha256)
+    return make_table(grid, records, planned, places.card, selection=rule.value, manifest_sha256=sha256, hits=hits)
 
 
 def _print(made: Table, form: TableForm, to: Path | None) -> None:

@@ -15,16 +15,25 @@ if TYPE_CHECKING:
     from pipeline.cards import DatasetCard, Shift
     from pipeline.segments import Manifest
     from train.data_places import DataPlaces
-    from train.stage1.config import Stage1Config
+    from train.grids import Stage
+    from train.stage_settings import RunSettings
 
 DatasetChoice = Annotated[
     str, typer.Argument(help="A dataset with a card and a manifest; default: the one last extracted.")
 ]
+ShiftChoice = Annotated[str, typer.Option(help="Shifts of the card, such as D1-D2, separated by blanks, or all.")]
+SeedChoice = Annotated[int, typer.Option(help="Decides everything that is random.", min=0)]
 MediaChoice = Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")]
-PresetChoice = Annotated[str, typer.Option(help="paper (the text) or released (what the released code computes).")]
+PresetChoice = Annotated[
+    str,
+    typer.Option(help="paper (the text), released (what the released code computes) or, Stage 2, quick (a laptop's)."),
+]
 ConfigChoice = Annotated[Path | None, typer.Option(help="A TOML file over the preset.")]
 OverrideChoice = Annotated[
     list[str] | None, typer.Option("--set", help="part.field=value, such as training.n_epochs=5; wins over all else.")
+]
+RerunChoice = Annotated[
+    list[str] | None, typer.Option(help="A step to do anew, such as clusters, whatever is done already.")
 ]
 RunsOption = Annotated[Path, typer.Option(help="Where runs lie.", envvar="ECHOSHIFT_RUNS")]
 DEFAULT_RUNS = Path("runs")
@@ -102,8 +111,8 @@ def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shi
     return shifts
 
 
-def resolve_choices(card: DatasetCard, choices: RunChoices, more: tuple[str, ...] = ()) -> Stage1Config:
-    """Makes Stage 1's configuration; `more` are a grid row's overrides, which win."""
-    from train.stage1.config_files import resolve_config
+def resolve_choices(stage: Stage, card: DatasetCard, choices: RunChoices, more: tuple[str, ...] = ()) -> RunSettings:
+    """Makes the settings of a run; `more` are a grid row's overrides, which win."""
+    from train.stage_settings import resolve_settings
 
-    return resolve_config(card, choices.preset, choices.config, [*(choices.overrides or []), *more])
+    return resolve_settings(stage, card, choices.preset, choices.config, [*(choices.overrides or []), *more])

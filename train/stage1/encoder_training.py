@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from pipeline.errors import RunError
 from pipeline.specs import FeatureSpec
 from train.batches import EncoderInputs, LabelledTargetBatch, SourceBatch, TargetBatch
+from train.epoch_plan import PlannedBatch, plan_epoch
 from train.ranks import Ranks
 from train.scores import compute_scores
 from train.splits import LabelledSegments
 from train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, predict_segments
 from train.stage1.config import TrainingConfig
 from train.stage1.encoder_losses import compute_encoder_losses, compute_source_loss
-from train.stage1.epoch_plan import PlannedBatch, plan_epoch
 from train.stage1.sound_features import SoundFeatures
 from train.stage1.visual_inputs import VisualInputs
+from train.watching import EpochWatcher
 
 STATE = "training-state.pt"
 
@@ -51,22 +52,6 @@ class EncoderTask:
     classes: tuple[str, ...]
     absent_weight: float
     multi_label: bool
-
-
-class EpochWatcher(Protocol):
-    """Is told how training goes."""
-
-    def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of n_total steps."""
-        ...
-
-    def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
-        ...
-
-    def describe(self, what: str) -> None:
-        """Says how it goes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.segments import Segment
+from train.prediction_table import CLASSES
 from train.stage1.audio_classifier import AudioPredictions
 from train.stage1.exporting import VisualPredictions
 
@@ -46,7 +47,7 @@ def write_prediction_table(
             "visual_probabilities": _as_lists(visual.select(ids)),
             "pseudo_label": pa.array([guesses.get(segment_id, NO_LABEL) for segment_id in ids], pa.int32()),
         },
-        metadata={"classes": "\n".join(classes)},
+        metadata={CLASSES: "\n".join(classes)},
     )
     fresh = path.with_name(f"{path.name}.partial")
     pq.write_table(table, fresh)

@@ -17,10 +17,10 @@ from train.data_places import DataPlaces
 from train.ranks import Ranks
 from train.splits import ShiftSplits, count_labels, split_for_shift
 from train.stage1.config import Stage1Config
-from train.stage1.encoder_training import EpochWatcher
 from train.stage1.run_inputs import RunInputs, name_labels, open_run_inputs
 from train.stage1.visual_inputs import VisualInputs
 from train.steps import Step, StepResult, StepRunner
+from train.watching import EpochWatcher
 
 
 @dataclass(frozen=True, slots=True)

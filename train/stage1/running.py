@@ -17,13 +17,13 @@ from train.scores import Scores
 from train.scoring import make_scores, open_test_split, plan_scores_step
 from train.stage1.audio_classifier import AudioPredictions
 from train.stage1.encoder_steps import CHECKPOINT, export_store, predict
-from train.stage1.encoder_training import EpochWatcher
 from train.stage1.exporting import VisualPredictions
 from train.stage1.prediction_table import write_prediction_table
 from train.stage1.run_context import RunContext, Stage1Request, describe_data, open_context
 from train.stage1.run_inputs import list_segments, list_train_segments
 from train.stage1.sound_steps import PREDICTIONS, predict_sound
 from train.steps import Step
+from train.watching import EpochWatcher
 
 TABLE = "table.parquet"
 STEPS = (

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from train.stage1.config import TrainingConfig
-
 _SOURCE, _LABELLED, _TARGET = range(3)
+
+
+class BatchSizes(Protocol):
+    """Says how many segments of the source, the target and its labelled part make up a batch."""
+
+    @property
+    def n_source(self) -> int:
+        """Gives how many of the source."""
+        ...
+
+    @property
+    def n_target(self) -> int:
+        """Gives how many of the target's unlabelled part."""
+        ...
+
+    @property
+    def n_labelled(self) -> int:
+        """Gives how many of the target's labelled part."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +69,7 @@ class PlannedBatch:
 
 
 def plan_epoch(
-    n_source: int, n_labelled: int, n_target: int, config: TrainingConfig, *, seed: int, epoch: int
+    n_source: int, n_labelled: int, n_target: int, sizes: BatchSizes, *, seed: int, epoch: int
 ) -> list[PlannedBatch]:
     """Plans an epoch: every batch has n_source segments of the source, in a new order; what fills no batch is left out.
 
@@ -60,10 +78,10 @@ def plan_epoch(
     METHODS 9). A source smaller than a batch is one batch.
     """
     order = _shuffle(n_source, seed, epoch, _SOURCE)
-    size = min(config.n_source, n_source)
+    size = min(sizes.n_source, n_source)
     n_batches = n_source // size
-    labelled_size = min(config.n_labelled, n_labelled)
-    target_size = min(config.n_target, n_target)
+    labelled_size = min(sizes.n_labelled, n_labelled)
+    target_size = min(sizes.n_target, n_target)
     return [
         PlannedBatch(
             order[i * size : (i + 1) * size],

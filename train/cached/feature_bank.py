@@ -1,0 +1,76 @@
+"""Keeps the features of all runs once on the device, where batches are looked up by row number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import RunError
+from train.cached.batches import FeatureBatch
+from train.cached.feature_rows import FeatureRows
+
+
+class FeatureBank:
+    """Holds rows of features one after the other, one tensor an output; the same FeatureRows are held once.
+
+    `one_clip` says that those who train look up single clips.
+    """
+
+    def __init__(self, parts: Sequence[FeatureRows], device: torch.device, *, one_clip: bool = False) -> None:
+        held: list[FeatureRows] = []
+        self._offsets: dict[int, int] = {}
+        n = 0
+        for part in parts:
+            if id(part) not in self._offsets:
+                self._offsets[id(part)] = n
+                held.append(part)
+                n += len(part)
+        self.one_clip = one_clip
+        self._held = held  # an id is good as long as its object lives
+        first = held[0]
+        for part in held:
+            if {k: v.shape[2:] for k, v in part.visual.items()} != {k: v.shape[2:] for k, v in first.visual.items()}:
+                raise RunError("features of different shapes can't be held together; train these runs one by one")
+        self.n_views = max(part.n_views for part in held)
+        self._visual = {name: _join([part.visual[name] for part in held], device) for name in first.visual}
+        self._audio = _join([part.audio for part in held], device)
+        self._has_audio = _join([part.has_audio for part in held], device)
+
+    def offset_of(self, part: FeatureRows) -> int:
+        """Gives what is added to the row numbers of a part."""
+        return self._offsets[id(part)]
+
+    def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
+        """Looks features up; rows, views and clips are int64 [..., B] on the device, the batch has the same axes first.
+
+        No `views`: the only one, or the first. With `clips` each segment is that one of its clips, n_clips = 1. It
+        never waits for the device.
+        """
+        flat = rows.reshape(-1)
+        visual = {}
+        for name, values in self._visual.items():
+            if values.shape[1] == 1 and clips is None:
+                taken = values[:, 0].index_select(0, flat)
+            elif clips is None:
+                taken = values[flat, torch.zeros_like(flat) if views is None else views.reshape(-1)]
+            else:
+                view = torch.zeros_like(flat) if views is None else views.reshape(-1)
+                taken = values[flat, view, clips.reshape(-1)][:, None]
+            visual[name] = taken.float().view(*rows.shape, *taken.shape[1:])
+        audio = self._audio.index_select(0, flat).view(*rows.shape, -1)
+        return FeatureBatch(visual, audio, self._has_audio.index_select(0, flat).view(rows.shape))
+
+
+def order_rows(n: int, seed: int, number: int, what: int) -> np.ndarray:
+    """Shuffles n rows: the order that (seed, number, what) decide, int64 [n]."""
+    return np.random.default_rng([seed, number, what]).permutation(n)
+
+
+def _join(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    n_views = max(part.shape[1] for part in parts) if parts[0].dim() > 2 else 0
+    if n_views and any(part.shape[1] != n_views for part in parts):
+        raise RunError("features of different numbers of views can't be held together; train these runs one by one")
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(device)

@@ -1,0 +1,89 @@
+"""Reads the cached features of segments into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import RunError
+from pipeline.store.interface import FeatureStore
+from pipeline.store.reading import RowFinder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureRows:
+    """Is the cached features of n segments.
+
+    Attributes:
+        visual: by output, [n, n_views, n_clips, ...] in the store's dtype; views are augmented views times crops. A
+            clip that a segment hasn't repeats those that it has, in turn.
+        audio: one feature a segment, float32 [n, C_a]; zeros where there is no sound.
+        has_audio: bool [n].
+    """
+
+    segment_ids: tuple[str, ...]
+    visual: Mapping[str, Tensor]
+    audio: Tensor
+    has_audio: Tensor
+
+    def __len__(self) -> int:
+        return len(self.segment_ids)
+
+    @property
+    def n_views(self) -> int:
+        """Gives how many views of each segment there are."""
+        return next(iter(self.visual.values())).shape[1]
+
+    @property
+    def n_clips(self) -> int:
+        """Gives how many clips of each segment there are."""
+        return next(iter(self.visual.values())).shape[2]
+
+    def find(self, segment_ids: Sequence[str]) -> np.ndarray:
+        """Finds the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
+        row_of = {segment_id: row for row, segment_id in enumerate(self.segment_ids)}
+        try:
+            return np.array([row_of[segment_id] for segment_id in segment_ids], dtype=np.int64)
+        except KeyError as error:
+            raise RunError(f"no features of segment {error.args[0]} were read; extract it") from error
+
+
+def read_visual(store: FeatureStore, segment_ids: Sequence[str]) -> dict[str, Tensor]:
+    """Reads all outputs of segments, [n, n_views, n_clips, ...] in the store's dtype.
+
+    Raises StoreError naming the first segment that the store hasn't, or that isn't done.
+    """
+    n_views = store.spec.n_entries_per_clip
+    finder = RowFinder(list(store.segment_ids))
+    n_valid = store.read_array("n_valid")[finder.find(str(store.path), segment_ids)] // n_views
+    visual = {}
+    for output in store.spec.outputs:
+        values = store.read(segment_ids, output.name)
+        values = values.reshape(len(values), -1, n_views, *values.shape[2:])  # entries are clip by clip
+        _repeat_clips(values, n_valid)
+        visual[output.name] = torch.from_numpy(values).movedim(2, 1).contiguous()
+    return visual
+
+
+def read_sound(store: FeatureStore, segment_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Reads the pooled feature of segments from a store of sound, float32 [n, C_a], and whether there is any, bool [n].
+
+    Raises StoreError as `read_visual`.
+    """
+    values = store.read(segment_ids, "pooled")[:, 0].astype(np.float32)
+    rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
+    has_audio = store.read_array("has_audio")[rows] == 1
+    values[~has_audio] = 0
+    return torch.from_numpy(values), torch.from_numpy(has_audio)
+
+
+def _repeat_clips(values: np.ndarray, n_valid: np.ndarray) -> None:
+    """Has clips that don't exist repeat those that do, in place; values [n, n_clips, ...], n_valid [n]."""
+    n_clips = values.shape[1]
+    for row in np.flatnonzero((n_valid < n_clips) & (n_valid > 0)).tolist():
+        existing = int(n_valid[row])
+        values[row, existing:] = values[row, np.arange(existing, n_clips) % existing]

@@ -1,0 +1,109 @@
+"""Holds what is trained, one method or a stack of methods, and takes steps of the optimiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from train.cached.batches import Dropouts, Method
+from train.cached.feature_bank import FeatureBank
+from train.cached.run_steps import ChunkInputs, StepSource, make_step_inputs
+
+if TYPE_CHECKING:
+    from train.cached.training import Schedule
+
+
+class TrainedModels(Protocol):
+    """Is R methods that are trained together."""
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the steps to come."""
+        ...
+
+    def train(self, chunk: ChunkInputs, bank: FeatureBank) -> Tensor:
+        """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms], on the device."""
+        ...
+
+    def load(self, run: int) -> nn.Module:
+        """Gives the method of one run as it is now; good until the next step."""
+        ...
+
+    def keep(self, n_runs: int) -> None:
+        """Goes on with the first `n_runs` runs alone."""
+        ...
+
+
+def make_models(methods: Sequence[nn.Module], schedule: Schedule, device: torch.device) -> TrainedModels:
+    """Makes what trains methods: a single one by itself, several of equal shape as one stacked model."""
+    if len(methods) == 1 and device.type != "cuda":
+        return SingleModel(methods[0], schedule, device)
+    from train.cached.stacking import StackedModels
+
+    return StackedModels(methods, schedule, device)
+
+
+def make_optimiser(parameters: Sequence[Tensor], schedule: Schedule, device: torch.device) -> torch.optim.Optimizer:
+    """Makes the optimiser, its update fused into one pass; on a GPU its learning rate is a tensor, for graphs."""
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(schedule.lr, device=device) if on_gpu else schedule.lr
+    if schedule.optimiser == "adam":
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=schedule.weight_decay, fused=True, capturable=on_gpu)
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=True
+    )
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate, in place where it is a tensor."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class SingleModel:
+    """Trains one method."""
+
+    def __init__(self, method: nn.Module, schedule: Schedule, device: torch.device) -> None:
+        self._method = method.to(device).train()
+        self._precision, self._device = schedule.precision, device
+        self._optimiser = make_optimiser([p for p in method.parameters() if p.requires_grad], schedule, device)
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of the steps to come."""
+        set_lr(self._optimiser, lr)
+
+    def train(self, chunk: ChunkInputs, bank: FeatureBank) -> Tensor:
+        """Takes a chunk's steps; gives the terms of the loss, float32 [S, 1, n_terms]."""
+        losses = []
+        method = cast(Method, self._method)
+        for step in range(len(chunk.rows)):
+            of_step = ChunkInputs(*(values[step, 0] for values in chunk))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+                terms = method.losses(make_step_inputs(of_step, bank), Dropouts(of_step.draws))
+            self._optimiser.zero_grad(set_to_none=True)
+            terms.sum().backward()
+            self._optimiser.step()
+            losses.append(terms.detach())
+        return torch.stack(losses)[:, None]
+
+    def load(self, run: int) -> nn.Module:
+        """Gives the method."""
+        return self._method
+
+    def keep(self, n_runs: int) -> None:
+        """Has nothing to do: the one run is kept, or done."""
+
+
+def count_draws(method: nn.Module, source: StepSource) -> int:
+    """Counts the numbers for dropout that a step takes, by a pass of a copy of the method over a first batch."""
+    trial = copy.deepcopy(method).train()
+    dropouts = Dropouts()
+    with torch.no_grad():
+        cast(Method, trial).losses(source.peek(), dropouts)
+    return dropouts.n_taken

@@ -1,0 +1,209 @@
+"""Trains methods on cached features: one loop for every method, one run at a time or stacks of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.errors import RunError
+from train.cached.batches import Domain, Method
+from train.cached.feature_bank import FeatureBank
+from train.cached.feature_rows import FeatureRows
+from train.cached.models import count_draws, make_models
+from train.cached.predicting import predict_rows
+from train.cached.run_steps import RunSteps, StepSource
+from train.watching import EpochWatcher
+
+N_CHUNK_STEPS = 32  # planned, drawn and moved to the device at a time; losses are looked at as often
+_N_DRAWS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingData:
+    """Is what one run trains on.
+
+    Attributes:
+        train: features; the row numbers are of these.
+        source: int64 [n_s]; source_labels int64 [n_s], or float32 [n_s, K]; source_domains int64 [n_s].
+        target: int64 [n_t], may be empty; pseudo_labels int64 [n_t] (-1: none) or float32 [n_t, K] (NaN: none).
+        labelled: int64 [n_l], the target's labelled part, usually empty; labelled_labels as source_labels.
+        one_clip: each sample is one of its clips, drawn anew each time; otherwise all clips together.
+    """
+
+    train: FeatureRows
+    source: np.ndarray
+    source_labels: np.ndarray
+    source_domains: np.ndarray
+    target: np.ndarray
+    pseudo_labels: np.ndarray
+    labelled: np.ndarray
+    labelled_labels: np.ndarray
+    one_clip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Says how long and by which optimiser a run is trained.
+
+    Attributes:
+        n_source, n_target, n_labelled: segments of a batch.
+        lr_drops: pairs of a step and the learning rate from it on.
+        snapshots: numbers of steps after which predictions are made, ascending, besides the last.
+    """
+
+    n_source: int
+    n_target: int
+    n_labelled: int
+    n_steps: int
+    optimiser: Literal["adam", "sgd"]
+    lr: float
+    weight_decay: float
+    momentum: float = 0.0
+    lr_drops: tuple[tuple[int, float], ...] = ()
+    snapshots: tuple[int, ...] = ()
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def find_lr(self, step: int) -> float:
+        """Gives the learning rate of a step."""
+        return next((lr for start, lr in reversed(self.lr_drops) if step >= start), self.lr)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingJob:
+    """Is one run to train.
+
+    Attributes:
+        title: names it in errors.
+        build: makes the method on the CPU, with weights that its own seed decides.
+        seed: decides the order of batches, views, clips and dropout.
+        predict: by name, what is predicted at the snapshots and at the end: rows of features, and their domain.
+        signature: jobs with the same one have equal shapes and schedules but for n_steps, and may be stacked.
+        over_clips: how predictions of single clips are combined, where `one_clip`.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    data: TrainingData
+    schedule: Schedule
+    seed: int
+    predict: Mapping[str, tuple[FeatureRows, np.ndarray, Domain]]
+    signature: str
+    over_clips: Literal["mean", "max"] = "mean"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainedRun:
+    """Is what came of a job.
+
+    Attributes:
+        state: the state_dict, on the CPU.
+        loss_names: of the terms.
+        losses: float32 [n_epochs, n_terms], means; what is left of an unfinished epoch counts as one.
+        predictions: by name, float32 [n_snapshots + 1, n, K].
+    """
+
+    state: dict[str, torch.Tensor]
+    loss_names: tuple[str, ...]
+    losses: np.ndarray
+    predictions: Mapping[str, np.ndarray]
+
+
+def train_jobs(
+    jobs: Sequence[TrainingJob], device: torch.device, watcher: EpochWatcher, *, stack: int = 1
+) -> list[TrainedRun]:
+    """Trains jobs, those with the same signature in stacks of at most `stack`; 0: as many as there are.
+
+    A run comes to the same alone and in a stack, but for rounding. Raises RunError where a loss is no number any more.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, job in enumerate(jobs):
+        groups.setdefault(job.signature, []).append(i)
+    found: dict[int, TrainedRun] = {}
+    watcher.start("steps", sum(job.schedule.n_steps for job in jobs))
+    for members in groups.values():
+        size = stack or len(members)
+        longest_first = sorted(members, key=lambda i: -jobs[i].schedule.n_steps)
+        for start in range(0, len(members), size):
+            chosen = longest_first[start : start + size]
+            trained = _train_stack([jobs[i] for i in chosen], device, watcher)
+            found.update(zip(chosen, trained, strict=True))
+    return [found[i] for i in range(len(jobs))]
+
+
+def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: EpochWatcher) -> list[TrainedRun]:
+    """Trains jobs of one signature together, the longest first; the shortest leaves the stack when it is done."""
+    bank = FeatureBank([job.data.train for job in jobs], device, one_clip=jobs[0].data.one_clip)
+    methods = [job.build() for job in jobs]
+    loss_names = cast(Method, methods[0]).loss_names
+    models = make_models(methods, jobs[0].schedule, device)
+    source = StepSource(bank, [RunSteps(job.data, job.schedule, job.seed) for job in jobs], device)
+    losses: list[list[np.ndarray]] = [[] for _ in jobs]
+    predictions: list[dict[str, list[np.ndarray]]] = [{name: [] for name in job.predict} for job in jobs]
+    states: list[dict[str, torch.Tensor]] = [{} for _ in jobs]
+    source.n_draws = count_draws(methods[0], source)
+    step, active = 0, len(jobs)
+    while active:
+        start, step = step, _find_stop(jobs[:active], step, _limit_chunk(source.n_draws, active))
+        models.set_lr(jobs[0].schedule.find_lr(start))
+        of_chunk = models.train(source.take(start, step, active), bank).cpu().numpy()
+        for run, job in enumerate(jobs[:active]):
+            losses[run].append(of_chunk[:, run])
+            if not np.isfinite(of_chunk[:, run]).all():
+                raise RunError(
+                    f"{job.title}: the loss is no number any more after {step} steps; lower schedule.lr "
+                    f"({job.schedule.lr:g})"
+                )
+            if step in job.schedule.snapshots or step == job.schedule.n_steps:
+                for name, (rows, index, domain) in job.predict.items():
+                    predictions[run][name].append(_predict(models.load(run), job, rows, index, domain, device))
+        watcher.advance((step - start) * active)
+        staying = sum(job.schedule.n_steps > step for job in jobs[:active])
+        for run in range(staying, active):
+            states[run] = {name: value.cpu().clone() for name, value in models.load(run).state_dict().items()}
+        if staying < active:
+            models.keep(staying)
+            active = staying
+        watcher.describe(f"loss {of_chunk[-1].sum(axis=-1).mean():.3f}")
+    return [
+        TrainedRun(
+            states[run],
+            loss_names,
+            _average_epochs(np.concatenate(losses[run]), source.runs[run].n_per_epoch),
+            {name: np.stack(parts) for name, parts in predictions[run].items()},
+        )
+        for run in range(len(jobs))
+    ]
+
+
+def _predict(
+    method: nn.Module, job: TrainingJob, rows: FeatureRows, index: np.ndarray, domain: Domain, device: torch.device
+) -> np.ndarray:
+    method.eval()
+    found = predict_rows(method, rows, index, domain, device, one_clip=job.data.one_clip, over_clips=job.over_clips)
+    method.train()
+    return found
+
+
+def _limit_chunk(n_draws: int, n_runs: int) -> int:
+    return max(1, min(N_CHUNK_STEPS, _N_DRAWS_BYTES // (4 * max(1, n_draws) * n_runs)))
+
+
+def _find_stop(jobs: Sequence[TrainingJob], step: int, n_most: int) -> int:
+    """Finds where the next chunk of steps ends: before anything happens to a run."""
+    events = [step + n_most]
+    for job in jobs:
+        schedule = job.schedule
+        happens = (schedule.n_steps, *schedule.snapshots, *(start for start, _ in schedule.lr_drops))
+        events += [event for event in happens if event > step]
+    return min(events)
+
+
+def _average_epochs(losses: np.ndarray, n_per_epoch: int) -> np.ndarray:
+    starts = np.arange(0, len(losses), n_per_epoch)
+    sizes = np.diff(np.append(starts, len(losses)))
+    return (np.add.reduceat(losses.astype(np.float64), starts, axis=0) / sizes[:, None]).astype(np.float32)
