@@ -42,3 +42,9 @@ def tiny_shift() -> ModuleType:
 def tiny_encoder() -> ModuleType:
     """Gives tiny_encoder.py."""
     return load_beside("tiny_encoder")
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """Gives toy_method.py."""
+    return load_beside("toy_method")

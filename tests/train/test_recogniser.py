@@ -1,0 +1,338 @@
+"""The recogniser against the paper's equations, written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state
+from torch.nn import functional as F
+
+from pipeline.cards import MANIFESTS_DIR, read_dataset_card
+from train.cached.batches import (
+    Dropouts,
+    FeatureBatch,
+    LabelledTargetFeatures,
+    SourceFeatures,
+    StepInputs,
+    TargetFeatures,
+)
+from train.overrides import merge_settings
+from train.stage2.config import Stage2Config
+from train.stage2.config_files import resolve_config
+from train.stage2.recogniser import AudioInfusedRecogniser, FeatureShapes, build_recogniser
+from train.stage2.recogniser_losses import compute_class_loss
+
+N_CLASSES, N_AUDIO, N_VISUAL, N_CLIPS = 4, 6, 10, 3
+SMALL: dict[str, Any] = {
+    "width": 8,
+    "n_heads": 2,
+    "head_width": 4,
+    "mlp_width": 12,
+    "visual_width": 5,
+    "n_layers": 2,
+    "fc_width": 7,
+}
+SHAPES = FeatureShapes({"pooled": (N_VISUAL,)}, N_AUDIO, N_CLASSES, multi_label=False)
+
+
+def make_config(**recogniser: Any) -> Stage2Config:
+    settings: dict[str, Any] = {"recogniser": {**SMALL, **recogniser.pop("recogniser", {})}}
+    return Stage2Config.model_validate(merge_settings(settings, recogniser))
+
+
+def build(config: Stage2Config, seed: int = 0, shapes: FeatureShapes = SHAPES) -> AudioInfusedRecogniser:
+    return build_recogniser(config, shapes, torch.linspace(-1, 1, shapes.n_audio), seed)
+
+
+def make_batch(n: int, seed: int = 0) -> FeatureBatch:
+    rng = torch.Generator().manual_seed(seed)
+    visual = torch.randn(n, N_CLIPS, N_VISUAL, generator=rng)
+    has_audio = torch.ones(n, dtype=torch.bool)
+    has_audio[0] = False
+    return FeatureBatch({"pooled": visual}, torch.randn(n, N_AUDIO, generator=rng), has_audio)
+
+
+def make_step(seed: int = 0, *, labelled: bool = False) -> StepInputs:
+    rng = torch.Generator().manual_seed(seed + 1)
+    labels = torch.randint(0, N_CLASSES, (5,), generator=rng)
+    pseudo = torch.tensor([1, -1, 3, 0])
+    return StepInputs(
+        SourceFeatures(make_batch(5, seed), labels, torch.zeros(5, dtype=torch.int64)),
+        TargetFeatures(make_batch(4, seed + 100), pseudo),
+        LabelledTargetFeatures(make_batch(2, seed + 200), labels[:2]) if labelled else None,
+        torch.tensor(0.5),
+    )
+
+
+# An independent forward pass, token by token, without the last layer's shortcut and without a batch.
+
+
+def layer_norm(x: np.ndarray, state: dict[str, np.ndarray], name: str) -> np.ndarray:
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-5) * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def linear(x: np.ndarray, state: dict[str, np.ndarray], name: str) -> np.ndarray:
+    return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    from scipy.special import erf
+
+    return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+
+
+def run_layer(tokens: np.ndarray, state: dict[str, np.ndarray], name: str) -> np.ndarray:
+    normed = layer_norm(tokens, state, f"{name}.attention_norm")
+    query, key, value = np.split(normed @ state[f"{name}.qkv.weight"].T, 3, axis=1)
+    heads = []
+    for h in range(SMALL["n_heads"]):
+        part = slice(h * SMALL["head_width"], (h + 1) * SMALL["head_width"])
+        scores = query[:, part] @ key[:, part].T / np.sqrt(SMALL["head_width"])
+        heads.append(softmax(scores) @ value[:, part])
+    tokens = tokens + linear(np.concatenate(heads, axis=1), state, f"{name}.attention_out")
+    hidden = gelu(linear(layer_norm(tokens, state, f"{name}.mlp_norm"), state, f"{name}.mlp_in"))
+    return tokens + linear(hidden, state, f"{name}.mlp_out")
+
+
+def predict_by_hand(model: AudioInfusedRecogniser, batch: FeatureBatch, domain: int) -> np.ndarray:
+    state = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    chosen, found = model.config.recogniser, []
+    for i in range(len(batch.has_audio)):
+        visual = batch.visual["pooled"][i].double().numpy()
+        audio = batch.audio[i].double().numpy() if batch.has_audio[i] else state["missing_sound"]
+        tokens = linear(visual, state, "embed_visual.pooled")
+        if chosen.domain_embedding == "per_domain":
+            tokens = tokens + state["domain"][domain]
+        elif chosen.domain_embedding == "shared":
+            tokens = tokens + state["domain"][0]
+        if chosen.class_token == "learnable":
+            first = state["class_token"][None]
+        else:
+            bank = state["sound_token.bank"]
+            h = softmax(linear(audio, state, "sound_token.heard.out"))
+            vectors = (h @ bank)[None]
+            if chosen.class_token == "h_prime":
+                narrow = linear(visual, state, "sound_token.narrow")
+                narrow = np.maximum(layer_norm(narrow, state, "sound_token.narrow_norm"), 0)
+                seen = np.concatenate([np.tile(h @ bank, (N_CLIPS, 1)), narrow], axis=1)
+                vectors = softmax(linear(seen, state, "sound_token.chosen.out")) @ bank
+            first = vectors if chosen.class_tokens == "per_clip" else vectors.mean(0, keepdims=True)
+        sequence = [first, tokens]
+        if chosen.audio_tokens:
+            sequence.append(np.tile(linear(audio, state, "embed_audio"), (N_CLIPS, 1)))
+        states = np.concatenate(sequence)
+        for layer in range(chosen.n_layers):
+            states = run_layer(states, state, f"transformer.layers.{layer}")
+        logits = linear(layer_norm(states[: len(first)], state, "head_norm"), state, "head").mean(0)
+        found.append(softmax(logits))
+    return np.stack(found)
+
+
+Z_M = {"class_token": "learnable", "audio_tokens": True, "domain_embedding": "none"}
+
+
+@pytest.mark.parametrize(
+    "recogniser",
+    [
+        Z_M,
+        {**Z_M, "domain_embedding": "per_domain"},
+        {**Z_M, "domain_embedding": "shared", "audio_tokens": False},
+        {},
+        {"class_token": "h"},
+        {"class_tokens": "per_clip"},
+    ],
+    ids=["z^m", "z'", "shared", "z", "h", "a token a clip"],
+)
+@pytest.mark.parametrize("domain", ["source", "target"])
+def test_a_prediction_is_that_of_the_equations(recogniser: dict[str, Any], domain: Any) -> None:
+    model = build(make_config(recogniser=recogniser)).eval()
+    batch = make_batch(4)
+    with torch.no_grad():
+        found = model.predict(batch, domain).numpy()
+    np.testing.assert_allclose(found, predict_by_hand(model, batch, 1 if domain == "target" else 0), atol=1e-5)
+
+
+def test_the_released_recogniser_has_the_parameters_of_the_released_code() -> None:
+    config = resolve_config(read_dataset_card("epic", MANIFESTS_DIR), "released")
+    model = build(config, shapes=FeatureShapes({"pooled": (2304,)}, 512, 8, multi_label=False))
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    # 3.81 M (METHODS section 6), and the missing-sound embedding, which the released code hasn't.
+    assert sum(p.numel() for p in model.parameters()) == 3_810_008 + 512
+    assert counts["transformer"] == 3 * 788_480
+    assert counts["sound_token"] == 267_784 + 300_552 + 147_648 + 4_096 + 131_328
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes["sound_token.heard.hidden.weight"] == (512, 512)
+    assert shapes["sound_token.chosen.hidden.weight"] == (512, 576)
+    assert shapes["sound_token.to_token.weight"] == (256, 512)
+    assert shapes["sound_token.narrow.weight"] == (64, 2304)
+
+
+def test_the_paper_s_recogniser_is_two_layers_of_512() -> None:
+    config = resolve_config(read_dataset_card("epic", MANIFESTS_DIR), "paper").recogniser
+    assert (config.width, config.n_layers, config.n_heads, config.bank_width) == (512, 2, 8, 0)
+
+
+def test_flow_and_charades_have_their_own_settings() -> None:
+    epic = read_dataset_card("epic", MANIFESTS_DIR)
+    charades = read_dataset_card("charades_ego", MANIFESTS_DIR)
+    assert resolve_config(epic, "released", sees_flow=True).schedule.n_epochs == 24
+    assert resolve_config(epic, "released").schedule.n_epochs == 29
+    released = resolve_config(charades, "released")
+    assert (released.recogniser.n_layers, released.pseudo_labels.kind, released.recogniser.over_clips) == (
+        2, "none", "max"
+    )  # fmt: skip
+
+
+def test_the_loss_is_equation_8() -> None:
+    config = make_config(loss={"source": 0.5, "target": 0.25, "h": 0.1, "h_prime": 0.02})
+    model, step = build(config).eval(), make_step()
+    with torch.no_grad():
+        terms = dict(zip(model.loss_names, model.losses(step, Dropouts()).tolist(), strict=True))
+        target = step.target
+        assert target is not None
+        p_source, p_target = model.predict(step.source.inputs, "source"), model.predict(target.inputs, "target")
+        expected = -0.5 * p_source[range(5), step.source.labels].log().mean()
+        assert terms["source"] == pytest.approx(float(expected), rel=1e-5)
+        known = [0, 2, 3]  # the second has no pseudo-label
+        expected = -0.25 * p_target[known, target.pseudo_labels[known]].log().mean()
+        assert terms["target"] == pytest.approx(float(expected), rel=1e-5)
+        assert terms["labelled target"] == 0
+        # h counts segments with sound alone: all but the first of each batch.
+        assert model.sound_token is not None
+        h_source = model.sound_token.heard(step.source.inputs.audio).log_softmax(-1)
+        h_target = model.sound_token.heard(target.inputs.audio).log_softmax(-1)
+        expected = -0.1 * h_source[[1, 2, 3, 4], step.source.labels[1:]].mean()
+        expected = expected - 0.1 * h_target[[2, 3], target.pseudo_labels[[2, 3]]].mean()
+        assert terms["h"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_sound_terms_on_the_source_leave_the_target_out() -> None:
+    both, source = (
+        build(make_config(loss={"sound_terms_on": on})).eval().losses(make_step(), Dropouts())
+        for on in ("both", "source")
+    )
+    assert float(both[3].detach()) > float(source[3].detach()) > 0
+    assert float(both[4].detach()) > float(source[4].detach()) > 0
+
+
+def test_a_labelled_target_counts_as_the_target() -> None:
+    model, step = build(make_config(loss={"target": 0.25})).eval(), make_step(labelled=True)
+    assert step.labelled is not None
+    with torch.no_grad():
+        p = model.predict(step.labelled.inputs, "target")
+        expected = -0.25 * p[range(2), step.labelled.labels].log().mean()
+        assert float(model.losses(step, Dropouts())[2]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_class_losses_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+    by_hand = (np.log(1 + np.exp(-2.0)) + np.log(1 + np.exp(1.0))) / 2
+    assert float(compute_class_loss(logits, torch.tensor([0, 0, -1]))) == pytest.approx(by_hand, rel=1e-6)
+    assert float(compute_class_loss(logits, torch.full((3,), -1))) == 0
+    several = torch.tensor([[1.0, 0.0], [0.0, 1.0], [float("nan")] * 2])
+    softplus = [np.log(1 + np.exp(x)) for x in (-2.0, 0.0, 0.0, -1.0)]
+    assert float(compute_class_loss(logits, several)) == pytest.approx(sum(softplus) / 4, rel=1e-6)
+
+
+def test_what_is_missing_of_the_sound_is_looked_at_nowhere() -> None:
+    model, batch = build(make_config()).eval(), make_batch(3)
+    poisoned = batch._replace(audio=torch.where(batch.has_audio[:, None], batch.audio, 1e6))
+    with torch.no_grad():
+        assert torch.equal(model.predict(batch, "target"), model.predict(poisoned, "target"))
+
+
+def test_a_mean_embedding_isn_t_learned_and_a_learned_one_is() -> None:
+    for kind, learned in (("mean", False), ("learned", True)):
+        model = build(make_config(missing_sound={"embedding": kind}))
+        model.losses(make_step(), Dropouts()).sum().backward()
+        assert (model.missing_sound.grad is not None and bool(model.missing_sound.grad.abs().sum() > 0)) is learned
+        torch.testing.assert_close(model.missing_sound.detach(), torch.linspace(-1, 1, N_AUDIO))
+
+
+def test_several_labels_are_sigmoids() -> None:
+    shapes = FeatureShapes({"tokens_slow": (2, 5), "tokens_fast": (4, 3)}, N_AUDIO, N_CLASSES, multi_label=True)
+    model = build(make_config(recogniser={"clips": "each"}), shapes=shapes).eval()
+    rng = torch.Generator().manual_seed(0)
+    visual = {
+        "tokens_slow": torch.randn(3, 1, 2, 5, generator=rng),
+        "tokens_fast": torch.randn(3, 1, 4, 3, generator=rng),
+    }
+    batch = FeatureBatch(visual, torch.randn(3, N_AUDIO, generator=rng), torch.ones(3, dtype=torch.bool))
+    labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
+    step = StepInputs(SourceFeatures(batch, labels, torch.zeros(3, dtype=torch.int64)), None, None, torch.tensor(0.0))
+    with torch.no_grad():
+        p = model.predict(batch, "source")
+        expected = F.binary_cross_entropy(p, labels)
+        assert float(model.losses(step, Dropouts())[0]) == pytest.approx(float(expected), rel=1e-5)
+    # Each token has a weight in the prediction, whatever its output.
+    for name in visual:
+        moved = {**visual, name: visual[name] + torch.eye(visual[name].shape[2])[-1][:, None]}
+        with torch.no_grad():
+            assert not torch.allclose(model.predict(batch._replace(visual=moved), "source"), p)
+
+
+def test_the_seed_decides_the_weights_and_leaves_torch_s_generator_alone() -> None:
+    torch.manual_seed(7)
+    first = build(make_config(), seed=1).state_dict()
+    torch.rand(3)
+    again, other = build(make_config(), seed=1).state_dict(), build(make_config(), seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["sound_token.bank"], other["sound_token.bank"])
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    torch.rand(3)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+class _Losses(torch.nn.Module):
+    def __init__(self, method: AudioInfusedRecogniser) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, source: SourceFeatures, target: TargetFeatures, draws: Tensor) -> Tensor:
+        return self.method.losses(StepInputs(source, target, None, torch.tensor(0.0)), Dropouts(draws))
+
+
+def test_recognisers_stack_with_batch_norm_and_dropout() -> None:
+    """Three stacked recognisers have the losses, gradients and running statistics of each by itself."""
+    config = make_config(recogniser={"fc": "hidden", "bank_width": 6})
+    models = [_Losses(build(config, seed)).train() for seed in range(3)]
+    steps = [make_step(10 * seed) for seed in range(3)]
+    trial = Dropouts()
+    models[0].method.losses(steps[0], trial)
+    draws = torch.rand(3, trial.n_taken, generator=torch.Generator().manual_seed(3))
+    parameters, buffers = stack_module_state(models)
+    parameters = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+    def compute(p: dict[str, Tensor], b: dict[str, Tensor], source: Any, target: Any, draws: Tensor) -> Any:
+        return functional_call(models[0], (p, b), (source, target, draws))
+
+    def stack(parts: list[Any]) -> Any:
+        return torch.utils._pytree.tree_map(lambda *x: torch.stack(x), parts[0], *parts[1:])
+
+    stacked = torch.vmap(compute)(
+        parameters, buffers, stack([s.source for s in steps]), stack([s.target for s in steps]), draws
+    )
+    stacked.sum().backward()
+    for i, (model, step) in enumerate(zip(models, steps, strict=True)):
+        terms = model(step.source, step.target, draws[i])
+        terms.sum().backward()
+        torch.testing.assert_close(stacked[i], terms, atol=1e-5, rtol=1e-5)
+        for name, parameter in model.named_parameters():
+            of_stack = parameters[name].grad
+            assert of_stack is not None and parameter.grad is not None, name
+            torch.testing.assert_close(of_stack[i], parameter.grad, atol=1e-5, rtol=1e-4)
+    # The first model's own buffers moved once more, in the trial; compare the others'.
+    for i in (1, 2):
+        for name, value in models[i].named_buffers():
+            torch.testing.assert_close(buffers[name][i], value)
