@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +50,22 @@ def tiny_encoder() -> ModuleType:
 def toy() -> ModuleType:
     """Gives toy_method.py."""
     return load_beside("toy_method")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs Stage 1 once; nobody changes what it left."""
+    root = tmp_path_factory.mktemp("stage1")
+    tiny = tiny_shift.TinyShift(root, root / "runs")
+    tiny.make()
+    code, out, err = tiny.stage1()
+    assert code == 0, err
+    (root / "printed.txt").write_text(out)
+    return tiny
+
+
+@pytest.fixture
+def copied(finished: Any, tmp_path: Path) -> Any:
+    """Gives the same data and cache, with a copy of the runs of this test's own."""
+    shutil.copytree(finished.runs, tmp_path / "runs")
+    return finished.with_runs(tmp_path / "runs")

@@ -25,25 +25,6 @@ from train.stage1.sound_steps import PREDICTIONS
 ENTRIES = 15  # zhang-encoder-test: 5 clips, three crops each
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs Stage 1 once; nobody changes what it left."""
-    root = tmp_path_factory.mktemp("stage1")
-    tiny = tiny_shift.TinyShift(root, root / "runs")
-    tiny.make()
-    code, out, err = tiny.stage1()
-    assert code == 0, err
-    (root / "printed.txt").write_text(out)
-    return tiny
-
-
-@pytest.fixture
-def copied(finished: Any, tmp_path: Path) -> Any:
-    """Gives the same data and cache, with a copy of the runs of this test's own."""
-    shutil.copytree(finished.runs, tmp_path / "runs")
-    return finished.with_runs(tmp_path / "runs")
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((folder / "record.json").read_text())
     return record

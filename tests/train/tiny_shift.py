@@ -49,6 +49,17 @@ SETTINGS = (
     "clusters.n_init=2",
 )
 
+STAGE2_SETTINGS = (
+    "recogniser.width=8",
+    "recogniser.n_heads=2",
+    "recogniser.head_width=4",
+    "recogniser.mlp_width=8",
+    "recogniser.visual_width=4",
+    "schedule.n_source=4",
+    "schedule.n_target=4",
+    "schedule.n_epochs=3",
+)
+
 
 def write_video(path: Path, labels: Iterable[int], *, seed: int, has_track: bool = True) -> None:
     """Writes one second an entry of `labels`: a picture of its own, and for 0 a low tone, for 1 a high one."""
@@ -149,10 +160,22 @@ class TinyShift:
         named = [dataset] if dataset else []
         return run(*self.list_arguments("stage1", *named, "--shift", "s-t", *arguments, settings=settings))
 
+    def stage2(self, *arguments: object, settings: Iterable[str] = ()) -> tuple[int, str, str]:
+        """Runs `echoshift stage2 tiny --shift s-t`."""
+        return run(*self.list_stage2(*arguments, settings=settings))
+
+    def list_stage2(self, *arguments: object, settings: Iterable[str] = ()) -> list[str]:
+        """Lists the arguments of `echoshift stage2 tiny --shift s-t`."""
+        chosen = (*STAGE2_SETTINGS, *settings)
+        return self.list_arguments("stage2", NAME, "--shift", "s-t", *arguments, settings=chosen)
+
     def start(self, *arguments: object, settings: Iterable[str] = ()) -> subprocess.Popen[bytes]:
         """Starts `echoshift stage1 tiny --shift s-t` in a process of its own."""
+        return self.start_command(self.list_arguments("stage1", NAME, "--shift", "s-t", *arguments, settings=settings))
+
+    def start_command(self, command: Iterable[str]) -> subprocess.Popen[bytes]:
+        """Starts `echoshift COMMAND` in a process of its own."""
         code = "from train.cli import main; main()"
-        command = self.list_arguments("stage1", NAME, "--shift", "s-t", *arguments, settings=settings)
         return subprocess.Popen(
             [sys.executable, "-c", code, *command],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

@@ -172,19 +172,21 @@ def predict(
     return context.run(step, make, name=name)
 
 
-def export_store(context: RunContext, name: str, preset: str, segments: Sequence[Segment]) -> StepResult:
-    """Writes a store of adapted features of segments, and their predictions (METHODS 5.7)."""
+def export_store(
+    context: RunContext, name: str, preset: str, segments: Sequence[Segment], *, without_sound: bool = False
+) -> StepResult:
+    """Writes a store of adapted features of segments, and their predictions (METHODS 5.7); or as if without sound."""
     encoder = train(context)
     outputs = context.config.export.outputs
     settings = {"preset": preset, "outputs": list(outputs)}
-    step = Step("features", 1, settings, _name_seen(context, encoder, segments))
+    step = Step("features", 1, settings, _name_seen(context, encoder, segments, without_sound))
 
     def make(folder: Path) -> Mapping[str, Any]:
         clips = choose_visual(context.config.visual, context.request.places, preset).spec
         spec = _make_adapted_spec(clips, str(encoder.outcome["identity"]), outputs)
         path = folder / f"{spec.encoder}-{fingerprint(spec)}.zarr"
         context.watcher.start(f"{context.title}: {name.replace('_', ' ')}", len(segments))
-        with _open_trained(context, encoder, preset, outputs) as predicting:
+        with _open_trained(context, encoder, preset, outputs, without_sound=without_sound) as predicting:
             predictions = export_features(
                 path,
                 context.card.name,

@@ -137,6 +137,11 @@ def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
     if export.train_preset:
         of_train = export_store(context, "train_features", export.train_preset, list_train_segments(splits))
         stores.append(of_train.folder / str(of_train.outcome["store"]))
+    if context.config.evaluation.sound == "missing" and context.config.attention.enabled:
+        silent = export_store(
+            context, "features_without_sound", visual.test_preset, splits.target_test, without_sound=True
+        )
+        stores.append(silent.folder / str(silent.outcome["store"]))
     labels = features
     if export.label_preset != visual.test_preset and splits.target_train:
         labels = predict(context, export.label_preset, splits.target_train, name="label_predictions")

@@ -214,7 +214,7 @@ def _predict(
     inputs = {"recogniser": training.key, "test": hash_json(split.segment_ids)}
     settings: dict[str, Any] = {"rule": rule, "sound": planned.request.config.test.sound}
     if planned.request.config.test.sound == "missing":
-        inputs["stream"] = stream.stream.inputs.key
+        inputs["without sound"] = stream.stream.inputs.without_sound_key
     if rule == "target_oracle":
         inputs["target labels (oracle)"] = hash_json(split.test.labels.tolist())
 

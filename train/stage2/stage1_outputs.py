@@ -29,7 +29,8 @@ class StreamInputs:
     """Is the files that one stream reads.
 
     Attributes:
-        key: names what is in them.
+        key: names what is in those that are trained on.
+        without_sound_key: names what is in `features_without_sound`.
         features: a store of all segments.
         table: Stage 1's table; None where the features come from elsewhere and have none.
         sound: a store of sound, where there is no table.
@@ -43,6 +44,7 @@ class StreamInputs:
     sound: Path | None = None
     train_features: Path | None = None
     features_without_sound: Path | None = None
+    without_sound_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,13 +76,14 @@ def find_stage1_outputs(
 
     features = find_store("features")
     assert features is not None, "_find_record looked"
-    named = ("table", "features", "train_features", "features_without_sound")
+    named = ("table", "features", "train_features")
     return StreamInputs(
         key=hash_json({name: record.steps[name] for name in named if name in record.steps}),
         features=features,
         table=_find_table(runs_dir, record),
         train_features=find_store("train_features"),
         features_without_sound=find_store("features_without_sound"),
+        without_sound_key=record.steps.get("features_without_sound", ""),
     )
 
 
