@@ -1,0 +1,126 @@
+"""Features in memory: views and clips in their places, and batches looked up as by plain indexing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import RunError, StoreError
+from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from pipeline.store.interface import FeatureStore, ShardIndex
+from pipeline.store.layout import DONE, plan_shards
+from pipeline.store.opening import create_store
+from train.cached.feature_bank import FeatureBank
+from train.cached.feature_rows import FeatureRows, read_visual
+
+IDS = tuple(f"s{i}" for i in range(6))
+CPU = torch.device("cpu")
+
+
+def write_store(path: Path, values: np.ndarray, n_valid: list[int], *, n_views: int, n_crops: int) -> FeatureStore:
+    """Writes a store whose one output has these values [n, entries, C]."""
+    spec = FeatureSpec(
+        encoder="slowfast_demo",
+        weights="0" * 64,
+        revision=1,
+        clip=ClipSpec(n_frames=4, stride=1, rate_hz=10, n_clips=values.shape[1] // n_views // n_crops, n_views=n_views),
+        frame=FrameSpec(
+            input="rgb",
+            short_side=32,
+            crop=32,
+            mean=(0, 0, 0),
+            std=(1, 1, 1),
+            crops="three" if n_crops > 1 else "centre",
+        ),
+        outputs=(OutputSpec(name="pooled", shape=(values.shape[2],)),),
+        dtype="float16",
+    )
+    n, n_entries = values.shape[:2]
+    store = create_store(
+        path, "toy", spec, IDS[:n], n_clips=n_entries, manifest_sha256="0", weights_source="none", n_rows_per_shard=n
+    )
+    [shard] = plan_shards(store.layout)
+    store.begin_shard(shard)
+    n_rows, n_clips = store.get_output_chunks("pooled")
+    for row in range(0, n, n_rows):
+        for clip in range(0, n_entries, n_clips):
+            part = values[row : row + n_rows, clip : clip + n_clips].astype(np.float16)
+            store.write_outputs("pooled", row, part, clip)
+    index = ShardIndex(
+        times=np.zeros((n, n_entries, 2)),
+        frames=np.zeros((n, n_entries, 2), dtype=np.int64),
+        n_valid=np.array(n_valid, dtype=np.int32),
+        digest=np.zeros((n, 16), dtype=np.uint8),
+        state=np.full(n, DONE, dtype=np.uint8),
+    )
+    store.commit_shard(shard, index)
+    return store
+
+
+def test_entries_are_clips_of_views_of_crops(tmp_path: Path) -> None:
+    n_clips, n_views, n_crops = 2, 1, 3
+    # Each value says which clip, view and crop it is of.
+    values = np.array(
+        [[[100 * c + 10 * v + k] for c in range(n_clips) for v in range(n_views) for k in range(n_crops)]] * 2
+    )
+    store = write_store(tmp_path / "a.zarr", values, [18, 18], n_views=n_views, n_crops=n_crops)
+    visual = read_visual(store, ["s1"])["pooled"]
+    assert visual.shape == (1, n_views * n_crops, n_clips, 1) and visual.dtype == torch.float16
+    for clip in range(n_clips):
+        for view in range(n_views):
+            for crop in range(n_crops):
+                assert visual[0, view * n_crops + crop, clip, 0] == 100 * clip + 10 * view + crop
+
+
+def test_a_clip_that_is_not_there_repeats_those_that_are(tmp_path: Path) -> None:
+    values = np.arange(10.0).reshape(2, 5, 1)
+    values[1, 2:] = 0
+    store = write_store(tmp_path / "a.zarr", values, [5, 2], n_views=1, n_crops=1)
+    visual = read_visual(store, ["s1", "s0"])["pooled"][:, 0, :, 0].tolist()
+    assert visual == [[5, 6, 5, 6, 5], [0, 1, 2, 3, 4]]
+
+
+def test_a_segment_that_is_not_there_is_named(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "a.zarr", np.zeros((2, 1, 1)), [1, 1], n_views=1, n_crops=1)
+    with pytest.raises(StoreError, match="segment s5 is not in"):
+        read_visual(store, ["s0", "s5"])
+    with pytest.raises(RunError, match="no features of segment s5"):
+        make_rows(2, 0).find(["s5"])
+
+
+def make_rows(n: int, seed: int, *, n_views: int = 2, n_clips: int = 3) -> FeatureRows:
+    rng = np.random.default_rng(seed)
+    return FeatureRows(
+        IDS[:n],
+        {"pooled": torch.from_numpy(rng.standard_normal((n, n_views, n_clips, 4)).astype(np.float16))},
+        torch.from_numpy(rng.standard_normal((n, 2)).astype(np.float32)),
+        torch.from_numpy(rng.random(n) < 0.5),
+    )
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_batches_are_those_of_plain_indexing(n_views: int) -> None:
+    first, second = make_rows(6, 0, n_views=n_views), make_rows(4, 1, n_views=n_views)
+    bank = FeatureBank([first, second, first], CPU)
+    assert [bank.offset_of(part) for part in (first, second)] == [0, 6], "the same rows are held once"
+    rng = np.random.default_rng(2)
+    rows = torch.from_numpy(rng.integers(0, 10, (2, 5)))
+    views = torch.from_numpy(rng.integers(0, n_views, (2, 5)))
+    clips = torch.from_numpy(rng.integers(0, 3, (2, 5)))
+    visual = torch.cat([first.visual["pooled"], second.visual["pooled"]]).float()
+    batch, single = bank.gather(rows, views), bank.gather(rows, views, clips)
+    assert batch.visual["pooled"].dtype == torch.float32
+    assert torch.equal(batch.visual["pooled"], visual[rows, views])
+    assert torch.equal(single.visual["pooled"], visual[rows, views, clips][:, :, None])
+    assert torch.equal(batch.audio, torch.cat([first.audio, second.audio])[rows])
+    assert torch.equal(batch.has_audio, torch.cat([first.has_audio, second.has_audio])[rows])
+
+
+def test_features_of_different_shapes_are_not_held_together() -> None:
+    with pytest.raises(RunError, match="features of different shapes"):
+        FeatureBank([make_rows(2, 0), make_rows(2, 0, n_clips=2)], CPU)
+    with pytest.raises(RunError, match="features of different numbers of views"):
+        FeatureBank([make_rows(2, 0), make_rows(2, 0, n_views=1)], CPU)
