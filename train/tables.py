@@ -101,7 +101,7 @@ def make_table(
         raise RunError(f"grid {grid.name} has no runs to make a table of")
     groups = grid.columns if columns is None else columns
     shifts = list(dict.fromkeys(run.shift for run in planned))
-    found = _find_records(grid, records, planned, card, selection)
+    found = _find_records(records, planned, card, selection)
     used = {row: _of_manifest(runs, manifest_sha256) for row, runs in found.items()}
     has_all_shifts = set(shifts) == set(list_shifts(grid, card))
     published = _find_published(grid, card)
@@ -152,7 +152,6 @@ RowRuns = Mapping[PairKey, RunRecord]
 
 
 def _find_records(
-    grid: Grid,
     records: Iterable[RunRecord],
     planned: Sequence[PlannedRun],
     card: DatasetCard,
@@ -161,7 +160,7 @@ def _find_records(
     latest = keep_latest(record for record in records if record.dataset == card.name)
     found: dict[str, dict[PairKey, RunRecord]] = {run.row: {} for run in planned}
     for run in planned:
-        record = latest.get((grid.stage, run.config_hash, run.shift, run.seed, selection))
+        record = latest.get((run.stage, run.config_hash, run.shift, run.seed, selection))
         if record is not None:
             found[run.row][run.shift, run.seed] = record
     return found

@@ -43,7 +43,7 @@ GRID = Grid(
         GridRow(name="+ most", overrides=("absent.weight=2",), published="most"),
     ),
 )
-PLANNED = plan_runs(GRID, CARD, lambda overrides: {"overrides": list(overrides)})
+PLANNED = plan_runs(GRID, CARD, lambda stage, overrides: {"overrides": list(overrides)})
 # By row, shift and seed, top-1; of "+ most" one seed is whole, and one has one shift.
 TOP1 = {
     "V_1": {"D1-D2": [0.50, 0.52, 0.54], "D2-D1": [0.40, 0.41, 0.45]},
@@ -172,7 +172,7 @@ def test_a_synthetic_dataset_has_no_published_numbers_and_says_what_it_is():
 
 def test_epics_table_2_shows_what_the_paper_printed():
     grid, card = read_grid("a-table2-stage1"), read_dataset_card("epic")
-    table = make_table(grid, [], plan_runs(grid, card, lambda overrides: {"overrides": list(overrides)}), card)
+    table = make_table(grid, [], plan_runs(grid, card, lambda stage, overrides: {"overrides": list(overrides)}), card)
     assert [row.published for row in table.rows] == [{"mean": v} for v in (48.0, 51.2, 53.7, 55.7)]
     # The card also has three shifts from two sources, which the paper's mean is not over.
     assert table.columns == ("D1-D2", "D1-D3", "D2-D1", "D2-D3", "D3-D1", "D3-D2", "mean")
