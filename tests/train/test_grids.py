@@ -155,8 +155,8 @@ def test_an_unknown_grid_is_answered_with_the_nearest(tmp_path):
         read_grid("a-table2-stage")
     with pytest.raises(RunError, match="there is no grid 'zzz'; there are a-absent-r, a-bn-mode"):
         read_grid("zzz")
-    with pytest.raises(RunError, match=r"no grid file .*a-fig5.toml; did you mean 'a-fig4'"):
-        read_grid(tmp_path / "a-fig5.toml")
+    with pytest.raises(RunError, match=r"no grid file .*a-lambdas.toml; did you mean 'a-lambda'"):
+        read_grid(tmp_path / "a-lambdas.toml")
 
 
 def test_what_a_card_lacks_is_named(tmp_path):
