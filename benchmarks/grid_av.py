@@ -6,8 +6,8 @@ FOLDER holds `labels.csv` and the clips of `clean` and `shift` (a part of GRID, 
 verb of each sentence, the second domain made by flipping, turning the hue, less contrast and blur). A segment is the
 verb with 0.4 s before and after it. Pictures go through I3D with Kinetics weights (`make weights`), in the trunk mode;
 the sound through a ResNet-18 with random weights, of which layer4 is trained, because VGGSound's are not on any package
-index. 64 train and 32 test segments: the table's intervals are wide. Without --grid it compares Stage 1's encoder with the
-visual encoder alone. Writes the table to benchmarks/results/grid_av.md, or grid_av-GRID.md.
+index. 64 train and 32 test segments: the table's intervals are wide. Without --grid it compares Stage 1's encoder with
+the visual encoder alone. Writes the table to benchmarks/results/grid_av.md, or grid_av-GRID.md.
 """
 
 from __future__ import annotations
