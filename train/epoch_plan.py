@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-_SOURCE, _LABELLED, _TARGET = range(3)
+SOURCE, LABELLED, TARGET = range(3)
+
+Order = Callable[[int, int, int, int], np.ndarray]  # n, seed, number of the round, what
 
 
 class BatchSizes(Protocol):
@@ -69,37 +72,46 @@ class PlannedBatch:
 
 
 def plan_epoch(
-    n_source: int, n_labelled: int, n_target: int, sizes: BatchSizes, *, seed: int, epoch: int
+    n_source: int,
+    n_labelled: int,
+    n_target: int,
+    sizes: BatchSizes,
+    *,
+    seed: int,
+    epoch: int,
+    order: Order | None = None,
 ) -> list[PlannedBatch]:
     """Plans an epoch: every batch has n_source segments of the source, in a new order; what fills no batch is left out.
 
     The target's segments come from an endless row of shuffles, in which an epoch goes on where the one before stopped,
     so that all of them are seen equally often (the released code begins anew each epoch and never sees most of them;
-    METHODS 9). A source smaller than a batch is one batch.
+    METHODS 9). A source smaller than a batch is one batch. `order` takes the place of `shuffle`.
     """
-    order = _shuffle(n_source, seed, epoch, _SOURCE)
+    order = order or shuffle
+    of_source = order(n_source, seed, epoch, SOURCE)
     size = min(sizes.n_source, n_source)
     n_batches = n_source // size
     labelled_size = min(sizes.n_labelled, n_labelled)
     target_size = min(sizes.n_target, n_target)
     return [
         PlannedBatch(
-            order[i * size : (i + 1) * size],
-            _take_from_row(n_labelled, (epoch * n_batches + i) * labelled_size, labelled_size, seed, _LABELLED),
-            _take_from_row(n_target, (epoch * n_batches + i) * target_size, target_size, seed, _TARGET),
+            of_source[i * size : (i + 1) * size],
+            _take_from_row(n_labelled, (epoch * n_batches + i) * labelled_size, labelled_size, seed, LABELLED, order),
+            _take_from_row(n_target, (epoch * n_batches + i) * target_size, target_size, seed, TARGET, order),
         )
         for i in range(n_batches)
     ]
 
 
-def _take_from_row(n: int, start: int, size: int, seed: int, what: int) -> np.ndarray:
+def _take_from_row(n: int, start: int, size: int, seed: int, what: int, order: Order) -> np.ndarray:
     """Takes `size` rows from an endless row of shuffles of n."""
     if not size:
         return np.zeros(0, dtype=np.int64)
     rounds = range(start // n, (start + size - 1) // n + 1)
-    row = np.concatenate([_shuffle(n, seed, r, what) for r in rounds])
+    row = np.concatenate([order(n, seed, r, what) for r in rounds])
     return row[start % n : start % n + size]
 
 
-def _shuffle(n: int, seed: int, number: int, what: int) -> np.ndarray:
+def shuffle(n: int, seed: int, number: int, what: int) -> np.ndarray:
+    """Shuffles n rows, int64 [n]; seed, number of the round and what is shuffled decide the order."""
     return np.random.default_rng([seed, number, what]).permutation(n)

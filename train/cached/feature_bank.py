@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import RunError
 from train.cached.batches import FeatureBatch
 from train.cached.feature_rows import FeatureRows
+from train.cached.larger_than_memory import StoredBank, StoredRows
+
+Rows = FeatureRows | StoredRows
+
+
+class Bank(Protocol):
+    """Is where batches are looked up."""
+
+    n_views: int
+    one_clip: bool
+
+    def offset_of(self, part: Rows) -> int:
+        """Gives what is added to the row numbers of a part."""
+        ...
+
+    def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
+        """Looks features up; rows, views and clips are int64 [..., B] on the device, the batch has the same axes first.
+
+        No `views`: the first. With `clips` each segment is that one of its clips, n_clips = 1.
+        """
+        ...
+
+
+def make_bank(parts: Sequence[Rows], device: torch.device, *, one_clip: bool = False) -> Bank:
+    """Holds rows on the device, or, where they stay in their store, what is wanted of them at a time.
+
+    Raises RunError where rows that stay in their store are to be held together with others.
+    """
+    held = [part for part in parts if isinstance(part, FeatureRows)]
+    if len(held) == len(parts):
+        return FeatureBank(held, device, one_clip=one_clip)
+    first = parts[0]
+    if any(part is not first for part in parts) or isinstance(first, FeatureRows):
+        raise RunError("features larger than data.max_memory_mb can't be trained on in stacks; use --stack 1")
+    return StoredBank(first, device, one_clip=one_clip)
 
 
 class FeatureBank:
@@ -32,23 +67,19 @@ class FeatureBank:
         self._held = held  # an id is good as long as its object lives
         first = held[0]
         for part in held:
-            if {k: v.shape[2:] for k, v in part.visual.items()} != {k: v.shape[2:] for k, v in first.visual.items()}:
+            if part.shapes != first.shapes:
                 raise RunError("features of different shapes can't be held together; train these runs one by one")
         self.n_views = max(part.n_views for part in held)
         self._visual = {name: _join([part.visual[name] for part in held], device) for name in first.visual}
         self._audio = _join([part.audio for part in held], device)
         self._has_audio = _join([part.has_audio for part in held], device)
 
-    def offset_of(self, part: FeatureRows) -> int:
+    def offset_of(self, part: Rows) -> int:
         """Gives what is added to the row numbers of a part."""
         return self._offsets[id(part)]
 
     def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
-        """Looks features up; rows, views and clips are int64 [..., B] on the device, the batch has the same axes first.
-
-        No `views`: the only one, or the first. With `clips` each segment is that one of its clips, n_clips = 1. It
-        never waits for the device.
-        """
+        """Looks features up as `Bank` says; it never waits for the device."""
         flat = rows.reshape(-1)
         visual = {}
         for name, values in self._visual.items():
@@ -62,11 +93,6 @@ class FeatureBank:
             visual[name] = taken.float().view(*rows.shape, *taken.shape[1:])
         audio = self._audio.index_select(0, flat).view(*rows.shape, -1)
         return FeatureBatch(visual, audio, self._has_audio.index_select(0, flat).view(rows.shape))
-
-
-def order_rows(n: int, seed: int, number: int, what: int) -> np.ndarray:
-    """Shuffles n rows: the order that (seed, number, what) decide, int64 [n]."""
-    return np.random.default_rng([seed, number, what]).permutation(n)
 
 
 def _join(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.errors import RunError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.reading import RowFinder
+from train.epoch_plan import shuffle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +35,11 @@ class FeatureRows:
         return len(self.segment_ids)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Gives by output what a view of a segment is, (n_clips, ...)."""
+        return {name: tuple(values.shape[2:]) for name, values in self.visual.items()}
+
+    @property
     def n_views(self) -> int:
         """Gives how many views of each segment there are."""
         return next(iter(self.visual.values())).shape[1]
@@ -45,11 +51,15 @@ class FeatureRows:
 
     def find(self, segment_ids: Sequence[str]) -> np.ndarray:
         """Finds the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
-        row_of = {segment_id: row for row, segment_id in enumerate(self.segment_ids)}
-        try:
-            return np.array([row_of[segment_id] for segment_id in segment_ids], dtype=np.int64)
-        except KeyError as error:
-            raise RunError(f"no features of segment {error.args[0]} were read; extract it") from error
+        return find_rows(self.segment_ids, segment_ids)
+
+    def without_sound(self) -> FeatureRows:
+        """Gives the same rows as if none had sound."""
+        return replace(self, audio=torch.zeros_like(self.audio), has_audio=torch.zeros_like(self.has_audio))
+
+    def shuffle(self, rows: np.ndarray, seed: int, number: int, what: int) -> np.ndarray:
+        """Gives the order in which an epoch takes rows, int64 [n], positions in `rows`; the three numbers decide it."""
+        return shuffle(len(rows), seed, number, what)
 
 
 def read_visual(store: FeatureStore, segment_ids: Sequence[str]) -> dict[str, Tensor]:
@@ -60,13 +70,29 @@ def read_visual(store: FeatureStore, segment_ids: Sequence[str]) -> dict[str, Te
     n_views = store.spec.n_entries_per_clip
     finder = RowFinder(list(store.segment_ids))
     n_valid = store.read_array("n_valid")[finder.find(str(store.path), segment_ids)] // n_views
-    visual = {}
-    for output in store.spec.outputs:
-        values = store.read(segment_ids, output.name)
-        values = values.reshape(len(values), -1, n_views, *values.shape[2:])  # entries are clip by clip
-        _repeat_clips(values, n_valid)
-        visual[output.name] = torch.from_numpy(values).movedim(2, 1).contiguous()
-    return visual
+    return {
+        output.name: arrange_entries(store.read(segment_ids, output.name), n_views, n_valid)
+        for output in store.spec.outputs
+    }
+
+
+def find_rows(known: Sequence[str], segment_ids: Sequence[str]) -> np.ndarray:
+    """Finds where ids are among those known, int64 [n]; raises RunError naming the first that isn't there."""
+    row_of = {segment_id: row for row, segment_id in enumerate(known)}
+    try:
+        return np.array([row_of[segment_id] for segment_id in segment_ids], dtype=np.int64)
+    except KeyError as error:
+        raise RunError(f"no features of segment {error.args[0]} were read; extract it") from error
+
+
+def arrange_entries(values: np.ndarray, n_views: int, n_valid: np.ndarray) -> Tensor:
+    """Arranges a store's entries, [n, n_entries, ...], clip by clip, as [n, n_views, n_clips, ...].
+
+    A row has the first `n_valid` (int [n]) of its clips; those that it hasn't repeat those that it has, in turn.
+    """
+    values = values.reshape(len(values), -1, n_views, *values.shape[2:])
+    _repeat_clips(values, n_valid)
+    return torch.from_numpy(values).movedim(2, 1).contiguous()
 
 
 def read_sound(store: FeatureStore, segment_ids: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train.cached.batches import Dropouts, Method
-from train.cached.feature_bank import FeatureBank
+from train.cached.feature_bank import Bank
 from train.cached.run_steps import ChunkInputs, StepSource, make_step_inputs
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class TrainedModels(Protocol):
         """Sets the learning rate of the steps to come."""
         ...
 
-    def train(self, chunk: ChunkInputs, bank: FeatureBank) -> Tensor:
+    def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
         """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms], on the device."""
         ...
 
@@ -78,7 +78,7 @@ class SingleModel:
         """Sets the learning rate of the steps to come."""
         set_lr(self._optimiser, lr)
 
-    def train(self, chunk: ChunkInputs, bank: FeatureBank) -> Tensor:
+    def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
         """Takes a chunk's steps; gives the terms of the loss, float32 [S, 1, n_terms]."""
         losses = []
         method = cast(Method, self._method)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from train.cached.batches import Domain, Method
-from train.cached.feature_bank import FeatureBank
-from train.cached.feature_rows import FeatureRows
+from train.cached.feature_bank import Rows, make_bank
 
 _N_AT_ONCE = 256
 
@@ -18,7 +17,7 @@ _N_AT_ONCE = 256
 @torch.inference_mode()
 def predict_rows(
     method: nn.Module,
-    rows: FeatureRows,
+    rows: Rows,
     index: np.ndarray,
     domain: Domain,
     device: torch.device,
@@ -31,7 +30,7 @@ def predict_rows(
     The mean over views. With `one_clip` each clip is predicted by itself, and `over_clips` combines them (METHODS 6:
     the maximum for CharadesEgo). The method is in eval mode, on the device.
     """
-    bank = FeatureBank([rows], device)
+    bank = make_bank([rows], device)
     found = []
     for start in range(0, len(index), _N_AT_ONCE):
         part = torch.from_numpy(index[start : start + _N_AT_ONCE]).to(device)

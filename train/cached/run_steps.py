@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ from train.cached.batches import (
     StepInputs,
     TargetFeatures,
 )
-from train.cached.feature_bank import FeatureBank
-from train.epoch_plan import plan_epoch
+from train.cached.feature_bank import Bank
+from train.epoch_plan import LABELLED, SOURCE, TARGET, plan_epoch
 
 if TYPE_CHECKING:
     from train.cached.training import Schedule, TrainingData
@@ -87,11 +88,16 @@ class RunSteps:
 
     def _plan_epochs(self) -> Iterator[PlannedSteps]:
         data, epoch = self.data, 0
+        rows_of = {SOURCE: data.source, LABELLED: data.labelled, TARGET: data.target}
+
+        @lru_cache(maxsize=8)
+        def order(n: int, seed: int, number: int, what: int) -> np.ndarray:
+            return data.train.shuffle(rows_of[what], seed, number, what)
+
         n_clips = data.train.n_clips if data.one_clip else 1
         while True:
-            batches = plan_epoch(
-                len(data.source), len(data.labelled), len(data.target), self.schedule, seed=self.seed, epoch=epoch
-            )
+            sizes = len(data.source), len(data.labelled), len(data.target)
+            batches = plan_epoch(*sizes, self.schedule, seed=self.seed, epoch=epoch, order=order)
             source, target, labelled = (
                 np.stack([getattr(batch, part) for batch in batches]) for part in ("source", "target", "labelled")
             )
@@ -112,7 +118,7 @@ class RunSteps:
 class StepSource:
     """Brings the steps of R runs to the device, a chunk at a time."""
 
-    def __init__(self, bank: FeatureBank, runs: Sequence[RunSteps], device: torch.device) -> None:
+    def __init__(self, bank: Bank, runs: Sequence[RunSteps], device: torch.device) -> None:
         self.bank, self.runs, self._device = bank, list(runs), device
         self.n_draws = 0
         self._generators = []
@@ -149,7 +155,7 @@ class StepSource:
         return ChunkInputs(*moved)
 
 
-def make_step_inputs(of_step: ChunkInputs, bank: FeatureBank) -> StepInputs:
+def make_step_inputs(of_step: ChunkInputs, bank: Bank) -> StepInputs:
     """Looks up what one run's step sees; the fields have neither the axis of steps nor that of runs."""
     batch = bank.gather(of_step.rows, of_step.views, of_step.clips if bank.one_clip else None)
     return cut_batch(batch, of_step)

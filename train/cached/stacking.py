@@ -12,7 +12,7 @@ from torch.func import functional_call, stack_module_state
 
 from train.cached.batches import Dropouts, FeatureBatch, Method
 from train.cached.cuda_graphs import StepGraph
-from train.cached.feature_bank import FeatureBank
+from train.cached.feature_bank import Bank
 from train.cached.models import make_optimiser, set_lr
 from train.cached.run_steps import ChunkInputs, cut_batch
 
@@ -52,7 +52,7 @@ class StackedModels:
         """Sets the learning rate of the steps to come."""
         set_lr(self._optimiser, lr)
 
-    def train(self, chunk: ChunkInputs, bank: FeatureBank) -> Tensor:
+    def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
         """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms]."""
 
         def take_step(of_step: ChunkInputs) -> Tensor:
@@ -90,7 +90,7 @@ class StackedModels:
         set_lr(self._optimiser, float(lr))
         self._graph = None
 
-    def _take_step(self, of_step: ChunkInputs, bank: FeatureBank) -> Tensor:
+    def _take_step(self, of_step: ChunkInputs, bank: Bank) -> Tensor:
         """Takes one step of all runs; gives the terms of the loss, float32 [R, n_terms]."""
         batch = bank.gather(of_step.rows, of_step.views, of_step.clips if bank.one_clip else None)
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from pipeline.errors import RunError
 from train.cached.batches import Domain, Method
-from train.cached.feature_bank import FeatureBank
-from train.cached.feature_rows import FeatureRows
+from train.cached.feature_bank import Rows, make_bank
 from train.cached.models import count_draws, make_models
 from train.cached.predicting import predict_rows
 from train.cached.run_steps import RunSteps, StepSource
@@ -35,7 +34,7 @@ class TrainingData:
         one_clip: each sample is one of its clips, drawn anew each time; otherwise all clips together.
     """
 
-    train: FeatureRows
+    train: Rows
     source: np.ndarray
     source_labels: np.ndarray
     source_domains: np.ndarray
@@ -91,7 +90,7 @@ class TrainingJob:
     data: TrainingData
     schedule: Schedule
     seed: int
-    predict: Mapping[str, tuple[FeatureRows, np.ndarray, Domain]]
+    predict: Mapping[str, tuple[Rows, np.ndarray, Domain]]
     signature: str
     over_clips: Literal["mean", "max"] = "mean"
 
@@ -137,7 +136,7 @@ def train_jobs(
 
 def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: EpochWatcher) -> list[TrainedRun]:
     """Trains jobs of one signature together, the longest first; the shortest leaves the stack when it is done."""
-    bank = FeatureBank([job.data.train for job in jobs], device, one_clip=jobs[0].data.one_clip)
+    bank = make_bank([job.data.train for job in jobs], device, one_clip=jobs[0].data.one_clip)
     methods = [job.build() for job in jobs]
     loss_names = cast(Method, methods[0]).loss_names
     models = make_models(methods, jobs[0].schedule, device)
@@ -181,7 +180,7 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
 
 
 def _predict(
-    method: nn.Module, job: TrainingJob, rows: FeatureRows, index: np.ndarray, domain: Domain, device: torch.device
+    method: nn.Module, job: TrainingJob, rows: Rows, index: np.ndarray, domain: Domain, device: torch.device
 ) -> np.ndarray:
     method.eval()
     found = predict_rows(method, rows, index, domain, device, one_clip=job.data.one_clip, over_clips=job.over_clips)

@@ -15,7 +15,9 @@ from torch import Tensor
 from pipeline.errors import RunError
 from pipeline.specs import fingerprint
 from pipeline.store.opening import open_store
+from train.cached.feature_bank import Rows
 from train.cached.feature_rows import FeatureRows, read_sound, read_visual
+from train.cached.larger_than_memory import count_row_bytes, open_rows
 from train.prediction_table import PredictionTable, read_prediction_table
 from train.runs import RunRecord
 from train.stage2.config import StreamConfig
@@ -51,8 +53,8 @@ class StreamInputs:
 class StreamFeatures:
     """Is a stream's features in memory: rows that are trained on and rows that are tested; they may be the same."""
 
-    train: FeatureRows
-    test: FeatureRows
+    train: Rows
+    test: Rows
 
 
 def has_stage1_outputs(runs_dir: Path, records: Iterable[RunRecord], config_hash: str, shift: str, seed: int) -> bool:
@@ -112,27 +114,38 @@ def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
     return StreamInputs(hash_json(named), features, table, sound, train_features)
 
 
-def open_stream(inputs: StreamInputs, segment_ids: Sequence[str], train_ids: Sequence[str]) -> StreamFeatures:
+def stays_stored(inputs: StreamInputs, n_segments: int, max_bytes: int) -> bool:
+    """Says whether the features that are trained on take more than `max_bytes`, so that they are read by shards."""
+    return n_segments * count_row_bytes(open_store(inputs.train_features or inputs.features)) > max_bytes
+
+
+def open_stream(
+    inputs: StreamInputs, segment_ids: Sequence[str], train_ids: Sequence[str], max_bytes: int
+) -> StreamFeatures:
     """Reads a stream's features of segments; those of `train_ids` once more where training has views of its own.
 
-    Raises StoreError or RunError naming the first segment that isn't there.
+    What would take more than `max_bytes` stays in its store. Raises StoreError or RunError naming the first segment
+    that isn't there.
     """
     table = None if inputs.table is None else read_prediction_table(inputs.table)
-    test = _read_rows(inputs, inputs.features, table, segment_ids)
+    test = _read_rows(inputs, inputs.features, table, segment_ids, max_bytes)
     if inputs.train_features is None or not train_ids:
         return StreamFeatures(test, test)
-    return StreamFeatures(_read_rows(inputs, inputs.train_features, table, train_ids), test)
+    return StreamFeatures(_read_rows(inputs, inputs.train_features, table, train_ids, max_bytes), test)
 
 
 def _read_rows(
-    inputs: StreamInputs, features: Path, table: PredictionTable | None, segment_ids: Sequence[str]
-) -> FeatureRows:
+    inputs: StreamInputs, features: Path, table: PredictionTable | None, segment_ids: Sequence[str], max_bytes: int
+) -> Rows:
     if table is not None:
         audio, has_audio = _read_heard(table, segment_ids)
     else:
         assert inputs.sound is not None, "name_files looked"
         audio, has_audio = read_sound(open_store(inputs.sound), segment_ids)
-    return FeatureRows(tuple(segment_ids), read_visual(open_store(features), segment_ids), audio, has_audio)
+    store = open_store(features)
+    if len(segment_ids) * count_row_bytes(store) > max_bytes:
+        return open_rows(store, segment_ids, audio, has_audio, max_bytes)
+    return FeatureRows(tuple(segment_ids), read_visual(store, segment_ids), audio, has_audio)
 
 
 def _read_heard(table: PredictionTable, segment_ids: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,14 @@ from torch import nn
 from pipeline.errors import RunError
 from pipeline.segments import Segment
 from train.cached.batches import Domain
-from train.cached.feature_rows import FeatureRows
+from train.cached.feature_bank import Rows
 from train.cached.training import Schedule, TrainingData, TrainingJob
 from train.prediction_table import PredictionTable
 from train.splits import ShiftSplits, label_target_train
 from train.stage2.config import Stage2Config
 from train.stage2.recogniser import FeatureShapes, build_recogniser
 from train.stage2.requests import Stage2Request, StreamRequest
-from train.stage2.stage1_outputs import StreamFeatures, StreamInputs, open_stream
+from train.stage2.stage1_outputs import StreamFeatures, StreamInputs, open_stream, stays_stored
 from train.steps import Step, hash_json
 
 NO_LABEL = -1
@@ -61,7 +61,9 @@ class StreamRun:
         settings |= {"seed": self.request.seed, "classes": list(self.request.card.classes)}
         if self.tracks_epochs:
             settings |= {"every epoch": True, "test": described["test"]}
-        splits = self.splits
+        splits, max_memory_mb = self.splits, self.config.data.max_memory_mb
+        if stays_stored(self.stream.inputs, len(_list_ids(splits)), max_memory_mb * 2**20):
+            settings["max_memory_mb"] = max_memory_mb  # it decides the order of batches then
         source = splits.source_train
         inputs = {
             "stream": self.stream.inputs.key,
@@ -77,9 +79,10 @@ class StreamRun:
 
     def open_features(self) -> StreamFeatures:
         """Reads the stream's features into memory."""
-        return _open_features(self.stream.inputs, tuple(_list_ids(self.splits)), tuple(_list_train_ids(self.splits)))
+        ids, train_ids = tuple(_list_ids(self.splits)), tuple(_list_train_ids(self.splits))
+        return _open_features(self.stream.inputs, ids, train_ids, self.config.data.max_memory_mb)
 
-    def open_test_rows(self) -> FeatureRows:
+    def open_test_rows(self) -> Rows:
         """Gives the rows that the target's test segments are predicted from, without sound where that is the setting.
 
         Visual features are then those that the encoder makes without sound, where they were exported.
@@ -90,13 +93,14 @@ class StreamRun:
         rows = self.open_features().test
         if inputs.features_without_sound is not None:
             without = replace(inputs, features=inputs.features_without_sound, train_features=None)
-            rows = _open_features(without, tuple(_ids(self.splits.target_test)), ()).test
-        return replace(rows, audio=torch.zeros_like(rows.audio), has_audio=torch.zeros_like(rows.has_audio))
+            ids, max_memory_mb = tuple(_ids(self.splits.target_test)), self.config.data.max_memory_mb
+            rows = _open_features(without, ids, (), max_memory_mb).test
+        return rows.without_sound()
 
-    def list_predicted(self) -> Mapping[str, tuple[FeatureRows, np.ndarray, Domain]]:
+    def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
         """Lists what is predicted: the source's validation split and the target's test split."""
         rows, test_rows, splits = self.open_features().test, self.open_test_rows(), self.splits
-        predicted: dict[str, tuple[FeatureRows, np.ndarray, Domain]] = {
+        predicted: dict[str, tuple[Rows, np.ndarray, Domain]] = {
             "target_test": (test_rows, test_rows.find(_ids(splits.target_test)), "target")
         }
         if len(splits.source_val):
@@ -111,7 +115,7 @@ class StreamRun:
         audio = features.train.audio[heard][has_audio]
         n_audio = features.train.audio.shape[1]
         shapes = FeatureShapes(
-            visual={name: tuple(values.shape[3:]) for name, values in features.train.visual.items()},
+            visual={name: shape[1:] for name, shape in features.train.shapes.items()},
             n_audio=n_audio,
             n_classes=len(self.request.card.classes),
             multi_label=self.request.is_multi_label,
@@ -123,10 +127,9 @@ class StreamRun:
         """Makes the job that the loop trains."""
         data = self._make_data()
         schedule = self._plan_schedule(len(data.source))
-        shapes = {name: list(values.shape[2:]) for name, values in data.train.visual.items()}
         same = [
             {part: v for part, v in self.config.describe().items() if part not in ("selection", "streams")},
-            shapes,
+            {name: list(shape) for name, shape in data.train.shapes.items()},
             [data.train.audio.shape[1], self.request.is_multi_label, len(self.request.card.classes)],
             [bool(len(data.target)), bool(len(data.labelled))],
             [
@@ -199,8 +202,10 @@ class StreamRun:
 
 
 @lru_cache(maxsize=2)
-def _open_features(inputs: StreamInputs, segment_ids: tuple[str, ...], train_ids: tuple[str, ...]) -> StreamFeatures:
-    return open_stream(inputs, segment_ids, train_ids)
+def _open_features(
+    inputs: StreamInputs, segment_ids: tuple[str, ...], train_ids: tuple[str, ...], max_memory_mb: int
+) -> StreamFeatures:
+    return open_stream(inputs, segment_ids, train_ids, max_memory_mb * 2**20)
 
 
 def _ids(segments: Sequence[Segment]) -> list[str]:
