@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.errors import RunError
-from train.method_running import PlannedTraining
+from train.planned_training import PlannedTraining
 from train.prediction_table import PredictionTable, read_prediction_table
 from train.splits import keep_segments, list_segment_ids, split_for_shift
 from train.stage2.requests import Stage2Request
