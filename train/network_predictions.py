@@ -110,7 +110,7 @@ def list_ids(rows: Rows, index: np.ndarray) -> np.ndarray:
 
 
 def _read_epochs(path: Path, name: str, segment_ids: Sequence[str]) -> np.ndarray | None:
-    """Reads what the weights of each snapshot predict of segments, float32 [snapshots, n, K]; None if nothing is kept."""
+    """Reads what each snapshot predicts of segments, float32 [snapshots, n, K]; None if nothing is kept."""
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as arrays:
