@@ -1,0 +1,163 @@
+"""Defines the configuration of methods that align modalities or domains: METHODS section 7, each default in one place.
+
+[M] is Munro and Damen's released code (MM-SADA), where Planamente et al. 2021 say nothing; [?] is a choice of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.specs import SpecModel
+
+METHOD_NAMES = (
+    "source_only",
+    "rna",
+    "hna",
+    "align",
+    "orth",
+    "synchronisation",
+    "adabn",
+    "mmd",
+    "grl",
+    "mm_sada",
+    "rna_grl",
+    "planamente_rerun",
+    "yang_rerun",
+)
+_ADAPTS = frozenset({"adabn", "mmd", "grl", "mm_sada", "rna_grl", "planamente_rerun", "yang_rerun"})
+_OF_ONE_MODALITY = frozenset({"source_only", "adabn", "mmd", "grl"})
+
+
+class NetworkConfig(SpecModel):
+    """Says what stands on the cached features: a trainable projection a modality, then the classifier.
+
+    A projection is a linear layer of `width` and a ReLU, with BatchNorm after it where `batch_norm`. `fusion` `late`
+    sums the logits of two classifiers, `mid` has one classifier of both features side by side. `clips` `one` (the
+    paper's): training sees one random clip of a segment, at test each is predicted by itself and probabilities are
+    averaged; `mean` averages the cached features of all clips; `each` projects every clip and averages what comes out.
+    `modalities` other than `both` are Figure 5's.
+    """
+
+    width: int = Field(default=1024, gt=0)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    batch_norm: bool = False
+    fusion: Literal["late", "mid"] = "late"
+    clips: Literal["one", "mean", "each"] = "one"
+    modalities: Literal["both", "visual", "audio"] = "both"
+
+    @model_validator(mode="after")
+    def _check_fusion(self) -> NetworkConfig:
+        if self.fusion == "mid" and self.modalities != "both":
+            raise ValueError("fusion 'mid' needs modalities 'both'")
+        return self
+
+
+class RelativeNormConfig(SpecModel):
+    """Says what RNA weighs; not in the paper, 1 in the family's later code (METHODS 7)."""
+
+    weight: float = Field(default=1.0, ge=0)
+
+
+class HardNormConfig(SpecModel):
+    """Says what HNA weighs [?], and the norm R: 0 is half-way between those that the first batch shows.
+
+    With SGD of lr 0.01 and momentum 0.9, a weight of 1 diverges for features of a norm above 14.
+    """
+
+    weight: float = Field(default=0.01, ge=0)
+    norm: float = Field(default=0.0, ge=0)
+
+
+class CosineConfig(SpecModel):
+    """Says what Align, or Orth, weighs [?]."""
+
+    weight: float = Field(default=1.0, ge=0)
+
+
+class SynchronisationConfig(SpecModel):
+    """Says what SS weighs and how wide its head's hidden layer is; 5 to 1 of cross-entropy are those of [M]."""
+
+    weight: float = Field(default=5.0, ge=0)
+    n_hidden: int = Field(default=100, gt=0)
+
+
+class DiscrepancyConfig(SpecModel):
+    """Says what MMD weighs, and its kernels exp(-d^2 / gamma), gamma = `gamma` * 2^k for k from `k_first` to `k_last`.
+
+    In [M] the gammas divide; its k are -8, -8 + sqrt(2), ... below 8, ours every whole one (METHODS 7).
+    """
+
+    weight: float = Field(default=0.2, ge=0)
+    gamma: float = Field(default=9.7, gt=0)
+    k_first: int = -8
+    k_last: int = 8
+
+    @model_validator(mode="after")
+    def _check_order(self) -> DiscrepancyConfig:
+        if self.k_first > self.k_last:
+            raise ValueError("`k_first` is above `k_last`")
+        return self
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """Lists the kernels' gammas."""
+        return tuple(self.gamma * 2.0**k for k in range(self.k_first, self.k_last + 1))
+
+
+class ReversalConfig(SpecModel):
+    """Says how domains are told apart and gradients reversed: discriminators D -> n_hidden -> 2, one a modality.
+
+    The reversed gradient is (2 / (1 + exp(-10 p)) - 1) * `peak` times the discriminator's, p the share of steps done.
+    """
+
+    weight: float = Field(default=1.0, ge=0)
+    peak: float = Field(default=0.2, ge=0)
+    n_hidden: int = Field(default=100, gt=0)
+
+
+class AlignmentConfig(SpecModel):
+    """Is everything that decides a method's loss and network.
+
+    `setting` is what training sees: `dg` the labelled source alone (one or several domains), `uda` the unlabelled
+    target too, `supervised` the target's own labelled training split as if it were the source.
+    `class_weight` is that of the source's cross-entropy; 0.2 in [M] where the domains are adapted.
+    The paper's BatchNorm is `source_only` with `network.batch_norm`.
+    """
+
+    method: str = "rna"
+    setting: Literal["dg", "uda", "supervised"] = "dg"
+    class_weight: float = Field(default=1.0, ge=0)
+    network: NetworkConfig = NetworkConfig()
+    rna: RelativeNormConfig = RelativeNormConfig()
+    hna: HardNormConfig = HardNormConfig()
+    align: CosineConfig = CosineConfig()
+    orth: CosineConfig = CosineConfig()
+    synchronisation: SynchronisationConfig = SynchronisationConfig()
+    mmd: DiscrepancyConfig = DiscrepancyConfig()
+    grl: ReversalConfig = ReversalConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _check_name(cls, method: str) -> str:
+        if method not in METHOD_NAMES:
+            near = difflib.get_close_matches(method, METHOD_NAMES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHOD_NAMES)}"
+            raise ValueError(f"there is no method {method!r}; {hint}")
+        return method
+
+    @model_validator(mode="after")
+    def _check_method(self) -> AlignmentConfig:
+        method, network = self.method, self.network
+        if method in _ADAPTS and self.setting != "uda":
+            raise ValueError(f"method {method} adapts to the target; it needs setting 'uda'")
+        if network.modalities != "both" and method not in _OF_ONE_MODALITY:
+            raise ValueError(f"method {method} needs modalities 'both'")
+        if method == "adabn" and not network.batch_norm:
+            raise ValueError("method adabn needs network.batch_norm = true")
+        fusion = {"planamente_rerun": "late", "yang_rerun": "mid"}.get(method, network.fusion)
+        if network.fusion != fusion:
+            raise ValueError(f"method {method} needs network.fusion = {fusion!r}")
+        return self

@@ -1,0 +1,55 @@
+"""Lists the methods by name, and builds one with the weights that its seed decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from train.alignment.adabn import AdaptiveBatchNorm
+from train.alignment.align import AngularAlignment
+from train.alignment.config import AlignmentConfig
+from train.alignment.grl import GradientReversal
+from train.alignment.hna import HardNormAlignment
+from train.alignment.mm_sada import MultiModalSelfSupervisedAdversarial
+from train.alignment.mmd import MaximumMeanDiscrepancy
+from train.alignment.orth import Orthogonality
+from train.alignment.planamente_rerun import PlanamenteRerun
+from train.alignment.rna import RelativeNormAlignment
+from train.alignment.rna_grl import RelativeNormAlignmentWithReversal
+from train.alignment.source_only import SourceOnly
+from train.alignment.synchronisation import Synchronisation
+from train.alignment.two_streams import StreamShapes
+from train.alignment.yang_rerun import YangRerun
+
+METHODS: Mapping[str, Callable[[AlignmentConfig, StreamShapes, int], nn.Module]] = MappingProxyType(
+    {
+        "source_only": SourceOnly,
+        "rna": RelativeNormAlignment,
+        "hna": HardNormAlignment,
+        "align": AngularAlignment,
+        "orth": Orthogonality,
+        "synchronisation": Synchronisation,
+        "adabn": AdaptiveBatchNorm,
+        "mmd": MaximumMeanDiscrepancy,
+        "grl": GradientReversal,
+        "mm_sada": MultiModalSelfSupervisedAdversarial,
+        "rna_grl": RelativeNormAlignmentWithReversal,
+        "planamente_rerun": PlanamenteRerun,
+        "yang_rerun": YangRerun,
+    }
+)
+"""By the name that `method` has in a configuration, which refuses any other (config.METHOD_NAMES)."""
+
+
+def build_method(config: AlignmentConfig, shapes: StreamShapes, n_classes: int, seed: int) -> nn.Module:
+    """Builds the method that a configuration names, a `train.cached.batches.Method`, on the CPU.
+
+    The seed alone decides its weights; torch's own generator is left as it is. Streams are drawn first, so that methods
+    of one seed begin with the same streams.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return METHODS[config.method](config, shapes, n_classes)

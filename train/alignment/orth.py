@@ -1,0 +1,47 @@
+"""Turns the features of the two modalities to orthogonal directions: Orth (Planamente et al., section 5.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.alignment.config import AlignmentConfig
+from train.alignment.masked_means import compute_masked_mean
+from train.alignment.two_streams import StreamShapes, TwoStreams
+from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+
+
+def orthogonality_loss(visual: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
+    """Computes the mean of cos(f^v, f^a)^2 over the segments that are heard, float32 []; 0 where none is.
+
+    `visual` and `audio` are float [B, D], `heard` bool [B].
+    """
+    cosines = F.cosine_similarity(visual.float(), audio.float(), dim=-1)
+    return compute_masked_mean(cosines.square(), heard)
+
+
+class Orthogonality(nn.Module):
+    """Is the two streams with Orth on the source and, where it is seen, on the target."""
+
+    loss_names = ("class", "Orth source", "Orth target")
+
+    def __init__(self, config: AlignmentConfig, shapes: StreamShapes, n_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.streams = TwoStreams(config.network, shapes, n_classes)
+
+    def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
+        """Computes the weighted terms, float32 [3]."""
+        features = self.streams.encode(step.source.inputs, "source")
+        of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
+        of_source = orthogonality_loss(*features)
+        of_target = torch.zeros_like(of_source)
+        if step.target is not None:
+            of_target = orthogonality_loss(*self.streams.encode(step.target.inputs, "target"))
+        weight = self.config.orth.weight
+        return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
+
+    def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
+        """Predicts probabilities, float32 [B, K]."""
+        return self.streams.predict(inputs, domain)

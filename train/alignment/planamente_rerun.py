@@ -1,0 +1,54 @@
+"""Is Planamente et al. as Zhang et al. re-ran it (section 5.3, Table 4): visual features aligned, predictions summed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from train.alignment.config import AlignmentConfig
+from train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal
+from train.alignment.rna import relative_norm_loss, relative_norm_loss_by_source
+from train.alignment.two_streams import StreamShapes, TwoStreams
+from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+
+
+class PlanamenteRerun(nn.Module):
+    """Is the two streams, summed, with a discriminator of visual features, and RNA on both domains.
+
+    Unlike RNA + GRL it leaves sound alone: "an adversarial loss to first align the visual features between domains and
+    fuse visual and audio features or predictions afterwards". First is upstream; all terms are trained together [?].
+    """
+
+    loss_names = ("class", "domain visual", "RNA source", "RNA target")
+
+    def __init__(self, config: AlignmentConfig, shapes: StreamShapes, n_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.streams = TwoStreams(config.network, shapes, n_classes)
+        self.tell_visual = build_discriminator(config.network.width, config.grl.n_hidden)
+
+    def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
+        """Computes the weighted terms, float32 [4]."""
+        source = self.streams.encode(step.source.inputs, "source")
+        of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
+        in_source = relative_norm_loss_by_source(source, step.source.domains, self.streams.n_sources)
+        of_visual = in_target = torch.zeros_like(of_class)
+        if step.target is not None:
+            target = self.streams.encode(step.target.inputs, "target")
+            factor = compute_reversal(step.progress, self.config.grl.peak)
+            everything = torch.ones_like(source.heard), torch.ones_like(target.heard)
+            of_visual = adversarial_loss(self.tell_visual, source.visual, target.visual, *everything, factor)
+            in_target = relative_norm_loss(*target)
+        relative = self.config.rna.weight
+        return torch.stack(
+            [
+                self.config.class_weight * of_class,
+                self.config.grl.weight * of_visual,
+                relative * in_source,
+                relative * in_target,
+            ]
+        )
+
+    def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
+        """Predicts probabilities, float32 [B, K]."""
+        return self.streams.predict(inputs, domain)

@@ -1,0 +1,42 @@
+"""Is Yang et al. as Zhang et al. re-ran it (section 5.3, Table 4): visual features aligned, then fused with sound's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from train.alignment.config import AlignmentConfig
+from train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal
+from train.alignment.two_streams import StreamShapes, TwoStreams
+from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+
+
+class YangRerun(nn.Module):
+    """Is the two streams, joined before one classifier (fusion `mid`), with a discriminator of visual features.
+
+    "Directly fuse the features from visual and audio modalities before classification" (Zhang et al., section 2).
+    """
+
+    loss_names = ("class", "domain visual")
+
+    def __init__(self, config: AlignmentConfig, shapes: StreamShapes, n_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.streams = TwoStreams(config.network, shapes, n_classes)
+        self.tell_visual = build_discriminator(config.network.width, config.grl.n_hidden)
+
+    def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
+        """Computes the weighted terms, float32 [2]."""
+        source = self.streams.encode(step.source.inputs, "source")
+        of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
+        of_visual = torch.zeros_like(of_class)
+        if step.target is not None:
+            target = self.streams.encode(step.target.inputs, "target")
+            factor = compute_reversal(step.progress, self.config.grl.peak)
+            everything = torch.ones_like(source.heard), torch.ones_like(target.heard)
+            of_visual = adversarial_loss(self.tell_visual, source.visual, target.visual, *everything, factor)
+        return torch.stack([self.config.class_weight * of_class, self.config.grl.weight * of_visual])
+
+    def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
+        """Predicts probabilities, float32 [B, K]."""
+        return self.streams.predict(inputs, domain)
