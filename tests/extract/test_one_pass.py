@@ -183,6 +183,7 @@ def test_sound_around_clips_streams_and_knows_silence(tmp_path, video):
     assert np.isneginf(store.read_array("loudness_dbfs")[0])
 
 
+@pytest.mark.alone
 def test_a_decoder_that_hangs_fails_its_segment_alone(tmp_path, video, monkeypatch, media_factory):
     media_factory.write_video(tmp_path / "media/w.mp4", n_frames=50, width=96, height=72)
     release = threading.Event()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -61,17 +63,23 @@ def write_media(path: Path) -> None:
 
 
 def run(command: str, folder: Path, cache: object, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs `echoshift extract` or `echoshift store …` in a process of its own."""
+    """Runs `echoshift extract` or `echoshift store …` in this process, as the console script does."""
+    from train.cli import main
+
     arguments = [*command.split(), *options]
     if command == "extract":
         arguments[1:1] = ["tiny", "--media", str(folder / "media"), "--cache", str(cache), "--manifests", str(folder)]
         arguments += ["--encoders", "slowfast_demo", "--device", "cpu", "--rows-per-shard", "4", "--dtype", "float32"]
         arguments += ["--set", "clip.n_clips=2", "--outputs", "slowfast_demo=pooled,trunk_slow"]
-    code = "from train.cli import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["echoshift", *arguments])
+        patch.setenv("COLUMNS", "200")
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def read_every_array(cache: object) -> dict[str, bytes]:
@@ -233,6 +241,7 @@ def test_a_read_only_cache_can_be_read_and_a_run_with_work_to_do_is_refused(
     assert sorted(small_disk.rglob("*")) == before
 
 
+@pytest.mark.alone
 def test_a_clock_that_jumps_changes_nothing(
     folder: Path, unbroken: dict[str, bytes], s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_a_server_that_is_away_is_one_error_that_says_where_options_come_from(
         list_stores(f"{s3_bucket}/away")
 
 
+@pytest.mark.alone
 def test_a_living_lease_is_refused_and_names_its_holder(s3_bucket: str) -> None:
     place = f"{s3_bucket}/hold/toy/a.zarr"
     told: list[str] = []
@@ -197,6 +198,7 @@ def test_a_living_lease_is_refused_and_names_its_holder(s3_bucket: str) -> None:
         pass
 
 
+@pytest.mark.alone
 def test_a_waiting_run_gets_the_lease_when_it_is_given_back(s3_bucket: str) -> None:
     place = f"{s3_bucket}/wait/toy/a.zarr"
     entered: list[float] = []
@@ -215,6 +217,7 @@ def test_a_waiting_run_gets_the_lease_when_it_is_given_back(s3_bucket: str) -> N
     assert len(entered) == 1 and entered[0] >= left
 
 
+@pytest.mark.alone
 def test_a_lease_that_stands_still_is_taken_over_once_and_its_old_holder_stops(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,25 +131,34 @@ def test_a_damaged_record_says_what_to_do(tmp_path: Path, text: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-def append_slowly(root: str) -> None:
+def append_while_another_waits(root: str) -> None:
+    waiting = Path(root) / "waiting"
+
     def make(folder: Path) -> Mapping[str, Any]:
         with (Path(root) / "calls").open("a") as file:
             file.write("x")
-        time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while not waiting.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         return {"n": 1}
 
     said: list[str] = []
-    result = StepRunner(Path(root) / "steps", notify=said.append).run(STEP, make)
+
+    def notify(message: str) -> None:
+        said.append(message)
+        waiting.touch()
+
+    result = StepRunner(Path(root) / "steps", notify=notify).run(STEP, make)
     (Path(root) / f"done-{result.was_done}").write_text("\n".join(said))
 
 
 def test_two_processes_that_want_a_step_do_it_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=append_slowly, args=(str(tmp_path),)) for _ in range(2)]
+    processes = [context.Process(target=append_while_another_waits, args=(str(tmp_path),)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(90)
         assert process.exitcode == 0
     assert (tmp_path / "calls").read_text() == "x"
     assert (tmp_path / "done-False").read_text() == ""
