@@ -158,17 +158,19 @@ def run_one_stage1(request: Any) -> None:
 def run_one_stage2(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
     """Runs Stage 2 in this process, and says nothing of its epochs."""
     from pipeline.devices import resolve_device
-    from train.stage2.running import plan_stage2, run_stage2
+    from train.method_running import run_training
+    from train.stage2.planning import plan_stage2
 
     shift = find_shift(places.card, run.shift)
     request = make_stage2_request(places, settings, shift, run.seed, runs_dir, row=run.row)
-    run_stage2(plan_stage2(request), SilentWatcher(), resolve_device(places.device))
+    run_training(plan_stage2(request), SilentWatcher(), resolve_device(places.device))
 
 
 def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> None:
     """Trains runs of Stage 2 in stacks, then scores each."""
     from pipeline.devices import resolve_device
-    from train.stage2.running import plan_stage2, run_stage2, train_together
+    from train.method_running import run_training, train_together
+    from train.stage2.planning import plan_stage2
 
     device = resolve_device(place.places.device)
     planned = []
@@ -179,7 +181,7 @@ def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> Non
         planned.append(plan_stage2(request))
     trained = train_together(planned, SilentWatcher(), device, stack)
     for one in planned:
-        run_stage2(one, SilentWatcher(), device, trained)
+        run_training(one, SilentWatcher(), device, trained)
 
 
 def _run_tasks(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) -> list[tuple[PlannedRun, str]]:

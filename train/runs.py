@@ -21,7 +21,7 @@ from train.scores import Scores
 from train.steps import hash_json
 
 RESULTS = "results.jsonl"
-SelectionRule = Literal["last", "source_val", "target_oracle"]
+SelectionRule = Literal["last", "mean_last", "source_val", "target_oracle"]
 _LOCK_TIMEOUT_S = 60.0
 _GIT_TIMEOUT_S = 10.0
 
@@ -43,6 +43,7 @@ class RunRecord(BaseModel):
         steps: by name, the keys of the steps that the run went through.
         fingerprints: by encoder, of the feature stores that it read.
         selection: the rule that chose the weights that were scored; `target_oracle` alone sees target labels.
+            `mean_last` is the mean of the scores of the last checkpoints.
         started, ended: with their time zone, UTC.
         device: in words, such as `cpu` or the GPU's name.
     """

@@ -112,6 +112,28 @@ def compute_scores(
     return _score_single(probabilities, labels, has_audio, classes, bins)
 
 
+def average_scores(scores: Sequence[Scores]) -> Scores:
+    """Averages the scores of several networks on the same segments, each number by itself.
+
+    The result has no confusion matrix: there is no one prediction that it would count.
+    """
+    dumped = [one.model_dump(mode="python", exclude={"confusion"}) for one in scores]
+    return Scores.model_validate(_average(dumped))
+
+
+def _average(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        if set(first) >= {"value", "n"}:
+            numbers = [score["value"] for score in values]
+            mean = None if any(number is None for number in numbers) else float(np.mean(numbers))
+            return {**first, "value": mean}
+        return {name: _average([value[name] for value in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_average(parts) for parts in zip(*values, strict=True))
+    return first
+
+
 def _score_single(
     probabilities: np.ndarray,
     labels: np.ndarray,

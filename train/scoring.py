@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.cards import DatasetCard, Shift
 from pipeline.errors import RunError
 from pipeline.segments import Manifest
-from train.scores import compute_scores
+from train.scores import average_scores, compute_scores
 from train.source_bins import bin_by_source
 from train.splits import LabelledSegments, label_target_test, select_labelled
 from train.steps import Step, hash_json
@@ -71,22 +71,27 @@ def make_scores(
 ) -> Callable[[Path], Mapping[str, Any]]:
     """Makes what the step does: compute the scores, and keep which segments are right, for tests over segments.
 
-    `predict` gives probabilities of the split's segments in their order, float [n, K]; `has_audio` is bool [n].
+    `predict` gives probabilities of the split's segments in their order, float [n, K], or of several networks, float
+    [networks, n, K], whose scores are averaged; `has_audio` is bool [n].
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        probabilities = predict()
+        found = predict()
+        each = found[None] if found.ndim == 2 else found
         bins = bin_by_source(split.source_train, split.test, len(split.classes))
-        scores = compute_scores(probabilities, split.test.labels, has_audio, split.classes, bins)
+        scores = [compute_scores(p, split.test.labels, has_audio, split.classes, bins) for p in each]
         if split.test.labels.ndim == 1:
-            _write_hits(folder / HITS, split.segment_ids, probabilities.argmax(axis=1) == split.test.labels)
-        return scores.model_dump(mode="json")
+            is_right = (each.argmax(axis=2) == split.test.labels).mean(axis=0)
+            _write_hits(folder / HITS, split.segment_ids, is_right if len(each) > 1 else is_right.astype(bool))
+        return (scores[0] if len(scores) == 1 else average_scores(scores)).model_dump(mode="json")
 
     return make
 
 
 def read_hits(folder: Path) -> tuple[list[str], np.ndarray] | None:
-    """Reads which test segments a run has right: their ids and bool [n]; None where the folder doesn't say."""
+    """Reads which test segments a run has right: their ids and bool [n], or, of several networks, the share of those
+    that are right, float64 [n]; None where the folder doesn't say.
+    """
     path = folder / HITS
     if not path.is_file():
         return None

@@ -95,7 +95,11 @@ def test_a_grid_that_was_killed_comes_to_the_same_rows(tiny_shift: ModuleType, t
 def test_stacked_runs_come_to_the_same_scores(tiny_shift: ModuleType, tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny.runs, tmp_path / "runs")
     stacked = tiny.with_runs(tmp_path / "runs")
-    for folder in (*stacked.steps.glob("recogniser*"), *stacked.steps.glob("scores-*")):
+    for folder in (
+        *stacked.steps.glob("recogniser*"),
+        *stacked.steps.glob("predicted-*"),
+        *stacked.steps.glob("scores-*"),
+    ):
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     results = stacked.runs / "tiny" / RESULTS
     kept = [line for line in results.read_bytes().splitlines(keepends=True) if b'"stage":"stage2"' not in line]
@@ -104,7 +108,7 @@ def test_stacked_runs_come_to_the_same_scores(tiny_shift: ModuleType, tiny: Any,
     assert code == 0, err
     for one, other in zip(read_results(tiny)[2:], read_results(stacked)[2:], strict=True):
         assert (one.row, one.seed, one.steps) == (other.row, other.seed, other.steps)
-        path = Path(f"recogniser_predictions-{one.steps['predictions_rgb']}") / "predictions.npz"
+        path = Path(f"predicted-{one.steps['predictions_rgb']}") / "predictions.npz"
         with np.load(tiny.steps / path) as alone, np.load(stacked.steps / path) as together:
             np.testing.assert_allclose(together["probabilities"], alone["probabilities"], atol=1e-4)
 

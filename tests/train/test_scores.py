@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, balanced_ac
 
 from pipeline.errors import RunError
 from pipeline.segments import Segment
-from train.scores import BinScore, ClassScore, Score, Scores, compute_scores
+from train.scores import BinScore, ClassScore, Score, Scores, average_scores, compute_scores
 from train.source_bins import NO_BIN, SourceBins, bin_by_source
 from train.splits import LabelledSegments
 
@@ -153,3 +153,15 @@ def test_multi_label_bins_are_of_classes():
     source = LabelledSegments(segments, labels)
     bins = bin_by_source(source, LabelledSegments(segments[:4], labels[:4]), 3)
     assert (bins.by, bins.index.tolist()) == ("class", [2, 1, 0])
+
+
+def test_the_scores_of_several_networks_are_averaged_number_by_number() -> None:
+    labels, has_audio = np.array([0, 1, 1, 0]), np.array([True, True, True, True])
+    first, second = (
+        compute_scores(np.eye(2)[guesses], labels, has_audio, ("a", "b")) for guesses in ([0, 1, 1, 0], [0, 0, 1, 1])
+    )
+    mean = average_scores([first, second])
+    assert mean.top1 is not None and (mean.top1.value, mean.top1.n) == (0.75, 4)
+    assert [(c.name, c.value, c.n) for c in mean.per_class] == [("a", 0.75, 2), ("b", 0.75, 2)]
+    assert mean.silent.value is None, "there is no silent segment"
+    assert mean.confusion is None

@@ -52,7 +52,7 @@ def list_fresh(tiny: Any, before: dict[str, int]) -> list[str]:
 
 
 def read_probabilities(tiny: Any, key: str) -> np.ndarray:
-    with np.load(tiny.steps / f"recogniser_predictions-{key}" / "predictions.npz") as arrays:
+    with np.load(tiny.steps / f"predicted-{key}" / "predictions.npz") as arrays:
         probabilities: np.ndarray = arrays["probabilities"]
     return probabilities
 
@@ -60,7 +60,7 @@ def read_probabilities(tiny: Any, key: str) -> np.ndarray:
 def test_a_run_prints_the_scores_of_its_stored_predictions(recognised: Any) -> None:
     [record] = list_results(recognised)
     assert (record.shift, record.seed, record.selection) == ("s-t", 0, "last")
-    assert set(record.steps) == {"recogniser_rgb", "predictions_rgb", "scores"}
+    assert set(record.steps) == {"trained_rgb", "predictions_rgb", "scores"}
     probabilities = read_probabilities(recognised, record.steps["predictions_rgb"])
     assert probabilities.shape == (4, 3)
     top1 = float(np.mean(probabilities.argmax(axis=1) == [0, 1, 0, 1]))
@@ -75,7 +75,7 @@ def test_a_run_prints_the_scores_of_its_stored_predictions(recognised: Any) -> N
 
 
 def test_it_runs_where_nothing_that_makes_features_can_be_imported(own: Any) -> None:
-    shutil.rmtree(own.steps / f"recogniser_rgb-{list_results(own)[0].steps['recogniser_rgb']}")
+    shutil.rmtree(own.steps / f"recogniser_rgb-{list_results(own)[0].steps['trained_rgb']}")
     code = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from train.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *own.list_stage2()],
@@ -87,7 +87,7 @@ def test_it_runs_where_nothing_that_makes_features_can_be_imported(own: Any) -> 
 
 
 def test_stage_2_imports_nothing_of_extract() -> None:
-    code = "import sys; sys.modules['extract'] = None; import train.stage2.running, train.cached.training"
+    code = "import sys; sys.modules['extract'] = None; import train.stage2.planning, train.cached.training"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
@@ -102,8 +102,8 @@ def test_a_second_run_does_nothing(own: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "fresh"),
     [
-        ("schedule.lr=1e-3", ["recogniser_predictions", "recogniser_rgb", "scores"]),
-        ("pseudo_labels.kind=none", ["recogniser_predictions", "recogniser_rgb", "scores"]),
+        ("schedule.lr=1e-3", ["predicted", "recogniser_rgb", "scores"]),
+        ("pseudo_labels.kind=none", ["predicted", "recogniser_rgb", "scores"]),
         ("data.max_memory_mb=100", []),
     ],
 )
@@ -119,9 +119,9 @@ def test_without_sound_at_test_nothing_is_trained_again(own: Any) -> None:
     code, _, err = own.stage2(settings=["test.sound=missing"])
     assert code == 0, err
     # Stage 1 predicts without sound, and makes such features of the test split; its encoder and ours stay.
-    assert list_fresh(own, before) == ["features", "predictions", "recogniser_predictions", "scores", "scores"]
+    assert list_fresh(own, before) == ["features", "predicted", "predictions", "scores", "scores"]
     kept, missing = list_results(own)
-    assert kept.steps["recogniser_rgb"] == missing.steps["recogniser_rgb"]
+    assert kept.steps["trained_rgb"] == missing.steps["trained_rgb"]
     first, second = (read_probabilities(own, record.steps["predictions_rgb"]) for record in (kept, missing))
     assert not np.allclose(first, second)
 
@@ -145,14 +145,14 @@ def test_target_labels_change_no_weight(recognised: Any, own: Any) -> None:
     assert np.array_equal(counts[0][[1, 2, 0]], counts[1]) and not np.array_equal(*counts)
     code, _, err = own.stage2("--manifest", own.runs / "other.csv", "--rerun", "recogniser_rgb")
     assert code == 0, err
-    path = Path("recogniser_rgb-" + first.steps["recogniser_rgb"]) / "recogniser.safetensors"
+    path = Path("recogniser_rgb-" + first.steps["trained_rgb"]) / "trained.safetensors"
     assert (own.steps / path).read_bytes() == (recognised.steps / path).read_bytes()
 
 
 def test_an_oracle_s_pseudo_labels_are_another_training(own: Any) -> None:
     code, _, err = own.stage2(settings=["pseudo_labels.kind=oracle"])
     assert code == 0, err
-    step = own.steps / f"recogniser_rgb-{list_results(own)[-1].steps['recogniser_rgb']}"
+    step = own.steps / f"recogniser_rgb-{list_results(own)[-1].steps['trained_rgb']}"
     assert "target labels (oracle)" in json.loads((step / "record.json").read_text())["inputs"]
 
 
@@ -161,7 +161,7 @@ def test_each_rule_is_a_result_of_its_own(own: Any) -> None:
     assert code == 0, err
     records = {record.selection: record for record in list_results(own)[-3:]}
     assert set(records) == {"last", "source_val", "target_oracle"}
-    folder = own.steps / f"recogniser_rgb-{records['last'].steps['recogniser_rgb']}"
+    folder = own.steps / f"recogniser_rgb-{records['last'].steps['trained_rgb']}"
     with np.load(folder / "epochs.npz") as arrays:
         of_source, of_target = arrays["source_val"], arrays["target_test"]
     assert of_target.shape == (3, 4, 3)
@@ -181,7 +181,7 @@ def test_two_streams_are_averaged(own: Any) -> None:
     code, _, err = own.stage2(settings=[f"streams={streams}"])
     assert code == 0, err
     single, both = list_results(own)
-    assert both.steps["recogniser_rgb"] == single.steps["recogniser_rgb"], "a stream is trained once"
+    assert both.steps["trained_rgb"] == single.steps["trained_rgb"], "a stream is trained once"
     parts = [read_probabilities(own, both.steps[f"predictions_{name}"]) for name in ("rgb", "fast")]
     assert not np.allclose(*parts)
     expected = float((np.mean(parts, axis=0).argmax(axis=1) == [0, 1, 0, 1]).mean())
@@ -220,6 +220,7 @@ def test_features_made_elsewhere_take_the_place_of_stage_1(own: Any, tmp_path: P
         (["--set", 'streams=[{name="a", features="/nowhere", sound="/nowhere"}]'], "stream a: there is no /nowhere"),
         (["--set", 'selection.rules=["best"]'], "selection.rules"),
         (["--set", "nothing.width=3"], "nothing: no such key"),
+        (["--rerun", "recogniser"], "there is no step 'recogniser'; there are recogniser_rgb, predicted, scores"),
     ],
 )
 def test_a_wrong_word_is_an_error(recognised: Any, tmp_path: Path, arguments: list[str], words: str) -> None:

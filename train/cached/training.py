@@ -83,6 +83,7 @@ class TrainingJob:
         predict: by name, what is predicted at the snapshots and at the end: rows of features, and their domain.
         signature: jobs with the same one have equal shapes and schedules but for n_steps, and may be stacked.
         over_clips: how predictions of single clips are combined, where `one_clip`.
+        keeps_states: the weights at the snapshots are kept, for who may open what is predicted only afterwards.
     """
 
     title: str
@@ -93,6 +94,7 @@ class TrainingJob:
     predict: Mapping[str, tuple[Rows, np.ndarray, Domain]]
     signature: str
     over_clips: Literal["mean", "max"] = "mean"
+    keeps_states: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,12 +106,14 @@ class TrainedRun:
         loss_names: of the terms.
         losses: float32 [n_epochs, n_terms], means; what is left of an unfinished epoch counts as one.
         predictions: by name, float32 [n_snapshots + 1, n, K].
+        snapshots: the state_dicts at the snapshots, the last not among them; none unless the job keeps them.
     """
 
     state: dict[str, torch.Tensor]
     loss_names: tuple[str, ...]
     losses: np.ndarray
     predictions: Mapping[str, np.ndarray]
+    snapshots: tuple[dict[str, torch.Tensor], ...] = ()
 
 
 def train_jobs(
@@ -144,6 +148,7 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
     losses: list[list[np.ndarray]] = [[] for _ in jobs]
     predictions: list[dict[str, list[np.ndarray]]] = [{name: [] for name in job.predict} for job in jobs]
     states: list[dict[str, torch.Tensor]] = [{} for _ in jobs]
+    snapshots: list[list[dict[str, torch.Tensor]]] = [[] for _ in jobs]
     source.n_draws = count_draws(methods[0], source)
     step, active = 0, len(jobs)
     while active:
@@ -160,10 +165,12 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
             if step in job.schedule.snapshots or step == job.schedule.n_steps:
                 for name, (rows, index, domain) in job.predict.items():
                     predictions[run][name].append(_predict(models.load(run), job, rows, index, domain, device))
+            if job.keeps_states and step in job.schedule.snapshots and step < job.schedule.n_steps:
+                snapshots[run].append(_copy_state(models.load(run)))
         watcher.advance((step - start) * active)
         staying = sum(job.schedule.n_steps > step for job in jobs[:active])
         for run in range(staying, active):
-            states[run] = {name: value.cpu().clone() for name, value in models.load(run).state_dict().items()}
+            states[run] = _copy_state(models.load(run))
         if staying < active:
             models.keep(staying)
             active = staying
@@ -174,9 +181,14 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
             loss_names,
             _average_epochs(np.concatenate(losses[run]), source.runs[run].n_per_epoch),
             {name: np.stack(parts) for name, parts in predictions[run].items()},
+            tuple(snapshots[run]),
         )
         for run in range(len(jobs))
     ]
+
+
+def _copy_state(method: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.cpu().clone() for name, value in method.state_dict().items()}
 
 
 def _predict(

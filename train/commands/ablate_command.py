@@ -56,6 +56,7 @@ class RuleName(StrEnum):
     """Lists the rules by which weights are chosen; `target_oracle` sees the target's test labels."""
 
     last = "last"
+    mean_last = "mean_last"
     source_val = "source_val"
     target_oracle = "target_oracle"
 

@@ -54,11 +54,16 @@ def stage2(
     from extract.commands.cluster_options import end_on_sigterm
     from extract.commands.terminal import show_progress
     from pipeline.devices import resolve_device
+    from pipeline.errors import RunError
     from train.two_stages import make_stage2_request
 
     choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
     places = open_places(choices)
     settings = resolve_choices("stage2", places.card, choices)
+    steps = [*(f"recogniser_{stream.stream.name}" for stream in settings.streams), "predicted", "scores"]
+    for name in rerun or []:
+        if name not in steps:
+            raise RunError(f"there is no step {name!r}; there are {', '.join(steps)}")
     chosen_device = resolve_device(device)
     runs_dir = runs / places.card.name
     records: list[RunRecord] = []
@@ -66,10 +71,11 @@ def stage2(
         for chosen in choose_shifts(places.card, places.manifest, shift):
             with show_progress("steps") as progress:
                 _run_missing_stage1(settings, places, chosen, seed, runs_dir, progress)
-                from train.stage2.running import plan_stage2, run_stage2
+                from train.method_running import run_training
+                from train.stage2.planning import plan_stage2
 
                 request = make_stage2_request(places, settings, chosen, seed, runs_dir, rerun=frozenset(rerun or []))
-                outcome = run_stage2(plan_stage2(request, _notify), progress, chosen_device)
+                outcome = run_training(plan_stage2(request, _notify), progress, chosen_device)
             records += outcome.records
             print_classes(outcome.records[0], places.card)
             for name, path in outcome.checkpoints.items():

@@ -46,7 +46,8 @@ class Recognition:
 class AudioInfusedRecogniser(nn.Module):
     """Is R: visual tokens with a domain embedding, and a class token that sound selects, through a transformer.
 
-    Source and target go through it together; BatchNorm, where there is any, sees both.
+    Source and target go through it together; BatchNorm, where there is any, sees both. h is learned from segments with
+    sound alone; h' from silent ones too, whose activity it finds in the pictures.
     """
 
     loss_names = ("source", "target", "labelled target", "h", "h'")

@@ -15,6 +15,9 @@ def compute_class_loss(logits: Tensor, labels: Tensor, counted: Tensor | None = 
     `logits` float [B, K]. Single-label, `labels` int64 [B]: cross-entropy; NO_LABEL counts for nothing. Multi-label,
     float [B, K]: binary cross-entropy, the mean over classes; a row of NaN counts for nothing. `counted` bool [B]
     leaves out more.
+
+    Multi-label, h and h' still mix activity-sound vectors by their softmax; what is computed here is the binary
+    cross-entropy of the sigmoid of the same logits, since several activities may sound at once [?].
     """
     if labels.dim() == 1:
         known = labels != NO_LABEL

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +42,21 @@ class StreamRun:
     def config(self) -> Stage2Config:
         """Gives the stream's configuration."""
         return self.stream.config
+
+    @property
+    def name(self) -> str:
+        """Names the stream."""
+        return self.stream.name
+
+    @property
+    def one_clip(self) -> bool:
+        """Says whether each clip is recognised by itself."""
+        return self.config.recogniser.clips == "each"
+
+    @property
+    def over_clips(self) -> Literal["mean", "max"]:
+        """Says how predictions of clips are combined then."""
+        return self.config.recogniser.over_clips
 
     @property
     def title(self) -> str:
@@ -97,6 +113,21 @@ class StreamRun:
             rows = _open_features(without, ids, (), max_memory_mb).test
         return rows.without_sound()
 
+    def describe(self) -> dict[str, str]:
+        """Gives the facts that a checkpoint's header holds."""
+        return {
+            "echoshift": "audio-infused recogniser",
+            "classes": json.dumps(list(self.request.card.classes)),
+            "config": json.dumps(self.config.describe(), sort_keys=True),
+            "stream": self.stream.inputs.key,
+        }
+
+    def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Gives settings and inputs that decide what test segments are predicted from, beside the weights."""
+        if self.request.config.test.sound == "kept":
+            return {"sound": "kept"}, {}
+        return {"sound": "missing"}, {"without sound": self.stream.inputs.without_sound_key}
+
     def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
         """Lists what is predicted: the source's validation split and the target's test split."""
         rows, test_rows, splits = self.open_features().test, self.open_test_rows(), self.splits
@@ -145,7 +176,7 @@ class StreamRun:
             seed=self.request.seed,
             predict=self.list_predicted() if self.tracks_epochs else {},
             signature=hash_json(same),
-            over_clips=self.config.recogniser.over_clips,
+            over_clips=self.over_clips,
         )
 
     def _make_data(self) -> TrainingData:
@@ -161,7 +192,7 @@ class StreamRun:
             pseudo_labels=self._read_pseudo_labels() if target else splits.source_train.labels[:0],
             labelled=train.find(_ids(splits.target_labelled.segments)),
             labelled_labels=splits.target_labelled.labels,
-            one_clip=self.config.recogniser.clips == "each",
+            one_clip=self.one_clip,
         )
 
     def _plan_schedule(self, n_source: int) -> Schedule:

@@ -34,6 +34,8 @@ class TransformerLayer(nn.Module):
             query = F.linear(normed[:, :n_kept], asking)
             key, value = F.linear(normed, answering).chunk(2, dim=-1)
         query, key, value = (self._split_heads(x) for x in (query, key, value))
+        # On a CPU twice as fast as products written out for 6 tokens (0.8 against 1.8 ms forward and backward for
+        # [16, 8, 6, 64]); stacked runs there are computed one by one, for want of a batching rule.
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         tokens = tokens + dropouts.drop(self.attention_out(attended), self.dropout)
         hidden = dropouts.drop(F.gelu(self.mlp_in(self.mlp_norm(tokens))), self.dropout)

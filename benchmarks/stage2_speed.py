@@ -1,0 +1,219 @@
+"""Measures a step of Stage 2's training against a plain DataLoader loop, and stacks of runs against single ones.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.stage2_speed [--annotations FOLDER] [--rounds 9] [--steps 32] [--threads 2]
+        [--device cpu] [--stack 0] [--folder FOLDER] [--small 1]
+
+The preset `released` on D1 to D2 of epic_sized, 8 + 8 segments a batch, three ways in turn, `--steps` steps each: (a)
+two DataLoaders, Adam as it comes; (b) rows looked up, Adam fused; (c) `train_jobs`. (a) and (b) are those of
+plain_recogniser.py. Medians of the rounds in ms a step; ratios are medians of each round's own. (c) counts its second
+half, so that what it does once, which is printed too, is not in it; (d) is the time from reading the files to the end
+of its first step. With `--stack R`, (e): R runs as one stack against one run, ms a step and run, and what that gains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.epic_sized import EpicSized, make_epic_sized
+from benchmarks.plain_recogniser import (
+    LR,
+    N_BATCH,
+    WEIGHT_DECAY,
+    PlainFeatures,
+    PlainRecogniser,
+    train_by_index,
+    train_plainly,
+)
+from train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
+from train.stage2.config import Stage2Config
+from train.stage2.config_files import resolve_config
+from train.stage2.recogniser import FeatureShapes, build_recogniser
+from train.stage2.stage1_outputs import StreamInputs, open_stream
+
+SOURCE, TARGET = "D1", "D2"
+N_EPOCHS = 29
+TARGET_RATIO, TARGET_START_S, TARGET_STACKED = 1.8, 5.0, 8.0
+
+
+class TimingWatcher:
+    """Notes when steps were done."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[int, float]] = []
+
+    def start(self, what: str, n_total: int) -> None:
+        """Notes the beginning."""
+        self.done = [(0, time.perf_counter())]
+
+    def advance(self, n: int = 1) -> None:
+        """Notes the time at which n more steps were done."""
+        self.done.append((self.done[-1][0] + n, time.perf_counter()))
+
+    def describe(self, what: str) -> None:
+        """Says nothing."""
+
+    def measure_last_half(self) -> float:
+        """Gives ms a step of those after the first half."""
+        half = self.done[-1][0] // 2
+        n, started = next((n, at) for n, at in self.done if n >= half)
+        return 1e3 * (self.done[-1][1] - started) / (self.done[-1][0] - n)
+
+    def measure_whole(self) -> float:
+        """Gives the seconds from the beginning to the last step."""
+        return self.done[-1][1] - self.done[0][1]
+
+
+def read_shift(made: EpicSized, seed: int = 0) -> TrainingData:
+    """Reads what D1 to D2 trains on, as Stage 2 does."""
+    source, target = (
+        [s for s in made.segments if (s.domain, s.split) == (domain, "train")] for domain in (SOURCE, TARGET)
+    )
+    table_path = made.table(f"{SOURCE}-{TARGET}", seed)
+    ids = [s.segment_id for s in (*source, *target)]
+    rows = open_stream(StreamInputs("", made.features, table_path), ids, ids).train
+    from train.prediction_table import read_prediction_table
+
+    table = read_prediction_table(table_path)
+    nothing = np.zeros(0, np.int64)
+    return TrainingData(
+        train=rows,
+        source=np.arange(len(source)),
+        source_labels=np.array([made.card.class_index[s.labels[0]] for s in source]),
+        source_domains=np.zeros(len(source), np.int64),
+        target=np.arange(len(source), len(ids)),
+        pseudo_labels=table.pseudo_labels[table.find([s.segment_id for s in target])],
+        labelled=nothing,
+        labelled_labels=nothing,
+    )
+
+
+def make_job(config: Stage2Config, data: TrainingData, n_classes: int, n_steps: int, seed: int) -> TrainingJob:
+    """Makes a run of the recogniser."""
+
+    def build() -> nn.Module:
+        rows = data.train
+        shapes = FeatureShapes(
+            {k: tuple(v.shape[3:]) for k, v in rows.visual.items()}, rows.audio.shape[1], n_classes, False
+        )
+        return build_recogniser(config, shapes, rows.audio[data.source].mean(dim=0), seed)
+
+    schedule = Schedule(
+        N_BATCH, N_BATCH, N_BATCH, n_steps, "adam", LR, WEIGHT_DECAY, precision=config.schedule.precision
+    )
+    return TrainingJob(f"seed {seed}", build, data, schedule, seed, {}, "one")
+
+
+def take_plain(data: TrainingData) -> tuple[PlainFeatures, PlainFeatures]:
+    """Gives the plain loops the same features, those of one domain after those of the other."""
+    visual, audio = data.train.visual["pooled"][:, 0], data.train.audio
+    n = len(data.source)
+    return (
+        PlainFeatures(visual[:n], audio[:n], torch.from_numpy(data.source_labels)),
+        PlainFeatures(visual[n:], audio[n:], torch.from_numpy(data.pseudo_labels)),
+    )
+
+
+def measure_blocks(steps: Iterator[float], n_steps: int) -> float:
+    """Takes n_steps steps, each of which waits for its loss; gives ms a step."""
+    started = time.perf_counter()
+    for _ in itertools.islice(steps, n_steps):
+        pass
+    return 1e3 * (time.perf_counter() - started) / n_steps
+
+
+def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args: argparse.Namespace) -> None:
+    """Prints (a), (b) and (c)."""
+    device = torch.device(args.device)
+    data = make(1, 0).data
+    torch.manual_seed(0)
+    sizes = (data.train.visual["pooled"].shape[-1], data.train.audio.shape[1], n_classes)
+    n_ours = sum(p.numel() for p in make(1, 0).build().parameters() if p.requires_grad)
+    models = [PlainRecogniser(*sizes).to(device).train() for _ in range(2)]
+    n_theirs = sum(p.numel() for p in models[0].parameters())
+    print(f"trained numbers: {n_ours:,} (c), {n_theirs:,} (a, b)")
+    plain = train_plainly(models[0], *take_plain(data), device)
+    looked_up = train_by_index(models[1], *take_plain(data), device)
+    times: dict[str, list[float]] = {"a": [], "b": [], "c": [], "once": []}
+    measure_blocks(plain, 8), measure_blocks(looked_up, 8)
+    for _ in range(args.rounds):
+        times["a"].append(measure_blocks(plain, args.steps))
+        times["b"].append(measure_blocks(looked_up, args.steps))
+        watcher = TimingWatcher()
+        train_jobs([make(2 * args.steps, 0)], device, watcher)
+        times["c"].append(watcher.measure_last_half())
+        times["once"].append(watcher.measure_whole() - 2e-3 * args.steps * times["c"][-1])
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    n_steps = N_EPOCHS * (len(data.source) // N_BATCH)
+    for name, what in (("a", "two DataLoaders, Adam"), ("b", "rows looked up, fused Adam"), ("c", "train_jobs")):
+        spread = f"{min(times[name]):.1f} to {max(times[name]):.1f}"
+        run_s = medians[name] * n_steps / 1e3
+        print(f"({name}) {what:<28} {medians[name]:7.2f} ms a step ({spread}); {n_steps} steps {run_s:.0f} s")
+    print(f"(c) does once, beside its steps: {medians['once']:.2f} s")
+    for slow, fast in (("a", "b"), ("a", "c"), ("b", "c")):
+        ratios = [s / f for s, f in zip(times[slow], times[fast], strict=True)]
+        aim = f", target {TARGET_RATIO}" if (slow, fast) == ("a", "c") else ""
+        print(f"{slow} / {fast}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}){aim}")
+
+
+def compare_stack(make: Callable[[int, int], TrainingJob], args: argparse.Namespace) -> None:
+    """Prints (e)."""
+    device = torch.device(args.device)
+    jobs = [make(2 * args.steps, seed) for seed in range(args.stack)]
+    together, alone = [], []
+    for _ in range(args.rounds):
+        watcher = TimingWatcher()
+        train_jobs(jobs, device, watcher, stack=0)
+        together.append(watcher.measure_last_half())
+        watcher = TimingWatcher()
+        train_jobs(jobs[:1], device, watcher)
+        alone.append(watcher.measure_last_half())
+    ratio = statistics.median(one / many for one, many in zip(alone, together, strict=True))
+    print(
+        f"(e) {args.stack} runs stacked {statistics.median(together):.3f} ms a step and run, alone "
+        f"{statistics.median(alone):.3f}; gain {ratio:.2f}, target {TARGET_STACKED} on a GPU"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", type=Path)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stack", type=int, default=0)
+    parser.add_argument("--small", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = make_epic_sized(args.folder or Path(scratch), args.annotations, small=args.small)
+        print(f"load {os.getloadavg()[0]:.1f}, {args.threads} threads, {args.device}, torch {torch.__version__}")
+        started = time.perf_counter()
+        config = resolve_config(made.card, "released")
+        data = read_shift(made)
+
+        def make(n_steps: int, seed: int) -> TrainingJob:
+            return make_job(config, data, len(made.card.classes), n_steps, seed)
+
+        train_jobs([make(1, 0)], torch.device(args.device), TimingWatcher())
+        start_s = time.perf_counter() - started
+        print(f"(d) from reading to the end of the first step: {start_s:.2f} s, target {TARGET_START_S}")
+        compare_loops(make, len(made.card.classes), args)
+        if args.stack:
+            compare_stack(make, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Defines a run of methods on cached features that is planned: its networks, its data, how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import nn
+
+from pipeline.cards import DatasetCard, Shift
+from pipeline.segments import Manifest
+from train.cached.batches import Domain
+from train.cached.feature_bank import Rows
+from train.cached.training import TrainingJob
+from train.grids import Stage
+from train.runs import SelectionRule
+from train.splits import ShiftSplits
+from train.steps import Step, StepRunner
+
+
+class MethodRun(Protocol):
+    """Is one network of a run, planned: what is trained, and what is predicted with it."""
+
+    @property
+    def name(self) -> str:
+        """Names it among the run's networks, such as rgb."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """Names it in lines of progress and in errors."""
+        ...
+
+    @property
+    def one_clip(self) -> bool:
+        """Says whether each clip is predicted by itself."""
+        ...
+
+    @property
+    def over_clips(self) -> Literal["mean", "max"]:
+        """Says how predictions of clips are combined then."""
+        ...
+
+    def plan_step(self) -> Step:
+        """Plans the training; what decides it is in the key."""
+        ...
+
+    def plan_job(self) -> TrainingJob:
+        """Makes the job that the loop trains."""
+        ...
+
+    def build(self) -> nn.Module:
+        """Builds the method with the weights that the seed decides."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Gives the facts that a checkpoint's header holds."""
+        ...
+
+    def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Gives settings and inputs that decide what test segments are predicted from, beside the weights."""
+        ...
+
+    def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
+        """Lists what is predicted: `target_test`, and, where there is one, `source_val`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTraining:
+    """Is a run whose steps are planned; nothing is trained yet.
+
+    Attributes:
+        row: the grid's row that asks for it.
+        described: the whole configuration as JSON; its hash names the run.
+        rules: each gives a result of its own.
+        fingerprints: of the stores that it reads, by name.
+        splits: without the segments that have no features, which are `left_out`.
+        has_audio: by segment.
+        networks: whose probabilities are averaged.
+    """
+
+    stage: Stage
+    card: DatasetCard
+    manifest: Manifest
+    shift: Shift
+    seed: int
+    row: str
+    described: Mapping[str, Any]
+    rules: tuple[SelectionRule, ...]
+    runs_dir: Path
+    fingerprints: Mapping[str, str]
+    splits: ShiftSplits
+    left_out: tuple[str, ...]
+    has_audio: Mapping[str, bool]
+    networks: tuple[MethodRun, ...]
+    runner: StepRunner
+
+    def list_pending(self) -> list[tuple[Step, MethodRun]]:
+        """Lists the trainings that aren't done."""
+        steps = [(network.plan_step(), network) for network in self.networks]
+        return [(step, network) for step, network in steps if not self.runner.is_done(step)]
