@@ -20,7 +20,7 @@ from train.watching import EpochWatcher
 
 N_CHUNK_STEPS = 32  # planned, drawn and moved to the device at a time; losses are looked at as often
 # A chunk's numbers for dropout; on a CPU they should still be in its cache when they are used.
-_N_DRAWS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+_N_DRAWS_BYTES, _N_CPU_DRAWS_BYTES = 256 * 2**20, 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +202,8 @@ def _predict(
 
 
 def _limit_chunk(n_draws: int, n_runs: int, device: torch.device) -> int:
-    return max(1, min(N_CHUNK_STEPS, _N_DRAWS_BYTES[device.type] // (4 * max(1, n_draws) * n_runs)))
+    n_bytes = _N_CPU_DRAWS_BYTES if device.type == "cpu" else _N_DRAWS_BYTES
+    return max(1, min(N_CHUNK_STEPS, n_bytes // (4 * max(1, n_draws) * n_runs)))
 
 
 def _find_stop(jobs: Sequence[TrainingJob], step: int, n_most: int) -> int:
