@@ -21,7 +21,8 @@ Config = TypeVar("Config", bound=BaseModel)
 class PresetFiles(Generic[Config]):
     """Is a stage's files: `presets/NAME.toml` and `datasets/NAME.toml` in its folder.
 
-    A dataset's file has the tables `any`, one of each preset's name, and others that are asked for, such as `flow`.
+    A dataset's file has the tables `any`, one of each preset's name, others that are asked for, such as `flow`, and
+    such for one preset alone, `released-flow`.
     """
 
     stage: str
@@ -45,12 +46,14 @@ class PresetFiles(Generic[Config]):
     ) -> Config:
         """Makes the configuration for a dataset; what comes later wins.
 
-        1. the fields' defaults; 2. the preset; 3. what the dataset needs: the tables `any`, the preset's name, and
-        `tables`; 4. the user's TOML file, without the parts that are `foreign`, another stage's; 5. overrides
-        `key=value`. Raises RunError naming place and key.
+        1. the fields' defaults; 2. the preset; 3. what the dataset needs: the tables `any`, the preset's name,
+        `tables`, and those of the preset (PRESET-TABLE); 4. the user's TOML file, without the parts that are
+        `foreign`, another stage's; 5. overrides `key=value`. Raises RunError naming place and key.
         """
         settings = read_settings(self._find_preset(preset))
-        for table in self._read_dataset_tables(card, ["any", preset, *tables]):
+        tables = list(tables)
+        wanted = ["any", preset, *tables, *(f"{preset}-{table}" for table in tables)]
+        for table in self._read_dataset_tables(card, wanted):
             settings = merge_settings(settings, table)
         if file is not None:
             own = {part: values for part, values in read_settings(file).items() if part not in foreign}
@@ -71,7 +74,9 @@ class PresetFiles(Generic[Config]):
         if not path.is_file():
             return []
         tables = read_settings(path)
-        unknown = set(tables) - {"any", *self.other_tables, *self.list_presets()}
+        presets = self.list_presets()
+        combined = {f"{preset}-{table}" for preset in presets for table in self.other_tables}
+        unknown = set(tables) - {"any", *self.other_tables, *presets, *combined}
         if unknown:
             raise RunError(f"{path}: unknown table {sorted(unknown)[0]}")
         return [tables[name] for name in wanted if name in tables]
