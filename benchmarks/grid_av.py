@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--grid", default="")
+    parser.add_argument("--set", action="append", default=[], help="part.field=value, over the settings above")
     parser.add_argument("--to", type=Path)
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -93,12 +94,13 @@ def main() -> None:
         "--workers", str(arguments.workers), "--media", str(arguments.media), "--manifests", str(work / "manifests"),
         "--cache", str(work / "cache"), "--runs", str(work / "runs"), "--to", str(work / "table.md"), "--device", "cpu",
     ]  # fmt: skip
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *arguments.set):
         options += ["--set", setting]
     subprocess.run([sys.executable, "-c", "from train.cli import main; main()", *options], check=True)
     text = (work / "table.md").read_text(encoding="utf-8")
     made = datetime.now(UTC).strftime("%Y-%m-%d")
     named = f" --grid {arguments.grid}" if arguments.grid else ""
+    named += "".join(f" --set {setting}" for setting in arguments.set)
     counts = f"--seeds {arguments.seeds} --workers {arguments.workers}"
     command = f"python -m benchmarks.grid_av --media FOLDER{named} {counts}"
     to.write_text(f"# grid_av\n\n{made}, CPU, `{command}`\n\n{text}", encoding="utf-8")

@@ -1,13 +1,14 @@
 """Measures a step of Stage 2's training against a plain DataLoader loop, and stacks of runs against single ones.
 
     OMP_NUM_THREADS=2 python -m benchmarks.stage2_speed [--annotations FOLDER] [--rounds 9] [--steps 32] [--threads 2]
-        [--device cpu] [--stack 0] [--folder FOLDER] [--small 1]
+        [--device cpu] [--stack 0] [--folder FOLDER] [--small 1] [--clock wall|cpu]
 
 The preset `released` on D1 to D2 of epic_sized, 8 + 8 segments a batch, three ways in turn, `--steps` steps each: (a)
 two DataLoaders, Adam as it comes; (b) rows looked up, Adam fused; (c) `train_jobs`. (a) and (b) are those of
 plain_recogniser.py. Medians of the rounds in ms a step; ratios are medians of each round's own. (c) counts its second
 half, so that what it does once, which is printed too, is not in it; (d) is the time from reading the files to the end
 of its first step. With `--stack R`, (e): R runs as one stack against one run, ms a step and run, and what that gains.
+`--clock cpu` counts the process' seconds on a core, which other programs disturb less; it is for `--threads 1`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.plain_recogniser import (
     train_plainly,
 )
 from train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
+from train.prediction_table import read_prediction_table
 from train.stage2.config import Stage2Config
 from train.stage2.config_files import resolve_config
 from train.stage2.recogniser import FeatureShapes, build_recogniser
@@ -46,19 +48,24 @@ N_EPOCHS = 29
 TARGET_RATIO, TARGET_START_S, TARGET_STACKED = 1.8, 5.0, 8.0
 
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 class TimingWatcher:
     """Notes when steps were done."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.done: list[tuple[int, float]] = []
 
     def start(self, what: str, n_total: int) -> None:
         """Notes the beginning."""
-        self.done = [(0, time.perf_counter())]
+        self.done = [(0, self.clock())]
 
     def advance(self, n: int = 1) -> None:
         """Notes the time at which n more steps were done."""
-        self.done.append((self.done[-1][0] + n, time.perf_counter()))
+        self.done.append((self.done[-1][0] + n, self.clock()))
 
     def describe(self, what: str) -> None:
         """Says nothing."""
@@ -81,9 +88,8 @@ def read_shift(made: EpicSized, seed: int = 0) -> TrainingData:
     )
     table_path = made.table(f"{SOURCE}-{TARGET}", seed)
     ids = [s.segment_id for s in (*source, *target)]
-    rows = open_stream(StreamInputs("", made.features, table_path), ids, ids).train
-    from train.prediction_table import read_prediction_table
-
+    max_bytes = Stage2Config().data.max_memory_mb * 2**20
+    rows = open_stream(StreamInputs("", made.features, table_path), ids, ids, max_bytes).train
     table = read_prediction_table(table_path)
     nothing = np.zeros(0, np.int64)
     return TrainingData(
@@ -124,17 +130,17 @@ def take_plain(data: TrainingData) -> tuple[PlainFeatures, PlainFeatures]:
     )
 
 
-def measure_blocks(steps: Iterator[float], n_steps: int) -> float:
+def measure_blocks(steps: Iterator[float], n_steps: int, clock: Clock) -> float:
     """Takes n_steps steps, each of which waits for its loss; gives ms a step."""
-    started = time.perf_counter()
+    started = clock()
     for _ in itertools.islice(steps, n_steps):
         pass
-    return 1e3 * (time.perf_counter() - started) / n_steps
+    return 1e3 * (clock() - started) / n_steps
 
 
 def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args: argparse.Namespace) -> None:
     """Prints (a), (b) and (c)."""
-    device = torch.device(args.device)
+    device, clock = torch.device(args.device), CLOCKS[args.clock]
     data = make(1, 0).data
     torch.manual_seed(0)
     sizes = (data.train.visual["pooled"].shape[-1], data.train.audio.shape[1], n_classes)
@@ -145,11 +151,12 @@ def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args:
     plain = train_plainly(models[0], *take_plain(data), device)
     looked_up = train_by_index(models[1], *take_plain(data), device)
     times: dict[str, list[float]] = {"a": [], "b": [], "c": [], "once": []}
-    measure_blocks(plain, 8), measure_blocks(looked_up, 8)
+    measure_blocks(plain, 8, clock)
+    measure_blocks(looked_up, 8, clock)
     for _ in range(args.rounds):
-        times["a"].append(measure_blocks(plain, args.steps))
-        times["b"].append(measure_blocks(looked_up, args.steps))
-        watcher = TimingWatcher()
+        times["a"].append(measure_blocks(plain, args.steps, clock))
+        times["b"].append(measure_blocks(looked_up, args.steps, clock))
+        watcher = TimingWatcher(clock)
         train_jobs([make(2 * args.steps, 0)], device, watcher)
         times["c"].append(watcher.measure_last_half())
         times["once"].append(watcher.measure_whole() - 2e-3 * args.steps * times["c"][-1])
@@ -168,14 +175,14 @@ def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args:
 
 def compare_stack(make: Callable[[int, int], TrainingJob], args: argparse.Namespace) -> None:
     """Prints (e)."""
-    device = torch.device(args.device)
+    device, clock = torch.device(args.device), CLOCKS[args.clock]
     jobs = [make(2 * args.steps, seed) for seed in range(args.stack)]
     together, alone = [], []
     for _ in range(args.rounds):
-        watcher = TimingWatcher()
+        watcher = TimingWatcher(clock)
         train_jobs(jobs, device, watcher, stack=0)
         together.append(watcher.measure_last_half())
-        watcher = TimingWatcher()
+        watcher = TimingWatcher(clock)
         train_jobs(jobs[:1], device, watcher)
         alone.append(watcher.measure_last_half())
     ratio = statistics.median(one / many for one, many in zip(alone, together, strict=True))
@@ -194,12 +201,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stack", type=int, default=0)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--small", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         made = make_epic_sized(args.folder or Path(scratch), args.annotations, small=args.small)
-        print(f"load {os.getloadavg()[0]:.1f}, {args.threads} threads, {args.device}, torch {torch.__version__}")
+        print(
+            f"load {os.getloadavg()[0]:.1f}, {args.threads} threads, {args.device}, {args.clock} clock, "
+            f"torch {torch.__version__}"
+        )
         started = time.perf_counter()
         config = resolve_config(made.card, "released")
         data = read_shift(made)
@@ -207,7 +218,7 @@ def main() -> None:
         def make(n_steps: int, seed: int) -> TrainingJob:
             return make_job(config, data, len(made.card.classes), n_steps, seed)
 
-        train_jobs([make(1, 0)], torch.device(args.device), TimingWatcher())
+        train_jobs([make(1, 0)], torch.device(args.device), TimingWatcher(time.perf_counter))
         start_s = time.perf_counter() - started
         print(f"(d) from reading to the end of the first step: {start_s:.2f} s, target {TARGET_START_S}")
         compare_loops(make, len(made.card.classes), args)

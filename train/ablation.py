@@ -13,7 +13,7 @@ from train.data_places import DataPlaces
 from train.grids import PlannedRun, Stage
 from train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from train.splits import find_shift
-from train.two_stages import NeededStage1, list_needed, make_stage2_request
+from train.two_stages import NeededStage1, list_needed, plan_network_run
 from train.watching import EpochWatcher, SilentWatcher
 
 if TYPE_CHECKING:
@@ -77,8 +77,10 @@ def select_missing(
 
 def list_rules(run: PlannedRun) -> tuple[str, ...]:
     """Lists the selection rules under which a planned run is scored."""
-    chosen: Mapping[str, Any] = run.config.get("stage2", {}).get("selection", {})
-    return tuple(chosen.get("rules", ("last",)))
+    if run.stage == "stage1":
+        return ("last",)
+    chosen: Mapping[str, Any] = run.config[run.stage]["selection" if run.stage == "stage2" else "scoring"]
+    return tuple(chosen["rules"])
 
 
 def run_grid(
@@ -86,10 +88,10 @@ def run_grid(
 ) -> list[FailedRun]:
     """Runs all that is missing, each appended to the results as it ends; gives those that failed.
 
-    First the runs of Stage 1, those that rows of Stage 2 need among them, then the runs of Stage 2.
+    First the runs of Stage 1, those that other rows need among them, then the runs on cached features.
     """
     first = _plan_stage1(missing, place)
-    second = [run for run in missing if run.stage == "stage2"]
+    second = [run for run in missing if run.stage != "stage1"]
     watcher.start("runs", sum(task.counts for task in first) + len(second))
     failed = _run_tasks(first, watcher, workers)
     lost = {id(run): reason for run, reason in failed}
@@ -97,7 +99,7 @@ def run_grid(
         if id(run) in lost:
             watcher.advance()
     second = [run for run in second if id(run) not in lost]
-    failed += _run_tasks(_plan_stage2(second, place, workers), watcher, workers)
+    failed += _run_tasks(_plan_networks(second, place, workers), watcher, workers)
     return [FailedRun(run, reason) for run, reason in failed]
 
 
@@ -112,7 +114,7 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
         settings = place.resolve(run.stage, run.overrides)
         shift = find_shift(place.places.card, run.shift)
         of_run = [NeededStage1(settings.stage1, shift, run.seed)]
-        if run.stage == "stage2":
+        if run.stage != "stage1":
             of_run = list_needed(settings, shift, run.seed, place.runs_dir, records)
         for stage1 in of_run:
             needed.setdefault(stage1.key, stage1)
@@ -134,8 +136,8 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
     return tasks
 
 
-def _plan_stage2(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers) -> list[_Task]:
-    """Plans the runs of Stage 2: on a GPU of this process all together, to train in stacks; elsewhere one by one."""
+def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers) -> list[_Task]:
+    """Plans runs on cached features: on a GPU of this process all together, to train in stacks; else one by one."""
     from pipeline.devices import resolve_device
 
     if not runs:
@@ -144,7 +146,7 @@ def _plan_stage2(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers)
     if workers.n == 1 and stack != 1 and (stack or resolve_device(place.places.device).type == CUDA):
         return [_Task(run_stacked, (tuple(runs), place, stack), tuple(runs), len(runs))]
     settings = {run.row: place.resolve(run.stage, run.overrides) for run in runs}
-    return [_Task(run_one_stage2, (run, place.places, place.runs_dir, settings[run.row]), (run,), 1) for run in runs]
+    return [_Task(run_one, (run, place.places, place.runs_dir, settings[run.row]), (run,), 1) for run in runs]
 
 
 def run_one_stage1(request: Any) -> None:
@@ -155,30 +157,27 @@ def run_one_stage1(request: Any) -> None:
     run_stage1(request, SilentWatcher(), ranks=Ranks())
 
 
-def run_one_stage2(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
-    """Runs Stage 2 in this process, and says nothing of its epochs."""
+def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
+    """Runs Stage 2 or alignment in this process, and says nothing of its epochs."""
     from pipeline.devices import resolve_device
     from train.method_running import run_training
-    from train.stage2.planning import plan_stage2
 
     shift = find_shift(places.card, run.shift)
-    request = make_stage2_request(places, settings, shift, run.seed, runs_dir, row=run.row)
-    run_training(plan_stage2(request), SilentWatcher(), resolve_device(places.device))
+    planned = plan_network_run(places, settings, shift, run.seed, runs_dir, row=run.row)
+    run_training(planned, SilentWatcher(), resolve_device(places.device))
 
 
 def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> None:
-    """Trains runs of Stage 2 in stacks, then scores each."""
+    """Trains runs on cached features in stacks, then scores each."""
     from pipeline.devices import resolve_device
     from train.method_running import run_training, train_together
-    from train.stage2.planning import plan_stage2
 
     device = resolve_device(place.places.device)
     planned = []
     for run in runs:
         settings = place.resolve(run.stage, run.overrides)
         shift = find_shift(place.places.card, run.shift)
-        request = make_stage2_request(place.places, settings, shift, run.seed, place.runs_dir, row=run.row)
-        planned.append(plan_stage2(request))
+        planned.append(plan_network_run(place.places, settings, shift, run.seed, place.runs_dir, row=run.row))
     trained = train_together(planned, SilentWatcher(), device, stack)
     for one in planned:
         run_training(one, SilentWatcher(), device, trained)

@@ -12,6 +12,7 @@ from extract.commands.extract_command import extract
 from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
+from train.commands.align_command import align
 from train.commands.stage1_command import stage1
 from train.commands.stage2_command import stage2
 
@@ -31,6 +32,7 @@ app.command()(plan)
 app.command()(extract)
 app.command()(stage1)
 app.command()(stage2)
+app.command()(align)
 app.command()(ablate)
 app.command()(table)
 

@@ -18,7 +18,7 @@ from train.runs import hash_config
 GRIDS_DIR = Path(__file__).resolve().parent / "grids"
 
 ColumnGroup = Literal["silent", "rare"]
-Stage = Literal["stage1", "stage2"]
+Stage = Literal["stage1", "stage2", "alignment"]
 
 
 class GridModel(BaseModel):

@@ -15,32 +15,35 @@ from typing import Any
 from extract.encoders.registry import find_encoder
 from pipeline.cards import DatasetCard
 from pipeline.errors import EchoshiftError, RunError
+from train.alignment.config_files import FILES as ALIGNMENT
+from train.alignment.stage_config import AlignmentStageConfig
 from train.grids import Stage
 from train.overrides import parse_override
 from train.stage1.config import Stage1Config, TargetLabelsConfig
 from train.stage1.config_files import list_presets as list_stage1_presets
 from train.stage1.config_files import resolve_config as resolve_stage1
 from train.stage2.config import Stage2Config, StreamConfig
-from train.stage2.config_files import list_presets as list_stage2_presets
-from train.stage2.config_files import resolve_config as resolve_stage2
+from train.stage2.config_files import FILES as STAGE2
 
 PARTS: Mapping[Stage, frozenset[str]] = {
     "stage1": frozenset(Stage1Config.model_fields),
     "stage2": frozenset(Stage2Config.model_fields),
+    "alignment": frozenset(AlignmentStageConfig.model_fields),
 }
-_OTHERWISE = "paper"  # Stage 1's preset, where the one asked for is Stage 2's alone
+_OTHERWISE = "paper"  # the preset of a stage that hasn't the one asked for
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """Is one stream of Stage 2: its own configuration, and that of the Stage 1 that it reads.
+    """Is one network of Stage 2 or of alignment: its own configuration, and that of the Stage 1 that it stands on.
 
-    `stage1` is None where the stream's files were made elsewhere.
+    Stage 1's configuration names the encoders; `reads_stage1` says whether what Stage 1 made is read, or the cache.
     """
 
     stream: StreamConfig
-    stage2: Stage2Config
-    stage1: Stage1Config | None
+    config: Stage2Config | AlignmentStageConfig
+    stage1: Stage1Config
+    reads_stage1: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,13 @@ class RunSettings:
     """Is everything that decides a run's result but data, shift and seed.
 
     Attributes:
-        stage1: of a run of Stage 1; of a run of Stage 2 what its streams have in common.
-        stage2, streams: of a run of Stage 2.
+        stage1: of a run of Stage 1; of others what their streams have in common.
+        config, streams: of a run of Stage 2 or of alignment.
     """
 
     stage: Stage
     stage1: Stage1Config
-    stage2: Stage2Config | None = None
+    config: Stage2Config | AlignmentStageConfig | None = None
     streams: tuple[StreamSettings, ...] = ()
 
     @property
@@ -64,20 +67,15 @@ class RunSettings:
 
     def describe(self) -> dict[str, Any]:
         """Gives it as JSON; how fast a result comes isn't in it."""
-        if self.stage2 is None:
+        if self.config is None:
             return self.stage1.describe()
         streams = [
-            {
-                "stage2": settings.stage2.describe(),
-                "stage1": None if settings.stage1 is None else settings.stage1.describe(),
-            }
-            for settings in self.streams
+            {self.stage: settings.config.describe(), "stage1": _describe_stage1(settings)} for settings in self.streams
         ]
-        return {
-            "stage2": self.stage2.describe(),
-            "target_labels": self.target_labels.model_dump(mode="json"),
-            "streams": streams,
-        }
+        described = {self.stage: self.config.describe(), "streams": streams}
+        if self.stage == "stage2":
+            described["target_labels"] = self.target_labels.model_dump(mode="json")
+        return described
 
 
 def resolve_settings(
@@ -85,38 +83,69 @@ def resolve_settings(
 ) -> RunSettings:
     """Makes the settings of a run; what comes later wins: defaults, preset, dataset, file, overrides, a stream's own.
 
-    Each stage takes what is its own. A preset that Stage 2 alone has (`quick`) leaves Stage 1 at `paper`. Raises
+    Each stage takes what is its own. A stage that hasn't the preset (Stage 1 has no `quick`) stays at `paper`. Raises
     RunError naming place and key.
     """
-    if preset not in (known := sorted({*list_stage1_presets(), *list_stage2_presets()})):
+    presets: Mapping[Stage, list[str]] = {
+        "stage1": list_stage1_presets(),
+        "stage2": STAGE2.list_presets(),
+        "alignment": ALIGNMENT.list_presets(),
+    }
+    known = sorted({name for names in presets.values() for name in names})
+    if preset not in known:
         near = difflib.get_close_matches(preset, known, n=1)
-        raise RunError(f"there is no preset {preset!r}; did you mean {near[0]}?" if near else f"presets: {known}")
-    stage1_preset = preset if preset in list_stage1_presets() else _OTHERWISE
-    for_stage1 = take_overrides("stage1", overrides)
-    stage1 = resolve_stage1(card, stage1_preset, file, for_stage1, foreign=PARTS["stage2"])
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise RunError(f"there is no preset {preset!r}; {hint}")
+    chosen = {name: preset if preset in names else _OTHERWISE for name, names in presets.items()}
+    foreign = _list_foreign("stage1")
+
+    def resolve_encoder(*more: str) -> Stage1Config:
+        return resolve_stage1(
+            card, chosen["stage1"], file, [*take_overrides("stage1", overrides), *more], foreign=foreign
+        )
+
     if stage == "stage1":
-        return RunSettings(stage, stage1)
-    for_stage2 = take_overrides("stage2", overrides)
-    stage2 = resolve_stage2(card, preset, file, for_stage2, foreign=PARTS["stage1"])
+        return RunSettings(stage, resolve_encoder())
+
+    def resolve_own(*more: str, sees_flow: bool = False) -> Stage2Config | AlignmentStageConfig:
+        own = [*take_overrides(stage, overrides), *more]
+        if stage == "alignment":
+            return ALIGNMENT.resolve(card, chosen[stage], file, own, foreign=_list_foreign(stage))
+        tables = ["flow"] if sees_flow else []
+        return STAGE2.resolve(card, chosen[stage], file, own, foreign=_list_foreign(stage), tables=tables)
+
+    config = resolve_own()
+    is_stage2 = isinstance(config, Stage2Config)
     streams = []
-    for stream in stage2.streams:
+    for stream in config.streams if isinstance(config, Stage2Config) else config.networks:
         try:
-            of_stage1 = list(stream.stage1)
-            if stage2.test.sound == "missing":
-                of_stage1.append("evaluation.sound=missing")
-            encoder = resolve_stage1(card, stage1_preset, file, [*for_stage1, *of_stage1], foreign=PARTS["stage2"])
+            without_sound = isinstance(config, Stage2Config) and config.test.sound == "missing"
+            encoder = resolve_encoder(*stream.stage1, *(["evaluation.sound=missing"] if without_sound else []))
             sees_flow = find_encoder(encoder.visual.encoder).modality == "flow"
-            own = resolve_stage2(
-                card, preset, file, [*for_stage2, *stream.stage2], foreign=PARTS["stage1"], sees_flow=sees_flow
-            )
+            own = resolve_own(*stream.stage2, sees_flow=sees_flow)
         except EchoshiftError as error:
             error.add_note(f"in stream {stream.name!r}")
             raise
-        streams.append(StreamSettings(stream, own, None if stream.features else encoder))
-    return RunSettings(stage, stage1, stage2, tuple(streams))
+        of_stage1 = is_stage2 or (isinstance(config, AlignmentStageConfig) and config.features.of == "stage1")
+        streams.append(StreamSettings(stream, own, encoder, of_stage1 and not stream.features))
+    return RunSettings(stage, resolve_encoder(), config, tuple(streams))
 
 
 def take_overrides(stage: Stage, overrides: Sequence[str]) -> list[str]:
     """Takes those overrides that aren't another stage's; an unknown part stays, for the stage to say so."""
-    foreign = frozenset().union(*(parts for name, parts in PARTS.items() if name != stage))
+    foreign = _list_foreign(stage)
     return [override for override in overrides if not set(parse_override(override)) <= foreign]
+
+
+def _list_foreign(stage: Stage) -> frozenset[str]:
+    """Lists the parts of the other stages."""
+    return frozenset().union(*(parts for name, parts in PARTS.items() if name != stage))
+
+
+def _describe_stage1(settings: StreamSettings) -> dict[str, Any] | None:
+    """Gives of Stage 1 what decides: all of it where it is read, the encoders where the cache is."""
+    if settings.reads_stage1:
+        return settings.stage1.describe()
+    if settings.stream.features:
+        return None
+    return {"visual": settings.stage1.visual.encoder, "sound": settings.stage1.sound.encoder}

@@ -53,6 +53,12 @@ def toy() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def alignment() -> ModuleType:
+    """Gives alignment_batches.py."""
+    return load_beside("alignment_batches")
+
+
+@pytest.fixture(scope="session")
 def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs Stage 1 once; nobody changes what it left."""
     root = tmp_path_factory.mktemp("stage1")

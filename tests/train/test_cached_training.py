@@ -35,8 +35,7 @@ def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]],
         optimiser = torch.optim.SGD(
             parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, momentum=schedule.momentum
         )
-    [state] = np.random.SeedSequence([job.seed, DRAWS]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    generator = np.random.default_rng([job.seed, DRAWS])
     losses: list[list[float]] = []
     epoch = 0
     while len(losses) < schedule.n_steps:
@@ -62,7 +61,7 @@ def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]],
                 None,
                 torch.tensor(len(losses) / schedule.n_steps),
             )
-            draws = torch.rand(9 * 7, generator=generator)
+            draws = torch.from_numpy(generator.random(9 * 7, dtype=np.float32))
             terms = method.losses(step, Dropouts(draws))
             optimiser.zero_grad()
             terms.sum().backward()

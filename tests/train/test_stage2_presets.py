@@ -31,9 +31,10 @@ def test_the_files_are_those_that_are_documented() -> None:
 def test_presets_are_valid_with_every_dataset_s_tables(path: Path) -> None:
     for dataset in DATASETS:
         tables = read(dataset)
-        assert set(tables) <= {"any", "flow", *(preset.stem for preset in PRESETS)}, dataset.name
+        presets = [preset.stem for preset in PRESETS]
+        assert set(tables) <= {"any", "flow", *presets, *(f"{name}-flow" for name in presets)}, dataset.name
         settings = read(path)
-        for table in ("any", path.stem, "flow"):
+        for table in ("any", path.stem, "flow", f"{path.stem}-flow"):
             settings = merge_settings(settings, tables.get(table, {}))
         Stage2Config.model_validate(settings)
 

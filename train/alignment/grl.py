@@ -1,4 +1,4 @@
-"""Makes the domains' features hard to tell apart by gradient reversal (Ganin and Lempitsky 2015; Munro and Damen 2020)."""
+"""Makes the domains' features hard to tell apart: GRL (Ganin and Lempitsky 2015; Munro and Damen 2020)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulls the mean feature norm of each modality to a given value: Hard Norm Alignment (Planamente et al., section 5.2)."""
+"""Pulls the mean feature norm of each modality to a given value: HNA (Planamente et al., section 5.2)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def hard_norm_loss(visual: Tensor, audio: Tensor, heard: Tensor, norm: Tensor) -
 
 
 def find_middle_norm(visual: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
-    """Finds the norm half-way between those of the modalities, float32 [], without a gradient; the visual one's alone
-    where nothing is heard.
+    """Finds the norm half-way between those of the modalities, float32 [], without a gradient.
+
+    Where nothing is heard it is the visual one's.
     """
     of_visual = compute_mean_norm(visual.detach(), torch.ones_like(heard))
     return torch.where(heard.any(), (of_visual + compute_mean_norm(audio.detach(), heard)) / 2, of_visual)

@@ -33,7 +33,7 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(n_domains, width))
 
     def forward(self, values: Tensor, counted: Tensor, domain: Domain) -> Tensor:
-        """Normalises float [B, D] of a domain; `counted` bool [B]. Rows that don't count are normalised like the rest."""
+        """Normalises float [B, D] of a domain; `counted` bool [B]. Rows that don't count are normalised as well."""
         values = values.float()
         kept = 1 if domain == "target" and len(self.running_mean) > 1 else 0
         if self.training:

@@ -1,4 +1,4 @@
-"""Brings the two domains' features together, a modality at a time, by the maximum mean discrepancy (Long et al. 2015)."""
+"""Brings the domains' features together, a modality at a time, by the maximum mean discrepancy (Long et al. 2015)."""
 
 from __future__ import annotations
 

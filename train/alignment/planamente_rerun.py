@@ -1,4 +1,4 @@
-"""Is Planamente et al. as Zhang et al. re-ran it (section 5.3, Table 4): visual features aligned, predictions summed."""
+"""Is Planamente et al. as Zhang et al. re-ran it (Table 4): visual features aligned, RNA, predictions summed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains on the labelled source alone: source only, DeepAll with several sources, BatchNorm where the network has it."""
+"""Trains on the labelled source alone: source only, DeepAll (several sources), BatchNorm (if the network has it)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is Yang et al. as Zhang et al. re-ran it (section 5.3, Table 4): visual features aligned, then fused with sound's."""
+"""Is Yang et al. as Zhang et al. re-ran it (Table 4): visual features aligned, then fused with those of sound."""
 
 from __future__ import annotations
 

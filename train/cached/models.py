@@ -72,7 +72,8 @@ class SingleModel:
     def __init__(self, method: nn.Module, schedule: Schedule, device: torch.device) -> None:
         self._method = method.to(device).train()
         self._precision, self._device = schedule.precision, device
-        self._optimiser = make_optimiser([p for p in method.parameters() if p.requires_grad], schedule, device)
+        self._trained = [p for p in method.parameters() if p.requires_grad]
+        self._optimiser = make_optimiser(self._trained, schedule, device)
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the steps to come."""
@@ -86,7 +87,8 @@ class SingleModel:
             of_step = ChunkInputs(*(values[step, 0] for values in chunk))
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
                 terms = method.losses(make_step_inputs(of_step, bank), Dropouts(of_step.draws))
-            self._optimiser.zero_grad(set_to_none=True)
+            for parameter in self._trained:
+                parameter.grad = None  # zero_grad does the same at ten times the cost
             terms.sum().backward()
             self._optimiser.step()
             losses.append(terms.detach())

@@ -19,7 +19,8 @@ from train.cached.run_steps import RunSteps, StepSource
 from train.watching import EpochWatcher
 
 N_CHUNK_STEPS = 32  # planned, drawn and moved to the device at a time; losses are looked at as often
-_N_DRAWS_BYTES = 256 * 2**20
+# A chunk's numbers for dropout; on a CPU they should still be in its cache when they are used.
+_N_DRAWS_BYTES, _N_CPU_DRAWS_BYTES = 256 * 2**20, 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +153,7 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
     source.n_draws = count_draws(methods[0], source)
     step, active = 0, len(jobs)
     while active:
-        start, step = step, _find_stop(jobs[:active], step, _limit_chunk(source.n_draws, active))
+        start, step = step, _find_stop(jobs[:active], step, _limit_chunk(source.n_draws, active, device))
         models.set_lr(jobs[0].schedule.find_lr(start))
         of_chunk = models.train(source.take(start, step, active), bank).cpu().numpy()
         for run, job in enumerate(jobs[:active]):
@@ -200,8 +201,9 @@ def _predict(
     return found
 
 
-def _limit_chunk(n_draws: int, n_runs: int) -> int:
-    return max(1, min(N_CHUNK_STEPS, _N_DRAWS_BYTES // (4 * max(1, n_draws) * n_runs)))
+def _limit_chunk(n_draws: int, n_runs: int, device: torch.device) -> int:
+    n_bytes = _N_CPU_DRAWS_BYTES if device.type == "cpu" else _N_DRAWS_BYTES
+    return max(1, min(N_CHUNK_STEPS, n_bytes // (4 * max(1, n_draws) * n_runs)))
 
 
 def _find_stop(jobs: Sequence[TrainingJob], step: int, n_most: int) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.errors import RunError
 from pipeline.specs import fingerprint
-from pipeline.store.opening import open_store
+from pipeline.store.location import Place
+from pipeline.store.opening import list_stores, open_store
 from train.cached.feature_bank import Rows
 from train.cached.feature_rows import FeatureRows, read_sound, read_visual
 from train.cached.larger_than_memory import count_row_bytes, open_rows
@@ -112,6 +113,32 @@ def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
     if table is not None:
         named.append(hashlib.sha256(table.read_bytes()).hexdigest())
     return StreamInputs(hash_json(named), features, table, sound, train_features)
+
+
+def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamInputs:
+    """Finds the stores of pooled features of a dataset that two encoders filled; a stream of them has no table.
+
+    Raises RunError where there is none, or more than one, saying how to name it.
+    """
+    found = {}
+    for encoder in (visual, sound):
+        stores = [
+            path
+            for path in list_stores(cache)
+            if (store := open_store(path)).attributes["dataset"] == dataset
+            and store.spec.encoder == encoder
+            and "pooled" in [output.name for output in store.spec.outputs]
+        ]
+        if len(stores) != 1:
+            there = f"{len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
+            raise RunError(
+                f"pooled features of {dataset} by {encoder} are wanted from one store, and {cache} has {there}; "
+                + ("name them: networks=[{features=…, sound=…}]" if stores else f"extract them (--encoders {encoder})")
+            )
+        found[encoder] = Path(str(stores[0]))
+    return StreamInputs(
+        hash_json([_name_store(found[visual]), _name_store(found[sound])]), found[visual], sound=found[sound]
+    )
 
 
 def stays_stored(inputs: StreamInputs, n_segments: int, max_bytes: int) -> bool:

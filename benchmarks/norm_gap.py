@@ -1,0 +1,221 @@
+"""Trains on generated features whose modality norms differ by 10 x; shows what becomes of norms and accuracy.
+
+    python -m benchmarks.norm_gap [--methods "source_only rna hna"] [--settings "dg uda"] [--gap 10] [--seeds 3]
+        [--steps 9000] [--width 1024] [--curves FILE.png]
+
+Targets: RNA's ratio of mean norms within 5 % of 1, and its accuracy on the target no worse than source-only's.
+
+A segment's feature is the positive part of 1 plus its class' mean, its domain's offset and noise; pictures say more of
+the class in the source than in the target, sound the same in both. Both directions are run: `visual` and `audio` say
+which modality has the larger norm. A run is that of the paper's schedule, shortened in proportion with --steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.alignment.config import AlignmentConfig
+from train.alignment.masked_means import compute_mean_norm
+from train.alignment.methods import build_method
+from train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
+from train.alignment.two_streams import StreamShapes
+from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from train.cached.feature_rows import FeatureRows
+from train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
+from train.watching import SilentWatcher
+
+N_CLASSES, N_CLIPS, N_VISUAL, N_AUDIO, N_TRAIN, N_TEST = 8, 5, 256, 128, 1200, 800
+P_SILENT, SMALLER_NORM = 0.05, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class NormGap:
+    """Is what one run came to: accuracies of the target's test, and the ratio |f^v| / |f^a| in both domains."""
+
+    last: float
+    mean_last: float
+    in_source: float
+    in_target: float
+
+
+class Measured(nn.Module):
+    """Is a method that also reports its source's mean norms, as terms of the loss without a gradient."""
+
+    def __init__(self, method: Any) -> None:
+        super().__init__()
+        self.method = method
+        self.loss_names = (*method.loss_names, "norm visual", "norm audio")
+
+    def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
+        """Computes the method's terms, and the norms."""
+        with torch.no_grad():
+            norms = measure_norms(self.method, step.source.inputs, "source")
+        return torch.cat([self.method.losses(step, dropouts), norms])
+
+    def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
+        """Predicts as the method does."""
+        found: Tensor = self.method.predict(inputs, domain)
+        return found
+
+
+def measure_norms(method: Any, inputs: FeatureBatch, domain: Domain) -> Tensor:
+    """Measures the mean norms of f^v and, of sounding segments, of f^a, float32 [2]."""
+    visual, audio, heard = method.streams.encode(inputs, domain)
+    return torch.stack([compute_mean_norm(visual, torch.ones_like(heard)), compute_mean_norm(audio, heard)])
+
+
+def make_features(larger: str, gap: float, seed: int) -> tuple[FeatureRows, np.ndarray]:
+    """Makes rows of source train, target train and target test, and their classes, int64 [n]."""
+    rng = np.random.default_rng(seed)
+    n = 2 * N_TRAIN + N_TEST
+    labels = rng.integers(0, N_CLASSES, n)
+    in_target = np.arange(n) >= N_TRAIN
+    means = rng.standard_normal((N_CLASSES, N_VISUAL)), rng.standard_normal((N_CLASSES, N_AUDIO))
+    elsewhere = rng.standard_normal((N_CLASSES, N_VISUAL))
+    offsets = rng.standard_normal((2, N_VISUAL))
+    of_class = np.where(in_target[:, None], 0.5 * means[0][labels] + 0.5 * elsewhere[labels], means[0][labels])
+    of_segment = 0.25 * of_class + 0.3 * offsets[in_target.astype(int)] + rng.standard_normal((n, N_VISUAL))
+    visual = np.maximum(of_segment[:, None] + 0.5 * rng.standard_normal((n, N_CLIPS, N_VISUAL)) + 1, 0)
+    audio = np.maximum(0.2 * means[1][labels] + rng.standard_normal((n, N_AUDIO)) + 1, 0)
+    has_audio = rng.random(n) >= P_SILENT
+    norms = {"visual": SMALLER_NORM, "audio": SMALLER_NORM, larger: SMALLER_NORM * gap}
+    visual *= norms["visual"] / np.linalg.norm(visual, axis=-1).mean()
+    audio *= norms["audio"] / np.linalg.norm(audio, axis=-1).mean()
+    audio[~has_audio] = 0
+    rows = FeatureRows(
+        tuple(f"s{i}" for i in range(n)),
+        {"pooled": torch.from_numpy(visual[:, None].astype(np.float16))},
+        torch.from_numpy(audio.astype(np.float32)),
+        torch.from_numpy(has_audio),
+    )
+    return rows, labels
+
+
+def plan_job(
+    config: AlignmentConfig, schedule: AlignmentScheduleConfig, rows: FeatureRows, labels: np.ndarray, seed: int
+) -> TrainingJob:
+    """Makes one run of the shared loop."""
+    target = np.arange(N_TRAIN, 2 * N_TRAIN) if config.setting == "uda" else np.zeros(0, dtype=np.int64)
+    shapes = StreamShapes({"pooled": (N_VISUAL,)}, N_AUDIO)
+    data = TrainingData(
+        train=rows,
+        source=np.arange(N_TRAIN),
+        source_labels=labels[:N_TRAIN],
+        source_domains=np.zeros(N_TRAIN, dtype=np.int64),
+        target=target,
+        pseudo_labels=np.full(len(target), -1),
+        labelled=np.zeros(0, dtype=np.int64),
+        labelled_labels=np.zeros(0, dtype=np.int64),
+        one_clip=True,
+    )
+    return TrainingJob(
+        title=f"{config.method}, seed {seed}",
+        build=lambda: Measured(build_method(config, shapes, N_CLASSES, seed)),
+        data=data,
+        schedule=plan_schedule(schedule, has_target=len(target) > 0),
+        seed=seed,
+        predict={"target_test": (rows, np.arange(2 * N_TRAIN, len(rows)), "target")},
+        signature=config.model_dump_json(),
+    )
+
+
+def judge(job: TrainingJob, run: TrainedRun, labels: np.ndarray) -> NormGap:
+    """Scores a run, and measures its norms over all clips, one by one."""
+    right = run.predictions["target_test"].argmax(axis=-1) == labels[2 * N_TRAIN :]
+    measured: Any = job.build()
+    measured.load_state_dict(run.state)
+    rows, ratios = job.data.train, []
+    assert isinstance(rows, FeatureRows)
+    places: tuple[tuple[slice, Domain], ...] = ((slice(N_TRAIN), "source"), (slice(2 * N_TRAIN, None), "target"))
+    for part, domain in places:
+        norms = []
+        for clip in range(N_CLIPS):
+            visual = rows.visual["pooled"][part, 0, clip : clip + 1].float()
+            with torch.no_grad():
+                batch = FeatureBatch({"pooled": visual}, rows.audio[part], rows.has_audio[part])
+                norms.append(measure_norms(measured.eval().method, batch, domain))
+        of_visual, of_audio = torch.stack(norms).mean(dim=0).tolist()
+        ratios.append(of_visual / of_audio)
+    return NormGap(float(right[-1].mean()), float(right.mean()), *ratios)
+
+
+def draw_curves(curves: dict[str, np.ndarray], path: Path) -> None:
+    """Draws the norms by epoch of each run, visual and audio, [n_epochs, 2], as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), squeeze=False)
+    for axis, (title, norms) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(norms[:, 0], label="visual")
+        axis.plot(norms[:, 1], label="audio")
+        axis.set(title=title, xlabel="epoch", ylabel="mean norm", yscale="log")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def shorten(schedule: AlignmentScheduleConfig, n_steps: int) -> AlignmentScheduleConfig:
+    """Shortens a schedule in proportion."""
+    share = n_steps / schedule.n_steps
+    changes = {
+        "n_steps": n_steps,
+        "lr_drop_step": round(schedule.lr_drop_step * share),
+        "checkpoint_every": max(1, round(schedule.checkpoint_every * share)),
+    }
+    return AlignmentScheduleConfig.model_validate({**schedule.model_dump(), **changes})
+
+
+def main() -> None:
+    """Runs what the command line asks for, and prints a line a setting, direction and method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="source_only rna hna")
+    parser.add_argument("--settings", default="dg uda")
+    parser.add_argument("--larger", default="visual audio")
+    parser.add_argument("--gap", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--weight", type=float, help="of RNA, in place of the default")
+    parser.add_argument("--curves", type=Path)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    schedule = shorten(AlignmentScheduleConfig(), options.steps)
+    curves: dict[str, np.ndarray] = {}
+    print("setting larger  method         last  mean_last  |f^v|/|f^a| in source  in target (each seed)")
+    for setting in options.settings.split():
+        for larger in options.larger.split():
+            for method in options.methods.split():
+                config = AlignmentConfig.model_validate(
+                    {"method": method, "setting": setting, "network": {"width": options.width}}
+                )
+                if options.weight is not None:
+                    config = config.model_copy(update={"rna": config.rna.model_copy(update={"weight": options.weight})})
+                made = [make_features(larger, options.gap, seed) for seed in range(options.seeds)]
+                jobs = [plan_job(config, schedule, rows, labels, seed) for seed, (rows, labels) in enumerate(made)]
+                jobs = [replace(job, signature=f"{job.signature} {i}") for i, job in enumerate(jobs)]  # run one by one
+                runs = train_jobs(jobs, device, SilentWatcher())
+                found = [judge(job, run, labels) for job, run, (_, labels) in zip(jobs, runs, made, strict=True)]
+                in_source, in_target = (
+                    " ".join(f"{getattr(f, place):6.3f}" for f in found) for place in ("in_source", "in_target")
+                )
+                last, mean_last = (100 * np.mean([getattr(f, k) for f in found]) for k in ("last", "mean_last"))
+                print(
+                    f"{setting:7} {larger:7} {method:13} {last:5.2f}  {mean_last:9.2f}  {in_source} | {in_target}",
+                    flush=True,
+                )
+                curves[f"{setting}, {larger} larger: {method}"] = runs[0].losses[:, -2:]
+    if options.curves is not None:
+        draw_curves(curves, options.curves)
+
+
+if __name__ == "__main__":
+    main()

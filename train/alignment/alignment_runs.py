@@ -1,0 +1,247 @@
+"""Makes of a run of alignment what is trained: which domains are seen, with which labels, for how long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from pipeline.cards import DatasetCard, Shift
+from pipeline.segments import Manifest, Segment
+from train.alignment.config import AlignmentConfig
+from train.alignment.methods import build_method
+from train.alignment.schedule import plan_schedule
+from train.alignment.stage_config import AlignmentStageConfig
+from train.alignment.two_streams import StreamShapes
+from train.cached.batches import Domain
+from train.cached.feature_bank import Rows
+from train.cached.training import TrainingData, TrainingJob
+from train.splits import LabelledSegments, ShiftSplits
+from train.stage2.stage1_outputs import StreamInputs, open_stream, stays_stored
+from train.steps import Step, hash_json
+
+REVISION = 1
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentRequest:
+    """Is one run.
+
+    Attributes:
+        inputs: by network, the files that it reads.
+        configs: by network, its configuration.
+        described: the whole configuration as JSON.
+        runs_dir: where steps and results lie, `runs/DATASET`.
+        row: the grid's row that asks for it.
+        rerun: names of steps that are done anew.
+    """
+
+    card: DatasetCard
+    manifest: Manifest
+    shift: Shift
+    seed: int
+    config: AlignmentStageConfig
+    inputs: Mapping[str, StreamInputs]
+    configs: Mapping[str, AlignmentStageConfig]
+    described: Mapping[str, Any]
+    runs_dir: Path
+    row: str = ""
+    rerun: frozenset[str] = frozenset()
+
+    @property
+    def title(self) -> str:
+        """Names the run in a line of progress."""
+        row = f", {self.row}" if self.row else ""
+        return f"{self.shift.name}, seed {self.seed}{row}"
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentRun:
+    """Is one network of a run, planned (`MethodRun`).
+
+    The key of its training names what it is trained on alone, so that one source-only network serves all targets.
+
+    Attributes:
+        source: what is trained on with labels; in the setting `supervised` the target's own train split.
+        target: unlabelled; empty but in the setting `uda`.
+        tests: every test segment of the data set, predicted when the training is over.
+    """
+
+    request: AlignmentRequest
+    name: str
+    source: LabelledSegments
+    target: tuple[Segment, ...]
+    tests: tuple[str, ...]
+
+    @property
+    def config(self) -> AlignmentStageConfig:
+        """Gives the network's configuration."""
+        return self.request.configs[self.name]
+
+    @property
+    def inputs(self) -> StreamInputs:
+        """Gives the files that it reads."""
+        return self.request.inputs[self.name]
+
+    @property
+    def title(self) -> str:
+        """Names it in a line of progress."""
+        several = f" {self.name}" if len(self.request.inputs) > 1 else ""
+        return f"{self.request.title}{several}"
+
+    @property
+    def one_clip(self) -> bool:
+        """Says whether each clip is predicted by itself."""
+        return self.config.alignment.network.clips == "one"
+
+    @property
+    def over_clips(self) -> Literal["mean", "max"]:
+        """Says how predictions of clips are combined then."""
+        return "max" if self.request.card.task == "multi-label" else "mean"
+
+    @property
+    def domains(self) -> list[str]:
+        """Lists the domains of what is trained on with labels, in the card's order."""
+        there = {segment.domain for segment in self.source.segments}
+        return [domain for domain in self.request.card.domains if domain in there]
+
+    def plan_step(self) -> Step:
+        """Plans the training; what decides it is in the key."""
+        described = self.config.describe()
+        settings: dict[str, Any] = {
+            "alignment": _keep_used(self.config.alignment),
+            "iterations": described["iterations"],
+            "seed": self.request.seed,
+            "classes": list(self.request.card.classes),
+        }
+        max_memory_mb = self.config.memory.max_memory_mb
+        ids = self._list_trained()
+        if stays_stored(self.inputs, len(ids), max_memory_mb * 2**20):
+            settings["max_memory_mb"] = max_memory_mb  # it decides the order of batches then
+        source = self.source
+        inputs = {
+            "features": self.inputs.key,
+            "source": hash_json([[(s.segment_id, s.domain) for s in source.segments], source.labels.tolist()]),
+            "target": hash_json([segment.segment_id for segment in self.target]),
+            "tests": hash_json(list(self.tests)),
+        }
+        return Step(f"{self.config.alignment.method}_{self.name}", REVISION, settings, inputs)
+
+    def plan_job(self) -> TrainingJob:
+        """Makes the job that the loop trains; what is tested isn't opened for it."""
+        rows = self._open_trained()
+        source = rows.find([segment.segment_id for segment in self.source.segments])
+        domains = self.domains
+        labels = self.source.labels
+        target = rows.find([segment.segment_id for segment in self.target])
+        unknown = np.full((len(target), *labels.shape[1:]), NO_LABEL if labels.ndim == 1 else np.nan, labels.dtype)
+        data = TrainingData(
+            train=rows,
+            source=source,
+            source_labels=labels,
+            source_domains=np.array([domains.index(segment.domain) for segment in self.source.segments]),
+            target=target,
+            pseudo_labels=unknown,
+            labelled=source[:0],
+            labelled_labels=labels[:0],
+            one_clip=self.one_clip,
+        )
+        schedule = plan_schedule(self.config.iterations, has_target=bool(self.target))
+        same = [
+            _keep_used(self.config.alignment),
+            self.config.iterations.model_dump(mode="json"),
+            {name: list(shape) for name, shape in rows.shapes.items()},
+            [rows.audio.shape[1], rows.n_views, len(domains), len(self.request.card.classes)],
+            [min(schedule.n_source, len(source)), min(schedule.n_target, len(target))],
+        ]
+        return TrainingJob(
+            title=self.title,
+            build=self.build,
+            data=data,
+            schedule=schedule,
+            seed=self.request.seed,
+            predict={},
+            signature=hash_json(same),
+            over_clips=self.over_clips,
+            keeps_states=True,
+        )
+
+    def build(self) -> nn.Module:
+        """Builds the method with the weights that the seed decides."""
+        rows = self._open_trained()
+        shapes = StreamShapes(
+            visual={name: shape[1:] for name, shape in rows.shapes.items()},
+            n_audio=rows.audio.shape[1],
+            n_sources=len(self.domains),
+            multi_label=self.request.card.task == "multi-label",
+        )
+        return build_method(self.config.alignment, shapes, len(self.request.card.classes), self.request.seed)
+
+    def describe(self) -> dict[str, str]:
+        """Gives the facts that a checkpoint's header holds."""
+        return {
+            "echoshift": "alignment of modalities or domains",
+            "classes": json.dumps(list(self.request.card.classes)),
+            "config": json.dumps(self.config.describe(), sort_keys=True),
+            "features": self.inputs.key,
+        }
+
+    def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Gives what decides what test segments are predicted from: nothing beside the training's own key."""
+        return {}, {}
+
+    def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
+        """Lists what is predicted: the test splits of all domains, each as a target."""
+        rows = _open_rows(self.inputs, self.tests, self.config.memory.max_memory_mb)
+        return {"target_test": (rows, np.arange(len(self.tests)), "target")}
+
+    def _list_trained(self) -> list[str]:
+        return [segment.segment_id for segment in (*self.source.segments, *self.target)]
+
+    def _open_trained(self) -> Rows:
+        return _open_rows(self.inputs, tuple(self._list_trained()), self.config.memory.max_memory_mb)
+
+
+def split_by_setting(
+    config: AlignmentConfig, splits: ShiftSplits, target_own: LabelledSegments
+) -> tuple[LabelledSegments, tuple[Segment, ...]]:
+    """Gives what is trained on with labels, and what without: DG, UDA or supervised (`target_own`)."""
+    if config.setting == "supervised":
+        return target_own, ()
+    return splits.source_train, splits.target_train if config.setting == "uda" else ()
+
+
+@lru_cache(maxsize=4)
+def _open_rows(inputs: StreamInputs, segment_ids: tuple[str, ...], max_memory_mb: int) -> Rows:
+    return open_stream(inputs, segment_ids, (), max_memory_mb * 2**20).test
+
+
+def _keep_used(config: AlignmentConfig) -> dict[str, Any]:
+    """Gives as JSON what a method's training depends on: its network and its own parameters, not the others'."""
+    described = config.model_dump(mode="json")
+    own = USED[config.method]
+    return {name: value for name, value in described.items() if name in ("method", "class_weight", "network", *own)}
+
+
+USED: Mapping[str, Sequence[str]] = {
+    "source_only": (),
+    "rna": ("rna",),
+    "hna": ("hna",),
+    "align": ("align",),
+    "orth": ("orth",),
+    "synchronisation": ("synchronisation",),
+    "adabn": (),
+    "mmd": ("mmd",),
+    "grl": ("grl",),
+    "mm_sada": ("synchronisation", "grl"),
+    "rna_grl": ("rna", "grl"),
+    "planamente_rerun": ("rna", "grl"),
+    "yang_rerun": ("grl",),
+}

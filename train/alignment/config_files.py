@@ -1,0 +1,10 @@
+"""Says where the presets of alignment lie, and what the datasets need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from train.alignment.stage_config import AlignmentStageConfig
+from train.preset_files import PresetFiles
+
+FILES = PresetFiles("alignment", AlignmentStageConfig, Path(__file__).resolve().parent)

@@ -1,0 +1,40 @@
+"""Is `echoshift align`: trains relative norm alignment and its companions."""
+
+from __future__ import annotations
+
+from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
+from pipeline.cards import MANIFESTS_DIR
+from train.commands.network_runs import run_networks
+from train.commands.run_options import (
+    DEFAULT_RUNS,
+    ConfigChoice,
+    DatasetChoice,
+    MediaChoice,
+    OverrideChoice,
+    PresetChoice,
+    RerunChoice,
+    RunChoices,
+    RunsOption,
+    SeedChoice,
+    ShiftChoice,
+)
+
+
+def align(
+    dataset: DatasetChoice = "",
+    shift: ShiftChoice = "all",
+    seed: SeedChoice = 0,
+    preset: PresetChoice = "paper",
+    config: ConfigChoice = None,
+    set_: OverrideChoice = None,
+    media: MediaChoice = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    runs: RunsOption = DEFAULT_RUNS,
+    manifest: ManifestOption = None,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+    device: DeviceOption = "auto",
+    rerun: RerunChoice = None,
+) -> None:
+    """Train a method that aligns modalities or domains on cached features, such as relative norm alignment."""
+    choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
+    run_networks("alignment", "Alignment", choices, shift, seed, runs, rerun or [])

@@ -1,0 +1,75 @@
+"""Runs Stage 2 or alignment for the shifts that a command names, and prints what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from train.commands.record_tables import print_classes, print_records
+from train.commands.run_options import RunChoices, choose_shifts, open_places, resolve_choices
+
+if TYPE_CHECKING:
+    from pipeline.cards import Shift
+    from train.data_places import DataPlaces
+    from train.grids import Stage
+    from train.runs import RunRecord
+    from train.stage_settings import RunSettings
+    from train.watching import EpochWatcher
+
+
+def run_networks(
+    stage: Stage, title: str, choices: RunChoices, shift: str, seed: int, runs: Path, rerun: Sequence[str]
+) -> None:
+    """Trains and scores what isn't done yet, shift by shift; runs Stage 1 first where it is read and isn't done.
+
+    Raises RunError for an unknown step to do anew, and whatever resolving and running raise.
+    """
+    from extract.commands.cluster_options import end_on_sigterm
+    from extract.commands.terminal import show_progress
+    from pipeline.devices import resolve_device
+    from pipeline.errors import RunError
+    from train.two_stages import plan_network_run
+
+    places = open_places(choices)
+    settings = resolve_choices(stage, places.card, choices)
+    device = resolve_device(choices.device)
+    runs_dir = runs / places.card.name
+    records: list[RunRecord] = []
+    with end_on_sigterm():
+        for chosen in choose_shifts(places.card, places.manifest, shift):
+            with show_progress("steps") as progress:
+                _run_missing_stage1(settings, places, chosen, seed, runs_dir, progress)
+                from train.method_running import run_training
+
+                planned = plan_network_run(
+                    places, settings, chosen, seed, runs_dir, rerun=frozenset(rerun), notify=_notify
+                )
+                steps = [*(network.plan_step().name for network in planned.networks), "predicted", "scores"]
+                for name in rerun:
+                    if name not in steps:
+                        raise RunError(f"there is no step {name!r}; there are {', '.join(steps)}")
+                outcome = run_training(planned, progress, device)
+            records += outcome.records
+            print_classes(outcome.records[0], places.card)
+            for name, path in outcome.checkpoints.items():
+                typer.echo(f"checkpoint of {name}: {path}")
+    print_records(title, records, places.card, runs_dir)
+
+
+def _run_missing_stage1(
+    settings: RunSettings, places: DataPlaces, shift: Shift, seed: int, runs_dir: Path, progress: EpochWatcher
+) -> None:
+    from train.two_stages import list_needed
+
+    for needed in list_needed(settings, shift, seed, runs_dir):
+        from train.stage1.running import Stage1Request, run_stage1
+
+        _notify(f"{shift.name}, seed {seed}: Stage 1 isn't done with these settings; running it first")
+        run_stage1(Stage1Request(places, needed.shift, needed.seed, needed.config, runs_dir), progress, _notify)
+
+
+def _notify(message: str) -> None:
+    typer.echo(message, err=True)
