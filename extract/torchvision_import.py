@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 import types
 from typing import Any
 
 _kept_libraries: list[Any] = []
+# Readers and networks import in threads of their own; a half-imported package looks imported to the other thread.
+_importing = threading.RLock()
 
 
 def _drop_modules(root: str) -> None:
-    for name in [n for n in sys.modules if n == root or n.startswith(root + ".")]:
+    for name in [n for n in list(sys.modules) if n == root or n.startswith(root + ".")]:
         del sys.modules[name]
 
 
 def ensure_torchvision() -> None:
     """Imports torchvision; defines its two missing operators when exactly those are missing."""
-    if "torchvision" in sys.modules:
-        return
+    with _importing:
+        if "torchvision" not in sys.modules:
+            _import_torchvision()
+
+
+def _import_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -41,8 +48,12 @@ def ensure_torchvision() -> None:
 
 def ensure_torchaudio() -> None:
     """Imports torchaudio; puts a stub in place of its extension loader when the library can't be loaded."""
-    if "torchaudio" in sys.modules:
-        return
+    with _importing:
+        if "torchaudio" not in sys.modules:
+            _import_torchaudio()
+
+
+def _import_torchaudio() -> None:
     try:
         importlib.import_module("torchaudio")
     except OSError:

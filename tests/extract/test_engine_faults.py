@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-import av
 import numpy as np
 import psutil
 import pytest
@@ -49,18 +49,6 @@ def compute(ticket, plan, work):
 
 extract.shard_jobs.compute_shard_on_worker = compute
 """
-
-
-def write_video(path: Path, seed: int) -> None:
-    """Writes 3 s of moving noise at 15 Hz, 96 x 72."""
-    base = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=15, options={"threads": "1"})
-        video.width, video.height, video.pix_fmt = 96, 72, "yuv420p"
-        for i in range(45):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.roll(base, 2 * i, axis=1), format="rgb24")))
-        container.mux(video.encode(None))
 
 
 @dataclass
@@ -116,11 +104,11 @@ Start = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def media(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes videos, card and manifest once, and the features of an unbroken run in one process."""
     root = tmp_path_factory.mktemp("engine")
     for i in range(N_VIDEOS):
-        write_video(root / f"media/v{i}.mp4", i)
+        tiny_dataset.write_video(root / f"media/v{i}.mp4", seed=i, sound="none")
     segments = [
         Segment(f"v{i}-{j:02}", f"v{i}", 0.04 * j, 0.04 * j + 1.1, ("a",), "d", "train")
         for i in range(N_VIDEOS)

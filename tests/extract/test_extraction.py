@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -23,13 +18,12 @@ from extract.inference import load_network
 from extract.pictures import prepare_clips
 from extract.run_options import RunOptions
 from extract.weights.resolve import list_weights, resolve_weights
-from pipeline.cards import DatasetCard, write_card
+from pipeline.cards import DatasetCard
 from pipeline.errors import SpecError, StoreBusyError
-from pipeline.manifest_csv import write_manifest
 from pipeline.segments import Manifest, Segment
 from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import read_failures
-from pipeline.store.opening import hold_store, list_stores, open_store
+from pipeline.store.opening import hold_store, open_store
 from pipeline.store.verifying import verify_store
 
 CARD = DatasetCard(
@@ -327,74 +321,6 @@ def test_impossible_overrides_are_refused_by_name(override: str, message: str) -
     record = resolve_weights("random:0", "slowfast_demo")
     with pytest.raises(SpecError, match=message):
         make_feature_spec("slowfast_demo", record, StoreOptions(), overrides=[override])
-
-
-def start_command(tmp_path: Path, cache: str, backend: str, blocked: str = "") -> subprocess.Popen[str]:
-    """Starts `echoshift extract` in a process of its own, where the package `blocked` can't be imported."""
-    command = f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r})); from train.cli import main; main()"
-    arguments = ["extract", "tiny", "--media", str(tmp_path / "media"), "--cache", str(tmp_path / cache)]
-    arguments += ["--encoders", "slowfast_demo resnet_demo", "--backend", backend, "--device", "cpu"]
-    arguments += ["--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4", "--manifests", str(tmp_path)]
-    return subprocess.Popen(
-        [sys.executable, "-c", command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-
-
-def count_done(cache: Path) -> int:
-    return sum(int((open_store(path).read_array("state") == DONE).sum()) for path in list_stores(cache))
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("backend", "n_kills"),
-    [("zarr", 2), pytest.param("zarr", 10, marks=pytest.mark.slow), pytest.param("hdf5", 10, marks=pytest.mark.slow)],
-)
-def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path, backend: str, n_kills: int) -> None:
-    for i in range(4):
-        write_video(tmp_path / f"media/v{i}.mp4", seed=i, sound="none" if i == 3 else "noise")
-    starts = [0.04 * j for j in range(max(20, 5 * n_kills))]
-    segments = [
-        Segment(f"v{i}-{j}", f"v{i}", start, start + 1.1, ("a",), "d", "train")
-        for i in range(4)
-        for j, start in enumerate(starts)
-    ]
-    write_card(tmp_path / "tiny.toml", CARD)
-    write_manifest(tmp_path / "tiny.csv", segments)
-    finish(start_command(tmp_path, "unbroken", backend))
-    assert count_done(tmp_path / "unbroken") == 2 * len(segments)
-    rng = random.Random(backend)
-    broken = tmp_path / "broken"
-    seen = [0]
-    for _ in range(n_kills):
-        process = start_command(tmp_path, "broken", backend)
-        goal = seen[-1] + rng.randint(1, 2 * len(segments) // (n_kills + 1))
-        while count_done(broken) < goal and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 0.1))  # about as long as a shard takes
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.kill()
-        process.communicate()
-        seen.append(count_done(broken))
-    assert seen == sorted(seen), "a kill took away rows that were done"
-    assert 0 < seen[-1] < 2 * len(segments)
-    finish(start_command(tmp_path, "broken", backend))
-    for path in list_stores(tmp_path / "unbroken"):
-        other = broken / Path(path).relative_to(tmp_path / "unbroken")
-        assert read_every_array(str(path)) == read_every_array(str(other))
-        assert verify_store(open_store(other)) == []
-
-
-def test_a_run_with_nothing_to_do_does_not_even_import_torch(tiny: Any) -> None:
-    tiny.add_videos("v")
-    assert tiny.extract("--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4")[0] == 0
-    assert count_done(tiny.cache) == 8
-    finish(start_command(tiny.root, "cache", "zarr", blocked="torch"))
-    assert count_done(tiny.cache) == 8
 
 
 def test_the_second_run_on_a_store_is_told_who_holds_it(tmp_path: Path, extract: Extract) -> None:

@@ -11,10 +11,18 @@ import pytest
 from extract import torchvision_import
 
 _PROBE = """
+from concurrent.futures import ThreadPoolExecutor
 from extract.torchvision_import import ensure_torchaudio, ensure_torchvision
+def see():
+    ensure_torchvision()
+    import torchvision.models
+def hear():
+    ensure_torchaudio()
+    import torchaudio.functional
+with ThreadPoolExecutor(4) as threads:
+    for done in [threads.submit(f) for f in (see, see, hear, hear)]:
+        done.result()
 ensure_torchvision()
-ensure_torchvision()
-ensure_torchaudio()
 ensure_torchaudio()
 import torch, torchvision, torchaudio, timm, pytorchvideo.models.slowfast
 from torchvision.transforms.v2.functional import resize
@@ -24,7 +32,7 @@ print(float(torchvision.ops.box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor
 """
 
 
-def test_everything_imports_in_a_fresh_process() -> None:
+def test_everything_imports_in_a_fresh_process_from_several_threads() -> None:
     done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[:2] == ["(3, 20, 30)", "(1, 1600)"]
     assert float(done.stdout.splitlines()[2]) == pytest.approx(1 / 3)
