@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from pipeline.cards import DatasetCard, write_card
+from pipeline.errors import EchoshiftError
 from pipeline.manifest_csv import write_manifest
 from pipeline.segments import Segment
 from pipeline.store.layout import DONE, FAILED, PENDING
@@ -104,8 +105,8 @@ Start = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def media(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes videos, card and manifest once, and the features of an unbroken run in one process."""
+def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes videos, card and manifest once."""
     root = tmp_path_factory.mktemp("engine")
     for i in range(N_VIDEOS):
         tiny_dataset.write_video(root / f"media/v{i}.mp4", seed=i, sound="none")
@@ -116,8 +117,14 @@ def media(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
     ]
     write_card(root / "tiny.toml", CARD)
     write_manifest(root / "tiny.csv", segments)
-    assert start_run(root, root / "unbroken").finish()[0] == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def media(folder: Path) -> Path:
+    """Gives the same folder, with the features of an unbroken run in one process."""
+    assert start_run(folder, folder / "unbroken").finish()[0] == 0
+    return folder
 
 
 def heed_interrupts() -> None:
@@ -142,12 +149,12 @@ def start_run(root: Path, cache: Path, *options: str, code: str = COMMAND, **env
 
 
 @pytest.fixture
-def start(media: Path, tmp_path: Path) -> Iterator[Start]:
+def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
     """Starts runs into a cache of the test's own, and ends what the test leaves behind."""
     runs = []
 
     def start(*options: str, code: str = COMMAND, **environment: str) -> Run:
-        runs.append(start_run(media, tmp_path / "cache", *options, code=code, **environment))
+        runs.append(start_run(folder, tmp_path / "cache", *options, code=code, **environment))
         return runs[-1]
 
     yield start
@@ -314,7 +321,7 @@ def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_see_the_store_are_one_error(media: Path, start: Start, tmp_path: Path) -> None:
+def test_workers_that_cannot_see_the_store_are_one_error(start: Start, tmp_path: Path) -> None:
     blind = "import pipeline.store.opening as o, deadly2"
     (tmp_path / "deadly2.py").write_text(
         "import multiprocessing, extract.workers\nfrom pipeline.errors import StoreError\n"
@@ -340,19 +347,12 @@ def test_workers_that_cannot_see_the_store_are_one_error(media: Path, start: Sta
         (("--slurm-option", "cores=2"), "--slurm-option goes with --slurm"),
     ],
 )
-def test_impossible_options_are_one_error(
-    media: Path, tmp_path: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_impossible_options_are_one_error(folder: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     from train.cli import app
 
-    arguments = ["extract", "tiny", "--media", str(media / "media"), "--manifests", str(media), "--device", "cpu"]
-    from pipeline.errors import EchoshiftError
-
+    arguments = ["extract", "tiny", "--media", str(folder / "media"), "--manifests", str(folder), "--device", "cpu"]
     with pytest.raises(EchoshiftError, match=message):
-        app(
-            [*arguments, "--cache", str(tmp_path), "--encoders", "slowfast_demo", *options],
-            standalone_mode=False,
-        )
+        app([*arguments, "--cache", str(tmp_path), "--encoders", "slowfast_demo", *options], standalone_mode=False)
 
 
 @pytest.mark.slow
