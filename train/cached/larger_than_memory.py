@@ -20,7 +20,7 @@ from train.cached.feature_rows import FeatureRows, arrange_entries, find_rows
 from train.epoch_plan import shuffle
 
 _N_ORDERS = 3  # of the source, the target and its labelled part, each with shards of its own in memory
-_N_IN_READING = 2  # shards' worth of memory that reading one takes beside the place where it is kept
+_N_IN_READING = 3  # shards' worth of memory that reading one takes beside its place (benchmarks/larger_than_memory)
 _GROUPS, _WITHIN = 100, 101  # what is shuffled, beside the parts of a shift
 
 
