@@ -1,7 +1,7 @@
 """Trains on generated features whose modality norms differ by 10 x; shows what becomes of norms and accuracy.
 
     python -m benchmarks.norm_gap [--methods "source_only rna hna"] [--settings "dg uda"] [--gap 10] [--seeds 3]
-        [--steps 9000] [--width 1024] [--curves FILE.png]
+        [--steps 9000] [--width 1024] [--curves FILE.csv]
 
 Targets: RNA's ratio of mean norms within 5 % of 1, and its accuracy on the target no worse than source-only's.
 
@@ -13,6 +13,7 @@ which modality has the larger norm. A run is that of the paper's schedule, short
 from __future__ import annotations
 
 import argparse
+import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,21 +147,13 @@ def judge(job: TrainingJob, run: TrainedRun, labels: np.ndarray) -> NormGap:
     return NormGap(float(right[-1].mean()), float(right.mean()), *ratios)
 
 
-def draw_curves(curves: dict[str, np.ndarray], path: Path) -> None:
-    """Draws the norms by epoch of each run, visual and audio, [n_epochs, 2], as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), squeeze=False)
-    for axis, (title, norms) in zip(axes[0], curves.items(), strict=True):
-        axis.plot(norms[:, 0], label="visual")
-        axis.plot(norms[:, 1], label="audio")
-        axis.set(title=title, xlabel="epoch", ylabel="mean norm", yscale="log")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def write_curves(curves: dict[str, np.ndarray], path: Path) -> None:
+    """Writes the first seed's norms by epoch of each run, [n_epochs, 2], as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "epoch", "norm_visual", "norm_audio"])
+        for title, norms in curves.items():
+            writer.writerows([title, epoch, *map("{:.4f}".format, pair)] for epoch, pair in enumerate(norms.tolist()))
 
 
 def shorten(schedule: AlignmentScheduleConfig, n_steps: int) -> AlignmentScheduleConfig:
@@ -212,9 +205,9 @@ def main() -> None:
                     f"{setting:7} {larger:7} {method:13} {last:5.2f}  {mean_last:9.2f}  {in_source} | {in_target}",
                     flush=True,
                 )
-                curves[f"{setting}, {larger} larger: {method}"] = runs[0].losses[:, -2:]
+                curves[f"{setting} {larger} {method}"] = runs[0].losses[:, -2:]
     if options.curves is not None:
-        draw_curves(curves, options.curves)
+        write_curves(curves, options.curves)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ class TimingWatcher:
         """Gives ms a step of those after the first half."""
         half = self.done[-1][0] // 2
         n, started = next((n, at) for n, at in self.done if n >= half)
+        if n == self.done[-1][0]:
+            raise SystemExit(f"{n} steps were done at once, so no half can be timed; give more --steps")
         return 1e3 * (self.done[-1][1] - started) / (self.done[-1][0] - n)
 
     def measure_whole(self) -> float:

@@ -109,7 +109,7 @@ def _take_from_row(n: int, start: int, size: int, seed: int, what: int, order: O
         return np.zeros(0, dtype=np.int64)
     rounds = range(start // n, (start + size - 1) // n + 1)
     row = np.concatenate([order(n, seed, r, what) for r in rounds])
-    return row[start % n : start % n + size]
+    return row[start % n : start % n + size].copy()  # a view would keep the whole shuffle
 
 
 def shuffle(n: int, seed: int, number: int, what: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from extract.encoders.audio_resnet import AudioResNet
+from extract.encoders.bn_inception import BNInception, ConvNorm
 from extract.encoders.encoder_network import EncoderNetwork
 from extract.encoders.fused_layers import FusedConv, FusedLateral, FusedResidualBlock, FusedStem
 from extract.encoders.inception_i3d import InceptionI3D, SamePaddedConv
@@ -43,6 +44,8 @@ def prepare_for_inference(
         _swap(form, SamePaddedConv, lambda layer: _fuse_same_conv(layer, dtype), but=(form.logits,))
     elif isinstance(form, SlowFast | SlowOnly):
         _fuse_pytorchvideo(form, dtype)
+    elif isinstance(form, BNInception):
+        _swap(form, ConvNorm, lambda layer: FusedConv(layer.conv, layer.bn, has_relu=True, dtype=dtype))
     elif isinstance(form, AudioResNet):
         _fuse_timm(form.net, dtype)
     else:

@@ -38,6 +38,15 @@ def plan_audio_outputs(
     return {"map": (n_map, -(-n_bands // 16), -(-n_windows // 16)), "pooled": (n_pooled,), "logits": (n_classes,)}
 
 
+def plan_bn_inception_outputs(n_classes: int, clip: ClipSpec, audio: FrameSpec | AudioSpec) -> Shapes:
+    """Gives the shapes of BN-Inception's outputs for one window of sound; the clip has no say in them."""
+    if not isinstance(audio, AudioSpec):
+        raise SpecError("an audio encoder needs an AudioSpec, not a FrameSpec")
+    # Two poolings leave half a position out, the convolutions of stride 2 don't.
+    n_bands, n_windows = (-(-(-(-n // 2) // 2 // 2) // 2) for n in plan_spectrogram_shape(audio))
+    return {"map": (608, n_bands, n_windows), "pooled": (1024,), "logits": (n_classes,)}
+
+
 def _side(frame: FrameSpec | AudioSpec) -> int:
     if not isinstance(frame, FrameSpec):
         raise SpecError("a picture encoder needs a FrameSpec, not an AudioSpec")

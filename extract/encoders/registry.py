@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from extract.encoders.output_shapes import (
     Shapes,
     plan_audio_outputs,
+    plan_bn_inception_outputs,
     plan_i3d_outputs,
     plan_slowfast_outputs,
     plan_slowonly_outputs,
 )
-from extract.sound.recipes import ZHANG2022
+from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
@@ -59,6 +60,7 @@ _PYTORCHVIDEO_MEAN, _PYTORCHVIDEO_STD = (114.75,) * 3, (57.375,) * 3
 _RGB_CLIP = ClipSpec(n_frames=32, stride=2, rate_hz=60, n_clips=5)
 _SLOWONLY_CLIP = ClipSpec(n_frames=8, stride=4, rate_hz=30, n_clips=5)
 _I3D_FLOW_CLIP = ClipSpec(n_frames=32, stride=1, rate_hz=30, n_clips=5)
+_RNA_CLIP = ClipSpec(n_frames=16, stride=2, rate_hz=60, n_clips=5)
 _DEMO_CLIP = ClipSpec(n_frames=8, stride=2, rate_hz=15, n_clips=5)
 
 
@@ -93,6 +95,12 @@ def _build_resnet18_audio() -> EncoderNetwork:
     from extract.encoders.audio_resnet import build_resnet18_audio
 
     return build_resnet18_audio()
+
+
+def _build_bn_inception_audio() -> EncoderNetwork:
+    from extract.encoders.bn_inception import BNInception
+
+    return BNInception()
 
 
 def _build_resnet_demo() -> EncoderNetwork:
@@ -164,6 +172,17 @@ _ENTRIES = (
         default_outputs=("map", "pooled"),
         build=_build_resnet18_audio,
         output_shapes=partial(plan_audio_outputs, 256, 512, 309),
+    ),
+    EncoderEntry(
+        name="bninception_audio",
+        modality="audio",
+        revision=1,
+        clip=_RNA_CLIP,
+        frame=None,
+        audio=PLANAMENTE2021,
+        default_outputs=("pooled",),
+        build=_build_bn_inception_audio,
+        output_shapes=partial(plan_bn_inception_outputs, 1000),
     ),
     EncoderEntry(
         name="resnet_demo",

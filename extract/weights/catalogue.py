@@ -25,6 +25,7 @@ FormatName = Literal[
     "piergiaj-i3d",
     "flax-i3d",
     "vggsound",
+    "bn-inception",
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from extract.weights.key_maps import (
+    map_bn_inception_name,
     map_flax_i3d_name,
     map_mmaction2_slowfast_name,
     map_mmaction2_slowonly_name,
@@ -75,6 +76,15 @@ def _convert_flax(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _convert_bn_inception(name: str, tensor: Tensor) -> Tensor:
+    # Sound has one channel: the mean of the filters of the three colours. Norms' tensors were [1, C] before 0.4.
+    if name == "conv1_7x7_s2.conv.weight" and tensor.ndim == 4 and tensor.shape[1] == 3:
+        return tensor.mean(dim=1, keepdim=True)
+    if ".bn." in name and tensor.ndim == 2 and tensor.shape[0] == 1:
+        return tensor.reshape(-1)
+    return tensor
+
+
 FORMATS: Mapping[str, CheckpointFormat] = MappingProxyType(
     {
         "pytorchvideo": CheckpointFormat(map_pytorchvideo_name, container="model_state"),
@@ -85,6 +95,7 @@ FORMATS: Mapping[str, CheckpointFormat] = MappingProxyType(
         "mmaction2-slowonly": CheckpointFormat(map_mmaction2_slowonly_name, container="state_dict"),
         "piergiaj-i3d": CheckpointFormat(map_piergiaj_name),
         "flax-i3d": CheckpointFormat(map_flax_i3d_name, convert=_convert_flax, exemptions=(_NO_COUNTER, _NO_SCALE)),
+        "bn-inception": CheckpointFormat(map_bn_inception_name, convert=_convert_bn_inception),
         "vggsound": CheckpointFormat(map_vggsound_name, container="model_state_dict"),
     }
 )

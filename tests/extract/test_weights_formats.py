@@ -282,6 +282,69 @@ def test_flax_kernels_are_transposed_and_the_absent_scale_is_one() -> None:
     assert all(tensor.device.type == "meta" or bool((tensor == 1).all()) for tensor in scales)
 
 
+_BN_INCEPTION = {  # the lines of the paper's Figure 5: 1x1, reductions and 3x3s, projection; None: not there
+    "3a": (192, 64, 64, 64, 64, 96, 32), "3b": (256, 64, 64, 96, 64, 96, 64), "3c": (320, None, 128, 160, 64, 96, None),
+    "4a": (576, 224, 64, 96, 96, 128, 128), "4b": (576, 192, 96, 128, 96, 128, 128),
+    "4c": (576, 160, 128, 160, 128, 160, 128), "4d": (608, 96, 128, 192, 160, 192, 128),
+    "4e": (608, None, 128, 192, 192, 256, None), "5a": (1056, 352, 192, 320, 160, 224, 128),
+    "5b": (1024, 352, 192, 320, 192, 224, 128),
+}  # fmt: skip
+
+
+def _make_bn_inception() -> State:
+    """Makes the port from Caffe, of pictures: three input channels, norms of [1, C] as before PyTorch 0.4."""
+    layers = [("conv1_7x7_s2", 3, 64, 7), ("conv2_3x3_reduce", 64, 64, 1), ("conv2_3x3", 64, 192, 3)]
+    for block, (n, one, reduce, three, double_reduce, double, pool) in _BN_INCEPTION.items():
+        parts = [("1x1", n, one, 1), ("3x3_reduce", n, reduce, 1), ("3x3", reduce, three, 3),
+                 ("double_3x3_reduce", n, double_reduce, 1), ("double_3x3_1", double_reduce, double, 3),
+                 ("double_3x3_2", double, double, 3), ("pool_proj", n, pool, 1)]  # fmt: skip
+        layers += [(f"inception_{block}_{part}", a, b, kernel) for part, a, b, kernel in parts if b is not None]
+    state: State = {}
+    for name, n_in, n_out, kernel in layers:
+        # More than the usual 2 / fan-in, because the norms damp what they see, and the logits shall depend on x.
+        state[f"{name}.weight"] = torch.randn(n_out, n_in, kernel, kernel) * (3.4 / (n_in * kernel**2)) ** 0.5
+        state[f"{name}.bias"] = torch.randn(n_out) * 0.1
+        _add_norm(state, f"{name}_bn", n_out)
+    for name, tensor in state.items():
+        if "_bn." in name and tensor.ndim == 1:
+            state[name] = tensor[None]
+    return state | {"last_linear.weight": torch.randn(1000, 1024) * 0.05, "last_linear.bias": torch.randn(1000)}
+
+
+def _run_bn_inception(state: State, x: Tensor) -> Tensor:
+    def run(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        x = F.conv2d(x, weight, state[f"{name}.bias"], stride, weight.shape[2] // 2)
+        norm = {leaf: state[f"{name}_bn.{leaf}"].flatten() for leaf in _NORM[:4]}
+        x = F.batch_norm(x, norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"], eps=1e-5)
+        return F.relu(x)
+
+    x = F.max_pool2d(run("conv1_7x7_s2", x, 2), 3, 2, ceil_mode=True)
+    x = F.max_pool2d(run("conv2_3x3", run("conv2_3x3_reduce", x)), 3, 2, ceil_mode=True)
+    for block in _BN_INCEPTION:
+        name, stride = f"inception_{block}", 2 if block in ("3c", "4e") else 1
+        double = run(f"{name}_double_3x3_1", run(f"{name}_double_3x3_reduce", x))
+        outs = [run(f"{name}_3x3", run(f"{name}_3x3_reduce", x), stride), run(f"{name}_double_3x3_2", double, stride)]
+        if stride == 2:
+            outs = [*outs, F.max_pool2d(x, 3, 2, ceil_mode=True)]
+        else:
+            pool = F.max_pool2d if block == "5b" else F.avg_pool2d
+            outs = [run(f"{name}_1x1", x), *outs, run(f"{name}_pool_proj", pool(x, 3, 1, 1))]
+        x = torch.cat(outs, dim=1)
+    return F.linear(x.mean(dim=(2, 3)), state["last_linear.weight"], state["last_linear.bias"])
+
+
+def test_bn_inception_sees_in_sound_a_third_in_each_colour() -> None:
+    torch.manual_seed(0)
+    state, x = _make_bn_inception(), torch.randn(2, 1, 96, 64)
+    wanted = _run_bn_inception(state, x.expand(-1, 3, -1, -1) / 3)
+    found = _run_converted("bninception_audio", state, "bn-inception", x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted[0] - wanted[1]).abs().max() > 0.1
+    as_fc = {name.replace("last_linear", "fc"): tensor for name, tensor in state.items()}
+    torch.testing.assert_close(_run_converted("bninception_audio", as_fc, "bn-inception", x), found)
+
+
 _CASES: dict[str, tuple[str, Callable[[], State]]] = {
     "pytorchvideo": ("slowfast_r101", lambda: _fill(_expected("slowfast_r101"))),
     "pyslowfast": ("slowfast_r101", lambda: _make_pyslowfast(_DEPTHS["slowfast_r101"], fusion_kernel=5)),
@@ -290,6 +353,7 @@ _CASES: dict[str, tuple[str, Callable[[], State]]] = {
     "piergiaj-i3d": ("i3d_flow", lambda: _fill(_expected("i3d_flow"))),
     "flax-i3d": ("i3d_rgb", _make_flax),
     "vggsound": ("resnet18_audio", _make_vggsound),
+    "bn-inception": ("bninception_audio", _make_bn_inception),
 }
 
 

@@ -59,6 +59,7 @@ def test_defaults() -> None:
         "i3d_rgb": "i3d-rgb-kinetics400",
         "i3d_flow": "i3d-flow-piergiaj",
         "resnet18_audio": "resnet18-vggsound",
+        "bninception_audio": "bninception-imagenet",
         "resnet_demo": "random:0",
     }
     with pytest.raises(SpecError, match="did you mean 'i3d_rgb'"):

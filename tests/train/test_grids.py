@@ -46,9 +46,12 @@ def write_grid(tmp_path, text):
 @pytest.mark.parametrize("name", list_grids())
 def test_each_grid_sets_fields_that_there_are(name):
     grid = read_grid(name)
-    card = CARD.model_copy(update={"task": grid.task or "single-label"})
+    several = Shift(source=("D1", "D2"), target="D3")
+    card = CARD.model_copy(
+        update={"task": grid.task or "single-label", "domains": ("D1", "D2", "D3"), "shifts": (*CARD.shifts, several)}
+    )
     planned = plan_runs(grid, card, resolve)
-    assert len(planned) == 3 * 2 * len(grid.rows)
+    assert len(planned) == 3 * (1 if grid.sources == "several" else 2) * len(grid.rows)
     assert all(run.config_hash == hash_config(resolve(run.stage, run.overrides)) for run in planned)
 
 

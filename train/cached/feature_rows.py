@@ -98,9 +98,9 @@ def arrange_entries(values: np.ndarray, n_views: int, n_valid: np.ndarray) -> Te
 def read_sound(store: FeatureStore, segment_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Reads the pooled feature of segments from a store of sound, float32 [n, C_a], and whether there is any, bool [n].
 
-    Raises StoreError as `read_visual`.
+    Where a store holds several clips of sound, it is their mean. Raises StoreError as `read_visual`.
     """
-    values = store.read(segment_ids, "pooled")[:, 0].astype(np.float32)
+    values = store.read(segment_ids, "pooled").astype(np.float32).mean(axis=1)
     rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
     has_audio = store.read_array("has_audio")[rows] == 1
     values[~has_audio] = 0

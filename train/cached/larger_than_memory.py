@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import RunError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import plan_shards
 from pipeline.store.reading import RowFinder, require_done
@@ -18,6 +20,7 @@ from train.cached.feature_rows import FeatureRows, arrange_entries, find_rows
 from train.epoch_plan import shuffle
 
 _N_ORDERS = 3  # of the source, the target and its labelled part, each with shards of its own in memory
+_N_IN_READING = 3  # shards' worth of memory that reading one takes beside its place (benchmarks/larger_than_memory)
 _GROUPS, _WITHIN = 100, 101  # what is shuffled, beside the parts of a shift
 
 
@@ -28,7 +31,7 @@ class StoredRows:
     Attributes:
         rows: in the store, int64 [n].
         n_valid: clips that each segment has, int64 [n].
-        max_bytes: how much of the store is held at a time.
+        shards: what is held of the store, by all who look rows up; ids and sound, in memory, come on top of it.
     """
 
     segment_ids: tuple[str, ...]
@@ -37,7 +40,7 @@ class StoredRows:
     n_valid: np.ndarray
     audio: Tensor
     has_audio: Tensor
-    max_bytes: int
+    shards: SharedShards
 
     def __len__(self) -> int:
         return len(self.segment_ids)
@@ -57,11 +60,6 @@ class StoredRows:
         """Gives how many clips of each segment there are."""
         return self.store.layout.n_clips // self.n_views
 
-    @property
-    def n_row_bytes(self) -> int:
-        """Gives how many bytes a segment takes."""
-        return count_row_bytes(self.store)
-
     def find(self, segment_ids: Sequence[str]) -> np.ndarray:
         """Finds the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
         return find_rows(self.segment_ids, segment_ids)
@@ -77,8 +75,7 @@ class StoredRows:
         a group are shuffled. So every row comes once, and neighbours are of shards that are held together.
         """
         shards = self.rows[rows] // self.store.layout.n_rows_per_shard
-        n_shard_bytes = self.store.layout.n_rows_per_shard * self.n_row_bytes
-        n_together = max(1, self.max_bytes // _N_ORDERS // n_shard_bytes)
+        n_together = self.shards.n_slots // _N_ORDERS
         there = np.unique(shards)
         there = there[shuffle(len(there), seed, number, what + _GROUPS)]
         group_of = np.empty(there.max() + 1, dtype=np.int64)
@@ -96,27 +93,100 @@ def count_row_bytes(store: FeatureStore) -> int:
 def open_rows(
     store: FeatureStore, segment_ids: Sequence[str], audio: Tensor, has_audio: Tensor, max_bytes: int
 ) -> StoredRows:
-    """Opens segments' features for reading shard by shard; raises StoreError as `store.read`."""
+    """Opens segments' features for reading shard by shard, of which at most `max_bytes` are held.
+
+    Raises StoreError as `store.read`, and RunError where so few bytes can't hold a shard of each part of a shift.
+    """
     ids = list(segment_ids)
     rows = RowFinder(list(store.segment_ids)).find(str(store.path), ids)
     require_done(str(store.path), ids, store.read_array("state")[rows])
     n_valid = store.read_array("n_valid")[rows] // store.spec.n_entries_per_clip
-    return StoredRows(tuple(ids), store, rows, n_valid, audio, has_audio, max_bytes)
+    n_valid_of_row = np.zeros(store.layout.n_rows, dtype=np.int64)
+    n_valid_of_row[rows] = n_valid
+    shards = SharedShards(store, n_valid_of_row, plan_slots(store, max_bytes))
+    return StoredRows(tuple(ids), store, rows, n_valid, audio, has_audio, shards)
+
+
+def plan_slots(store: FeatureStore, max_bytes: int) -> int:
+    """Counts the shards that are kept in `max_bytes`, beside what reading one takes; raises RunError if too few."""
+    n_shard_bytes = store.layout.n_rows_per_shard * count_row_bytes(store)
+    n_slots = max_bytes // n_shard_bytes - _N_IN_READING
+    if n_slots < _N_ORDERS:
+        wanted_mb = -(-(_N_ORDERS + _N_IN_READING) * n_shard_bytes // 2**20)
+        raise RunError(
+            f"{store.path}: {max_bytes} bytes are too few to read its shards of {n_shard_bytes} bytes in turn; raise "
+            f"data.max_memory_mb to {wanted_mb} or more"
+        )
+    return min(n_slots, store.layout.n_shards)
+
+
+class HeldShards:
+    """Holds some shards of a store in places that are allocated once; the one not used for longest makes room.
+
+    Freed and allocated one by one, shards of some MB leave holes that the system never gets back. `n_bytes` says how
+    much memory the places are, `n_reads` how often a shard was read.
+    """
+
+    def __init__(self, store: FeatureStore, n_valid: np.ndarray, n_slots: int) -> None:
+        self._store, self._n_valid, self.n_slots, self.n_reads = store, n_valid, n_slots, 0
+        self._n_views, self._shards = store.spec.n_entries_per_clip, plan_shards(store.layout)
+        n_rows, n_clips = store.layout.n_rows_per_shard, store.layout.n_clips // self._n_views
+        dtype = torch.from_numpy(np.empty(0, store.spec.dtype)).dtype
+        self.values = {
+            output.name: torch.empty(n_slots, n_rows, self._n_views, n_clips, *output.shape, dtype=dtype)
+            for output in store.spec.outputs
+        }
+        self._slot_of: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def n_bytes(self) -> int:
+        """Gives the bytes of all places."""
+        return sum(values.nbytes for values in self.values.values())
+
+    def hold(self, numbers: Sequence[int]) -> list[int]:
+        """Sees to it that these shards, at most n_slots, are held; gives the place of each."""
+        for number in numbers:  # none of them may make room for another
+            if number in self._slot_of:
+                self._slot_of.move_to_end(number)
+        for number in numbers:
+            if number not in self._slot_of:
+                self._read(number)
+        return [self._slot_of[number] for number in numbers]
+
+    def _read(self, number: int) -> None:
+        is_full = len(self._slot_of) == self.n_slots
+        slot = self._slot_of.popitem(last=False)[1] if is_full else len(self._slot_of)
+        shard = self._shards[number]
+        n_valid = self._n_valid[shard.start_row : shard.stop_row]
+        for name, places in self.values.items():
+            values = self._store.read_array(f"outputs/{name}", shard.start_row, shard.stop_row)
+            places[slot, : shard.n_rows] = arrange_entries(values, self._n_views, n_valid)
+        self._slot_of[number] = slot
+        self.n_reads += 1
+
+
+class SharedShards:
+    """Gives all who look up rows of one store the same HeldShards, which go when the last of them does."""
+
+    def __init__(self, store: FeatureStore, n_valid: np.ndarray, n_slots: int) -> None:
+        self._store, self._n_valid, self.n_slots = store, n_valid, n_slots
+        self._held: weakref.ref[HeldShards] | None = None
+
+    def open(self) -> HeldShards:
+        """Gives what is held, or begins to hold."""
+        held = None if self._held is None else self._held()
+        if held is None:
+            held = HeldShards(self._store, self._n_valid, self.n_slots)
+            self._held = weakref.ref(held)
+        return held
 
 
 class StoredBank:
-    """Looks rows up as FeatureBank does, out of the shards that it holds; it holds at most `max_bytes` of them.
-
-    `n_held_bytes` says how much that is, `n_reads` how often a shard was read.
-    """
+    """Looks rows up as FeatureBank does, out of the shards that are held; banks of the same rows hold them together."""
 
     def __init__(self, rows: StoredRows, device: torch.device, *, one_clip: bool = False) -> None:
         self._rows, self._device, self.one_clip = rows, device, one_clip
-        self.n_views, self.n_held_bytes, self.n_reads = rows.n_views, 0, 0
-        self._shards = plan_shards(rows.store.layout)
-        self._held: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-        self._n_valid = np.zeros(rows.store.layout.n_rows, dtype=np.int64)
-        self._n_valid[rows.rows] = rows.n_valid
+        self.n_views, self.held = rows.n_views, rows.shards.open()
 
     def offset_of(self, part: FeatureRows | StoredRows) -> int:
         """Gives what is added to the row numbers of the one part."""
@@ -127,40 +197,21 @@ class StoredBank:
         flat = rows.reshape(-1).cpu()
         of_view = torch.zeros_like(flat) if views is None else views.reshape(-1).cpu()
         of_clip = None if clips is None else clips.reshape(-1).cpu()
-        stored = self._rows.rows[flat.numpy()]
-        numbers = stored // self._rows.store.layout.n_rows_per_shard
-        found: dict[str, Tensor] = {}
-        for number in np.unique(numbers).tolist():
-            shard = self._hold(number)
-            at = torch.from_numpy(np.flatnonzero(numbers == number))
-            within = torch.from_numpy(stored[at.numpy()] - self._shards[number].start_row)
-            for name, values in shard.items():
-                taken = values[within, of_view[at]]
-                if of_clip is not None:
-                    taken = taken[torch.arange(len(at)), of_clip[at]][:, None]
-                if name not in found:
-                    found[name] = torch.empty(len(flat), *taken.shape[1:])
+        found = {
+            name: torch.empty(len(flat), n_clips if of_clip is None else 1, *shape)
+            for name, (n_clips, *shape) in self._rows.shapes.items()
+        }
+        stored = torch.from_numpy(self._rows.rows)[flat]
+        n_rows_per_shard = self._rows.store.layout.n_rows_per_shard
+        numbers, which = torch.unique(stored // n_rows_per_shard, return_inverse=True)
+        for start in range(0, len(numbers), self.held.n_slots):  # a batch may be of more shards than are held
+            part = numbers[start : start + self.held.n_slots]
+            slots = torch.tensor(self.held.hold(part.tolist()))
+            at = torch.nonzero((which >= start) & (which < start + len(part)))[:, 0]
+            index = (slots[which[at] - start], stored[at] % n_rows_per_shard, of_view[at])
+            for name, values in self.held.values.items():
+                taken = values[index] if of_clip is None else values[(*index, of_clip[at])][:, None]
                 found[name][at] = taken.float()
         visual = {name: values.view(*rows.shape, *values.shape[1:]).to(self._device) for name, values in found.items()}
-        audio = self._rows.audio[flat].view(*rows.shape, -1).to(self._device)
+        audio = self._rows.audio[flat].view(*rows.shape, self._rows.audio.shape[1]).to(self._device)
         return FeatureBatch(visual, audio, self._rows.has_audio[flat].view(rows.shape).to(self._device))
-
-    def _hold(self, number: int) -> Mapping[str, Tensor]:
-        if number in self._held:
-            self._held.move_to_end(number)
-            return self._held[number]
-        shard, store = self._shards[number], self._rows.store
-        n_bytes = shard.n_rows * self._rows.n_row_bytes
-        while self._held and self.n_held_bytes + n_bytes > self._rows.max_bytes:
-            _, dropped = self._held.popitem(last=False)
-            self.n_held_bytes -= sum(values.nbytes for values in dropped.values())
-        n_valid = self._n_valid[shard.start_row : shard.stop_row]
-        self._held[number] = {
-            output.name: arrange_entries(
-                store.read_array(f"outputs/{output.name}", shard.start_row, shard.stop_row), self.n_views, n_valid
-            )
-            for output in store.spec.outputs
-        }
-        self.n_held_bytes += n_bytes
-        self.n_reads += 1
-        return self._held[number]

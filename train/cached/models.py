@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from train.cached.batches import Dropouts, Method
 from train.cached.feature_bank import Bank
+from train.cached.optimisers import make_optimiser
 from train.cached.run_steps import ChunkInputs, StepSource, make_step_inputs
 
 if TYPE_CHECKING:
@@ -46,38 +47,17 @@ def make_models(methods: Sequence[nn.Module], schedule: Schedule, device: torch.
     return StackedModels(methods, schedule, device)
 
 
-def make_optimiser(parameters: Sequence[Tensor], schedule: Schedule, device: torch.device) -> torch.optim.Optimizer:
-    """Makes the optimiser, its update fused into one pass; on a GPU its learning rate is a tensor, for graphs."""
-    on_gpu = device.type == "cuda"
-    lr = torch.tensor(schedule.lr, device=device) if on_gpu else schedule.lr
-    if schedule.optimiser == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=schedule.weight_decay, fused=True, capturable=on_gpu)
-    return torch.optim.SGD(
-        parameters, lr=lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=True
-    )
-
-
-def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate, in place where it is a tensor."""
-    for group in optimiser.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
 class SingleModel:
     """Trains one method."""
 
     def __init__(self, method: nn.Module, schedule: Schedule, device: torch.device) -> None:
         self._method = method.to(device).train()
         self._precision, self._device = schedule.precision, device
-        self._trained = [p for p in method.parameters() if p.requires_grad]
-        self._optimiser = make_optimiser(self._trained, schedule, device)
+        self._optimiser = make_optimiser([p for p in method.parameters() if p.requires_grad], schedule, device)
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the steps to come."""
-        set_lr(self._optimiser, lr)
+        self._optimiser.set_lr(lr)
 
     def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
         """Takes a chunk's steps; gives the terms of the loss, float32 [S, 1, n_terms]."""
@@ -87,8 +67,6 @@ class SingleModel:
             of_step = ChunkInputs(*(values[step, 0] for values in chunk))
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
                 terms = method.losses(make_step_inputs(of_step, bank), Dropouts(of_step.draws))
-            for parameter in self._trained:
-                parameter.grad = None  # zero_grad does the same at ten times the cost
             terms.sum().backward()
             self._optimiser.step()
             losses.append(terms.detach())

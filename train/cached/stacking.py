@@ -13,7 +13,7 @@ from torch.func import functional_call, stack_module_state
 from train.cached.batches import Dropouts, FeatureBatch, Method
 from train.cached.cuda_graphs import StepGraph
 from train.cached.feature_bank import Bank
-from train.cached.models import make_optimiser, set_lr
+from train.cached.optimisers import make_optimiser
 from train.cached.run_steps import ChunkInputs, cut_batch
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class StackedModels:
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the steps to come."""
-        set_lr(self._optimiser, lr)
+        self._optimiser.set_lr(lr)
 
     def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
         """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms]."""
@@ -75,19 +75,10 @@ class StackedModels:
         """Goes on with the first `n_runs` runs: weights, statistics and the optimiser's moments."""
         if not n_runs:
             return
-        before = list(self._parameters.values())
-        states = [self._optimiser.state[parameter] for parameter in before]
-        lr = self._optimiser.param_groups[0]["lr"]
         self._parameters = {k: v[:n_runs].detach().clone().requires_grad_() for k, v in self._parameters.items()}
         self._constants = {name: value[:n_runs].clone() for name, value in self._constants.items()}
         self._buffers = {name: value[:n_runs].clone() for name, value in self._buffers.items()}
-        self._optimiser = make_optimiser(list(self._parameters.values()), self._schedule, self._device)
-        for parameter, old, state in zip(self._parameters.values(), before, states, strict=True):
-            self._optimiser.state[parameter] = {
-                name: value[:n_runs].clone() if isinstance(value, Tensor) and value.shape == old.shape else value
-                for name, value in state.items()
-            }
-        set_lr(self._optimiser, float(lr))
+        self._optimiser = self._optimiser.keep(list(self._parameters.values()), n_runs)
         self._graph = None
 
     def _take_step(self, of_step: ChunkInputs, bank: Bank) -> Tensor:
@@ -103,7 +94,6 @@ class StackedModels:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._schedule.precision == "bf16"):
             # The masks are drawn already; nothing inside is random.
             terms = torch.vmap(compute)({**self._parameters, **self._constants}, self._buffers, batch, of_step)
-        self._optimiser.zero_grad(set_to_none=True)
         terms.sum().backward()
         self._optimiser.step()
         return terms.detach()

@@ -20,7 +20,7 @@ from train.commands.run_options import (
     PresetChoice,
     RunChoices,
     RunsOption,
-    choose_shifts,
+    list_present_shifts,
     open_places,
     resolve_choices,
 )
@@ -142,13 +142,14 @@ def table(
 def _plan(
     choices: RunChoices, name: str, shifts: str, n_seeds: int | None
 ) -> tuple[DataPlaces, Grid, list[PlannedRun]]:
-    from train.grids import plan_runs, read_grid
+    from train.grids import list_shifts, plan_runs, read_grid
 
     grid = read_grid(name)
     places = open_places(choices)
     named = shifts.split() or list(grid.shifts)
     if not named:
-        named = [shift.name for shift in choose_shifts(places.card, places.manifest, "all")]
+        present = [shift.name for shift in list_present_shifts(places.card, places.manifest)]
+        named = [name for name in list_shifts(grid, places.card) if name in present]
     planned = plan_runs(
         grid,
         places.card,

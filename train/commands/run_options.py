@@ -95,20 +95,25 @@ def open_places(choices: RunChoices) -> DataPlaces:
 
 
 def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shift]:
-    """Finds shifts by name, separated by blanks; `all` is those of which the manifest has segments."""
+    """Finds shifts by name, separated by blanks; `all` is those of one source of which the manifest has segments."""
     from train.splits import find_shift
 
     if not names.strip():
         raise RunError(f"no shift named; say all, or which of {', '.join(s.name for s in card.shifts) or 'none'}")
     if names.strip() != "all":
         return [find_shift(card, name) for name in names.split()]
-    there = {segment.domain for segment in manifest}
-    shifts = [shift for shift in card.shifts if {*shift.source, shift.target} <= there]
+    shifts = [shift for shift in list_present_shifts(card, manifest) if len(shift.source) == 1]
     if not shifts:
         raise RunError(
             f"the manifest of {card.name} holds none of the card's shifts; import all domains, or say --shift"
         )
     return shifts
+
+
+def list_present_shifts(card: DatasetCard, manifest: Manifest) -> list[Shift]:
+    """Lists the card's shifts of which the manifest has segments."""
+    there = {segment.domain for segment in manifest}
+    return [shift for shift in card.shifts if {*shift.source, shift.target} <= there]
 
 
 def resolve_choices(stage: Stage, card: DatasetCard, choices: RunChoices, more: tuple[str, ...] = ()) -> RunSettings:

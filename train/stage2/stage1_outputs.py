@@ -151,10 +151,12 @@ def open_stream(
 ) -> StreamFeatures:
     """Reads a stream's features of segments; those of `train_ids` once more where training has views of its own.
 
-    What would take more than `max_bytes` stays in its store. Raises StoreError or RunError naming the first segment
-    that isn't there.
+    What would take more than `max_bytes` (half of it where there are two stores) stays in its store. Raises StoreError
+    or RunError naming the first segment that isn't there.
     """
     table = None if inputs.table is None else read_prediction_table(inputs.table)
+    if inputs.train_features is not None and train_ids:
+        max_bytes //= 2
     test = _read_rows(inputs, inputs.features, table, segment_ids, max_bytes)
     if inputs.train_features is None or not train_ids:
         return StreamFeatures(test, test)
@@ -189,7 +191,10 @@ def _find_record(
     for record in reversed(list(records)):
         if (record.stage, record.config_hash, record.shift, record.seed) != ("stage1", config_hash, shift, seed):
             continue
-        if {"table", "features"} <= set(record.steps) and _find_table(runs_dir, record).is_file():
+        if not {"table", "features"} <= set(record.steps):
+            continue
+        features = runs_dir / "steps" / f"features-{record.steps['features']}" / RECORD
+        if _find_table(runs_dir, record).is_file() and features.is_file():
             return record
     return None
 
