@@ -25,6 +25,7 @@ def write_notes(
     parts: Sequence[str],
     published: Sequence[PublishedNumber],
     selection: SelectionRule,
+    with_target_labels: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Writes a table's notes, each a sentence or two; `missing` maps a row to its runs done and planned."""
     notes = [NO_BENCHMARK] if card.synthetic else []
@@ -34,6 +35,10 @@ def write_notes(
     )
     if selection == "target_oracle":
         notes.append("The rule `target_oracle` sees the target's test labels: an upper bound, no result.")
+    if selection == "mean_last":
+        notes.append("The rule `mean_last`: each run's score is the mean over its last checkpoints.")
+    for row in with_target_labels:
+        notes.append(f"Row {row!r} is trained on the target's own labels: an upper bound, no result.")
     if baseline:
         notes.append(
             f"Difference to {baseline!r} in points over (shift, seed) pairs: mean ± half width (n pairs), and p of the "

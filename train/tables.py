@@ -144,8 +144,18 @@ def make_table(
             parts=[part for group in groups for part in _PARTS[group]],
             published=[published[row.name] for row in rows if row.published],
             selection=selection,
+            with_target_labels=[name for name in used if any(_reads_target(run) for run in planned if run.row == name)],
         ),
     )
+
+
+def _reads_target(run: PlannedRun) -> bool:
+    """Says whether a run trains on labels of the target's unlabelled part: an oracle, or supervised."""
+    kinds = [
+        network.get("stage2", {}).get("pseudo_labels", {}).get("kind") for network in run.config.get("streams", ())
+    ]
+    setting = run.config.get("alignment", {}).get("alignment", {}).get("setting") if run.stage == "alignment" else None
+    return "oracle" in kinds or setting == "supervised"
 
 
 RowRuns = Mapping[PairKey, RunRecord]

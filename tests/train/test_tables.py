@@ -2,6 +2,7 @@ import csv
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -289,3 +290,16 @@ def test_a_table_needs_neither_extract_nor_torch():
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "numpy" in loaded
     assert not loaded & {"extract", "torch", "sklearn", "av", "timm"}
+
+
+def test_rows_that_are_trained_on_the_targets_labels_are_marked():
+    oracle = {"streams": [{"stage2": {"pseudo_labels": {"kind": "oracle"}}}]}
+    supervised = {"alignment": {"alignment": {"setting": "supervised"}}}
+    planned = [
+        replace(run, config=oracle) if run.row == "+ more" else replace(run, stage="alignment", config=supervised)
+        for run in PLANNED
+    ]
+    text = "\n".join(make_table(GRID, [], planned, CARD).notes)
+    for row in {run.row for run in PLANNED}:
+        assert f"Row {row!r} is trained on the target's own labels: an upper bound, no result." in text
+    assert "upper bound" not in "\n".join(make_table(GRID, [], PLANNED, CARD).notes)

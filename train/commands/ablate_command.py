@@ -61,7 +61,12 @@ class RuleName(StrEnum):
     target_oracle = "target_oracle"
 
 
-RuleOption = Annotated[RuleName, typer.Option("--rule", help="Which selection rule's scores the table shows.")]
+RuleOption = Annotated[
+    RuleName | None,
+    typer.Option(
+        "--rule", help="Which selection rule's scores the table shows; default: last, of alignment mean_last."
+    ),
+]
 FormOption = Annotated[TableForm, typer.Option("--form", help="How the table is printed.")]
 ToOption = Annotated[Path | None, typer.Option("--to", help="Write the table into this file.")]
 
@@ -88,7 +93,7 @@ def ablate(
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
     device: DeviceOption = "auto",
-    rule: RuleOption = RuleName.last,
+    rule: RuleOption = None,
     form: FormOption = TableForm.text,
     to: ToOption = None,
 ) -> None:
@@ -129,7 +134,7 @@ def table(
     runs: RunsOption = DEFAULT_RUNS,
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
-    rule: RuleOption = RuleName.last,
+    rule: RuleOption = None,
     form: FormOption = TableForm.text,
     to: ToOption = None,
 ) -> None:
@@ -164,13 +169,16 @@ def _resolve(places: DataPlaces, choices: RunChoices, stage: Stage, overrides: t
     return resolve_choices(stage, places.card, choices, overrides)
 
 
-def _make_table(places: DataPlaces, grid: Grid, planned: list[PlannedRun], runs_dir: Path, rule: RuleName) -> Table:
+def _make_table(
+    places: DataPlaces, grid: Grid, planned: list[PlannedRun], runs_dir: Path, rule: RuleName | None
+) -> Table:
     from train.hits import average_hits
     from train.runs import RESULTS, read_runs
     from train.tables import make_table
 
     records = read_runs(runs_dir / RESULTS)
     sha256 = places.manifest.sha256
+    rule = rule or (RuleName.mean_last if grid.stage == "alignment" else RuleName.last)
     hits = average_hits(planned, records, runs_dir, selection=rule.value, manifest_sha256=sha256)
     return make_table(grid, records, planned, places.card, selection=rule.value, manifest_sha256=sha256, hits=hits)
 
