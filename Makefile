@@ -24,14 +24,15 @@ SEED ?= 0
 GRID ?=
 SEEDS ?=
 RUNS ?= runs
+METHOD ?= rna
 
-.PHONY: help setup demo plan extract stage1 stage2 ablate table test test-all check format weights lock clean
+.PHONY: help setup demo plan extract stage1 stage2 align ablate table test test-all check format weights lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables of plan and extract: DATASET= MEDIA= [ENCODERS=\"a b\"] [PRESET=…] [BACKEND=zarr|hdf5] [DEVICE=auto|cpu|cuda[:n]]"
 	@echo "  [CACHE=folder or URL] [ARGS=…], and of extract [WORKERS=n]"
-	@echo "Variables of stage1, stage2, ablate and table: [DATASET=, by default the one last extracted] [MEDIA=] [SHIFT=D1-D2|all] [SEED=n]"
+	@echo "Variables of stage1, stage2, align, ablate and table: [DATASET=, by default the one last extracted] [MEDIA=] [SHIFT=D1-D2|all] [SEED=n]"
 	@echo "  GRID= (of ablate and table) [SEEDS=how many] [PRESET=paper|released|quick] [WORKERS=n] [DEVICE=…] [CACHE=…] [RUNS=…] [ARGS=…]"
 	@echo "Benchmarks: make bench-NAME [ARGS=…], NAME one of $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))"
 
@@ -73,6 +74,9 @@ stage1: $(INSTALLED) ## Train the audio-adaptive encoder: [DATASET=…] [SHIFT=D
 
 stage2: $(INSTALLED) ## Train the audio-infused recogniser, and Stage 1 first where it isn't done: [DATASET=…] [SHIFT=…] [SEED=n] [PRESET=paper|released|quick]
 	$(BIN)/echoshift stage2 $(TRAINED) --shift "$(SHIFT)" --seed $(SEED) --device $(DEVICE) $(ARGS)
+
+align: $(INSTALLED) ## Train a method on cached features: METHOD=rna|grl|… [DATASET=…] [SHIFT=…] [SEED=n] [PRESET=paper|quick]
+	$(BIN)/echoshift align $(TRAINED) --shift "$(SHIFT)" --seed $(SEED) --device $(DEVICE) --set alignment.method=$(METHOD) $(ARGS)
 
 ablate: $(INSTALLED) ## Run a grid and print its table: GRID=… [DATASET=…] [SEEDS=how many] [WORKERS=n]
 	$(NEEDS_GRID)

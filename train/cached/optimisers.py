@@ -1,6 +1,6 @@
 """Moves weights by Adam or SGD, all of them in one fused kernel.
 
-The kernels are torch's own (`torch.optim` with `fused=True` calls the same ones). torch.optim itself isn't used, because
+The kernels are torch's own (`torch.optim` with `fused=True` calls the same ones). torch.optim isn't used, because
 making an optimiser imports torch's compiler, which takes seconds, as long as a small run.
 """
 

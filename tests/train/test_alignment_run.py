@@ -1,0 +1,164 @@
+"""Checks alignment from the cache to scores: which rows are opened, what is trained once, what each rule says."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.cards import read_dataset_card
+from pipeline.manifest_csv import read_manifest, write_manifest
+from train.runs import RESULTS, RunRecord, read_runs
+
+SETTINGS = (
+    "alignment.network.width=8",
+    "iterations.n_steps=30",
+    "iterations.n_batch=8",
+    "iterations.lr_drop_step=10",
+    "iterations.n_checkpoints=3",
+    "iterations.checkpoint_every=5",
+)
+LABELS = np.array([0, 1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def aligned(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Extracts the small data set's features; nobody changes them."""
+    root = tmp_path_factory.mktemp("alignment")
+    tiny = tiny_shift.TinyShift(root, root / "runs")
+    tiny.make()
+    places = ["--media", tiny.media, "--cache", root / "cache", "--manifests", root, "--device", "cpu"]
+    for encoder, settings in (
+        ("slowfast_demo", ("frame.short_side=36", "frame.crop=32", "clip.n_frames=4")),
+        ("resnet_demo", ("audio.duration_s=1.0",)),
+    ):
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        code, _, err = tiny_shift.run("extract", "tiny", *places, "--encoders", encoder, *chosen)
+        assert code == 0, err
+    return tiny
+
+
+def align(tiny: Any, tiny_shift: ModuleType, method: str, *settings: str, shift: str = "s-t") -> RunRecord:
+    """Runs `echoshift align` and gives its last record."""
+    chosen = [part for s in (*SETTINGS, f"alignment.method={method}", *settings) for part in ("--set", s)]
+    places = ["--cache", tiny.root / "cache", "--manifests", tiny.root, "--runs", tiny.runs, "--device", "cpu"]
+    code, _, err = tiny_shift.run("align", "tiny", "--shift", shift, *places, *chosen)
+    assert code == 0, err
+    return read_runs(tiny.runs / "tiny" / RESULTS)[-1]
+
+
+def list_records(tiny: Any) -> list[RunRecord]:
+    return read_runs(tiny.runs / "tiny" / RESULTS)
+
+
+def read_epochs(tiny: Any, record: RunRecord, method: str) -> tuple[list[str], np.ndarray]:
+    with np.load(tiny.steps / f"{method}_rgb-{record.steps['trained_rgb']}" / "epochs.npz") as arrays:
+        return arrays["target_test ids"].tolist(), arrays["target_test"]
+
+
+def test_the_score_is_the_mean_over_the_last_checkpoints(aligned: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+    tiny = aligned.with_runs(tmp_path)
+    align(tiny, tiny_shift, "rna")
+    mean, last = list_records(tiny)
+    assert (mean.selection, last.selection) == ("mean_last", "last")
+    ids, epochs = read_epochs(tiny, mean, "rna")
+    rows = [ids.index(f"t-test-{i}") for i in range(4)]
+    accuracies = (epochs[:, rows].argmax(axis=2) == LABELS).mean(axis=1)
+    assert len(accuracies) == 3
+    assert mean.scores.main.value == pytest.approx(accuracies.mean())
+    assert last.scores.main.value == pytest.approx(accuracies[-1])
+    assert mean.scores.confusion is None and last.scores.confusion is not None
+
+
+def test_domain_generalisation_opens_no_row_of_the_target(
+    aligned: Any, tiny_shift: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the network is trained, nothing but the source's train split is read from a store."""
+    from train.alignment import alignment_runs
+    from train.cached import training
+
+    opened: list[str] = []
+    trained: list[list[str]] = []
+    open_rows, train_jobs = alignment_runs._open_rows, training.train_jobs
+
+    def watch_rows(inputs: Any, segment_ids: tuple[str, ...], *rest: Any) -> Any:
+        opened.extend(segment_ids)
+        return open_rows(inputs, segment_ids, *rest)
+
+    def watch_training(*arguments: Any, **options: Any) -> Any:
+        found = train_jobs(*arguments, **options)
+        trained.append(list(opened))
+        return found
+
+    open_rows.cache_clear()
+    monkeypatch.setattr(alignment_runs, "_open_rows", watch_rows)
+    monkeypatch.setattr("train.method_running.train_jobs", watch_training)
+    align(aligned.with_runs(tmp_path), tiny_shift, "rna")
+    assert len(trained) == 1
+    assert set(trained[0]) == {f"s-train-{i}" for i in range(8)}
+    assert {f"t-test-{i}" for i in range(4)} <= set(opened), "it is predicted, afterwards"
+
+
+def test_one_source_only_network_serves_every_target(aligned: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+    """A manifest with a third domain: the network that was trained on s is scored on t and on u."""
+    tiny = replace(aligned, root=tmp_path, runs=tmp_path / "runs")
+    shutil.copytree(aligned.root / "cache", tmp_path / "cache")
+    from pipeline.cards import Shift
+
+    shifts = tuple(Shift(source=("s",), target=target) for target in ("t", "u"))
+    tiny.write_card(domains=("s", "t", "u"), shifts=shifts)
+    segments = list(read_manifest(aligned.root / "tiny.csv", read_dataset_card("tiny", aligned.root)))
+    # The features of t serve as those of u: half of t's test segments change their domain.
+    moved = [replace(s, domain="u") if s.segment_id in ("t-test-2", "t-test-3") else s for s in segments]
+    moved = [replace(s, domain="u") if s.segment_id in ("t-train-6", "t-train-7") else s for s in moved]
+    (tmp_path / "tiny.csv").unlink(missing_ok=True)
+    write_manifest(tmp_path / "tiny.csv", moved)
+    first = align(tiny, tiny_shift, "source_only", shift="s-t")
+    before = tiny.list_records()
+    second = align(tiny, tiny_shift, "source_only", shift="s-u")
+    assert first.steps["trained_rgb"] == second.steps["trained_rgb"]
+    fresh = [name for name in tiny.list_records() if name not in before]
+    assert not [name for name in fresh if name.startswith("source_only")]
+    adapted = align(tiny, tiny_shift, "grl", "alignment.setting=uda", shift="s-t")
+    assert align(tiny, tiny_shift, "grl", "alignment.setting=uda", shift="s-u").steps != adapted.steps
+
+
+def test_supervised_trains_on_the_target_s_own_labels(aligned: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+    tiny = aligned.with_runs(tmp_path)
+    supervised = align(tiny, tiny_shift, "source_only", "alignment.setting=supervised")
+    own = align(tiny, tiny_shift, "source_only", shift="t-s")
+    assert supervised.steps["trained_rgb"] == own.steps["trained_rgb"], "training on t is training on t"
+
+
+@pytest.mark.parametrize("setting", ["dg", "uda"])
+def test_other_labels_of_the_target_train_the_same_network(
+    aligned: Any, tiny_shift: ModuleType, tmp_path: Path, setting: str
+) -> None:
+    tiny = replace(aligned, root=tmp_path, runs=tmp_path / "runs")
+    shutil.copytree(aligned.root / "cache", tmp_path / "cache")
+    tiny.write_card()
+    segments = list(read_manifest(aligned.root / "tiny.csv", read_dataset_card("tiny", aligned.root)))
+    records = []
+    for label in ("never", "low"):
+        changed = [replace(s, labels=(label,)) if s.domain == "t" else s for s in segments]
+        (tmp_path / "tiny.csv").unlink(missing_ok=True)
+        write_manifest(tmp_path / "tiny.csv", changed)
+        records.append(align(tiny, tiny_shift, "rna", f"alignment.setting={setting}"))
+    assert {name for name in records[0].steps if records[0].steps[name] != records[1].steps[name]} == {"scores"}
+
+
+def test_what_is_not_in_the_cache_or_there_twice_is_said(aligned: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+    chosen = [part for s in SETTINGS for part in ("--set", s)]
+    places = ["--manifests", aligned.root, "--runs", tmp_path, "--device", "cpu"]
+    command = ["align", "tiny", "--shift", "s-t", *places, *chosen]
+    code, _, err = tiny_shift.run(*command, "--cache", tmp_path / "none")
+    assert code == 2
+    assert "pooled features of tiny by slowfast_demo are wanted from one store" in err and "has none" in err
+    code, _, err = tiny_shift.run(*command, "--cache", aligned.root / "cache", "--set", "alignment.method=rnaa")
+    assert code == 2
+    assert "there is no method 'rnaa'; did you mean rna?" in err
