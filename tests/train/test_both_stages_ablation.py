@@ -80,6 +80,7 @@ def test_each_stage_1_is_run_once_and_the_rows_of_stage_2_stand_on_it(tiny: Any)
     assert numbers["z", "difference over segments"]["n"] == "4"
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_killed_comes_to_the_same_rows(tiny_shift: ModuleType, tiny: Any, tmp_path: Path) -> None:
     killed = tiny.with_runs(tmp_path / "runs")
     process = killed.start_command(list_arguments(tiny_shift, killed))
