@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -178,3 +181,9 @@ def test_every_grid_is_planned_on_every_card(name: str) -> None:
         if grid.task in (None, card.task) and list_shifts(grid, card):
             planned = plan_runs(grid, card, lambda stage, o: resolve_settings(stage, card, overrides=o).describe())
             assert len(planned) == len(grid.rows) * len(grid.seeds) * len(list_shifts(grid, card))
+
+
+def test_settings_are_resolved_without_torch() -> None:
+    """A grid that is done prints its table in a second; importing torch alone takes two."""
+    code = "import sys, train.stage_settings, train.tables, train.grids, train.hits; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

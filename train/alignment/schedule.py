@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field, model_validator
 
 from pipeline.specs import SpecModel
-from train.cached.training import Schedule
+
+if TYPE_CHECKING:
+    from train.cached.training import Schedule
 
 
 class AlignmentScheduleConfig(SpecModel):
@@ -40,6 +44,8 @@ class AlignmentScheduleConfig(SpecModel):
 
 def plan_schedule(config: AlignmentScheduleConfig, *, has_target: bool) -> Schedule:
     """Makes what the loop is told."""
+    from train.cached.training import Schedule  # brings torch, which a table of what is done needn't wait for
+
     n_target = config.n_batch // 2 if has_target else 0
     drops = ((config.lr_drop_step, config.dropped_lr),) if config.lr_drop_step < config.n_steps else ()
     return Schedule(
