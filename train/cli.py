@@ -12,9 +12,8 @@ from extract.commands.extract_command import extract
 from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
-from train.commands.align_command import align
+from train.commands.network_commands import align, stage2
 from train.commands.stage1_command import stage1
-from train.commands.stage2_command import stage2
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -31,8 +30,8 @@ app.add_typer(demo_commands.app, name="demo")
 app.command()(plan)
 app.command()(extract)
 app.command()(stage1)
-app.command()(stage2)
-app.command()(align)
+app.command("stage2")(stage2)
+app.command("align")(align)
 app.command()(ablate)
 app.command()(table)
 
