@@ -91,8 +91,11 @@ def create_store(
     manifest_sha256: str,
     weights_source: str,
     n_rows_per_shard: int,
+    encoder_source: str = "",
 ) -> FeatureStore:
     """Creates an empty store so that a half-made one is never seen.
+
+    `encoder_source` says which distribution an encoder from outside came from.
 
     On a disk it is made beside its place and renamed; on an object store the root's metadata come last, and whatever
     lies there without them is a leftover and goes first. Raises StoreError where a store exists already.
@@ -107,7 +110,7 @@ def create_store(
         n_rows_per_shard=n_rows_per_shard,
         n_id_bytes=measure_id_bytes(segment_ids),
     )
-    attributes = make_attributes(dataset, spec, layout, manifest_sha256, weights_source)
+    attributes = make_attributes(dataset, spec, layout, manifest_sha256, weights_source, encoder_source)
     if path.is_remote:
         with tempfile.TemporaryDirectory(prefix="echoshift-") as folder:
             fresh = Path(folder) / path.name

@@ -226,7 +226,7 @@ def _open_rows(inputs: StreamInputs, segment_ids: tuple[str, ...], max_memory_mb
 def _keep_used(config: AlignmentConfig) -> dict[str, Any]:
     """Gives as JSON what a method's training depends on: its network and its own parameters, not the others'."""
     described = config.model_dump(mode="json")
-    own = USED[config.method]
+    own = ("own", "source") if config.source else USED[config.method]
     return {name: value for name, value in described.items() if name in ("method", "class_weight", "network", *own)}
 
 
