@@ -243,7 +243,12 @@ def _check_plugin(plugin: Plugin) -> EncoderEntry:
     else:
         spec = entry.frame or entry.audio
         assert spec is not None, "one of the two is there"
-        missing = set(entry.default_outputs) - set(entry.output_shapes(entry.clip, spec))
+        try:
+            shapes = entry.output_shapes(entry.clip, spec)
+        except Exception as error:  # a stranger's code may raise anything
+            place = f"the encoder {plugin.name!r} of {plugin.source}"
+            raise PluginError(f"{place} can't plan its outputs: {type(error).__name__}: {error}") from error
+        missing = set(entry.default_outputs) - set(shapes)
         if missing or not entry.default_outputs:
             fault = f"plans no shape for its default outputs {', '.join(sorted(missing)) or '(it has none)'}"
     if fault:
