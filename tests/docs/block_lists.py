@@ -1,4 +1,4 @@
-"""Lists how each fenced block of shell is checked: run in the default tests, run on the demo, or only parsed, and why."""
+"""Lists how each fenced block of shell is checked: run by default, run on the demo, or only parsed, and why."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ PARSED = {
     "docs/stage1.md#stage-1-the-audio-adaptive-encoder": _NO_EPIC,
 }
 
-# Commands and targets that the pages name and that are added beside them; their lines are passed over until they are there.
+# Commands and targets that are added beside these pages; their lines are passed over until they are there.
 ARRIVING = frozenset({"report", "show", "picture", "doctor"})

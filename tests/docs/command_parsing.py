@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,17 +86,22 @@ class CommandParser:
         if not set(targets) <= self._targets:
             return 0
         done = subprocess.run(
-            ["make", "-n", *words], cwd=self._checkout, capture_output=True, text=True, timeout=60, env=_clean_environment()
+            ["make", "-n", *words],
+            cwd=self._checkout,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=_clean_environment(),
         )
         assert done.returncode == 0, done.stderr
         lines = done.stdout.replace("\\\n", " ").splitlines()
         ours = [line for line in lines if line.startswith(ECHOSHIFT)]
         assert ours or set(targets) <= {"setup", "test", "weights"}, done.stdout
-        return sum(self.check(_split(line)) for line in ours)
+        return sum(self.check(shlex.split(line)) for line in ours)
 
     def _check_sbatch(self, words: list[str]) -> int:
         wrapped = words[words.index("--wrap") + 1]
-        return self.check(_split(wrapped))
+        return self.check(shlex.split(wrapped))
 
     def _check_torchrun(self, words: list[str]) -> int:
         from torch.distributed.run import get_args_parser
@@ -132,7 +138,8 @@ def check_meaning(path: list[str], params: Mapping[str, Any]) -> None:
             assert made.revision == entry.revision
     if path[-1] in ("ablate", "table"):
         if not params["grid"].endswith(".toml"):
-            read_grid(params["grid"])
+            stage = read_grid(params["grid"]).stage
+            resolve_settings(stage, card, params["preset"], None, params["set_"] or [])
         for shift in params["shifts"].split():
             find_shift(card, shift)
     if path[-1] in STAGES and not own:
@@ -158,9 +165,3 @@ def _check_downloader(words: list[str]) -> int:
 def _clean_environment() -> dict[str, str]:
     """Gives the environment without what an outer make hands down."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-
-
-def _split(line: str) -> list[str]:
-    import shlex
-
-    return shlex.split(line)

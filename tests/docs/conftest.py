@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -27,7 +29,7 @@ BLOCKS, LISTS = load_file(HERE / "fenced_blocks.py"), load_file(HERE / "block_li
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Makes a test a block: `shell_block` and `python_block` are all of a language, `demo_block` those run on the demo."""
+    """Makes a test a block: `shell_block` and `python_block` are all of a language, the others are listed."""
     shell = {block.name: block for block in BLOCKS.read_all_blocks("sh")}
     chosen = {
         "shell_block": list(shell.values()),
@@ -38,6 +40,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, blocks in chosen.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, blocks, ids=[block.name for block in blocks])
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Computes with one thread: what is run here is so small that two wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

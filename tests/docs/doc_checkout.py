@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import subprocess
@@ -78,11 +77,11 @@ class DocCheckout:
 
 
 def run_here(words: list[str]) -> tuple[int, str]:
-    """Runs `.venv/bin/echoshift …` in this process and folder; gives exit code and output. Patterns meet files first."""
+    """Runs `.venv/bin/echoshift …` in this process and folder, patterns first; gives exit code and output."""
     from train.cli import main
 
     assert words[0] == ".venv/bin/echoshift", words
-    arguments = [found for word in words[1:] for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+    arguments = [found for word in words[1:] for found in _expand(word)]
     before, sys.argv = sys.argv, ["echoshift", *arguments]
     out = io.StringIO()
     code: object = 0
@@ -95,6 +94,11 @@ def run_here(words: list[str]) -> tuple[int, str]:
         sys.argv = before
     assert isinstance(code, int)
     return code, out.getvalue()
+
+
+def _expand(word: str) -> list[str]:
+    """Gives the files that a pattern means, as a shell does."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
 
 
 def write_distribution(site: Path, pyproject: str, files: Iterable[tuple[str, str]]) -> None:

@@ -17,7 +17,7 @@ class Block:
     """Is one fenced block.
 
     Attributes:
-        name: page and heading, such as `docs/store.md#commands`; the second of its language under one heading ends in -2.
+        name: page and heading, such as `docs/store.md#commands`; the second of its language there ends in -2.
         language: `sh`, `python`, `toml`, `csv`, or empty.
         file: the file's name after the language, where there is one: what the page tells the reader to write.
     """
