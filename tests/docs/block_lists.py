@@ -46,6 +46,7 @@ PARSED = {
     "docs/published-tables.md#zhang-et-al-2022-table-4-2": _NO_EPIC,
     "docs/published-tables.md#zhang-et-al-2022-figures-4-and-5": _NO_EPIC,
     "docs/published-tables.md#planamente-et-al-2021-the-features": _NO_EPIC,
+    "docs/published-tables.md#planamente-et-al-2021-the-features-2": _NO_EPIC,
     "docs/published-tables.md#planamente-et-al-2021-table-1b": _NO_EPIC,
     "docs/published-tables.md#planamente-et-al-2021-table-2": _NO_EPIC,
     "docs/published-tables.md#planamente-et-al-2021-table-3": _NO_EPIC,
