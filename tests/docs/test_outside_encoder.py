@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline.store.opening import list_stores, open_store
 
@@ -36,18 +37,21 @@ def extract(tiny: Any, *arguments: str, encoder: str = NAME) -> tuple[int, str, 
 
 
 def test_features_are_those_of_the_network_on_the_videos_frames(tiny: Any, site: Path) -> None:
+    import two_convolutions
+
+    torch.manual_seed(5)
+    network = two_convolutions.TwoConvolutions().eval()
+    weights = tiny.root / "mine.safetensors"
+    save_file(network.state_dict(), weights)
     tiny.add_videos("v", n_each=2)
-    code, _, err = extract(tiny, *AS_DECODED, "--dtype", "float32")
+    chosen = ("--encoders", NAME, "--weights", f"{NAME}={weights}", *AS_DECODED, "--dtype", "float32")
+    code, _, err = tiny.extract(*chosen)
     assert code == 0, err
     [path] = list_stores(tiny.cache)
     found = open_store(path).read(["v-1"], "pooled")[0]
     assert found.shape == (5, 32)
     with av.open(str(tiny.media / "v.mp4")) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    import two_convolutions
-
-    torch.manual_seed(0)
-    network = two_convolutions.TwoConvolutions().eval()
     # Segment v-1 is 0.5 to 1.7 s at 15 Hz: 18 frames, the first the one that is shown at 0.5 s, number 7.
     part = (18 - 16 + 1) / 5
     for clip in range(5):
