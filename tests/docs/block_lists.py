@@ -64,4 +64,4 @@ PARSED = {
 }
 
 # Commands and targets that are added beside these pages; their lines are passed over until they are there.
-ARRIVING = frozenset({"report", "show", "picture", "doctor"})
+ARRIVING = frozenset({"report", "show", "picture", "doctor", "list"})

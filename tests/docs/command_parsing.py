@@ -15,13 +15,14 @@ import typer
 from extract.encoders.registry import find_encoder
 from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.weights.resolve import WeightsRecord
-from pipeline.cards import MANIFESTS_DIR, read_dataset_card
+from pipeline.cards import read_dataset_card
 from train.cli import app
 from train.grids import read_grid
 from train.splits import find_shift
 from train.stage_settings import resolve_settings
 
 ECHOSHIFT = ".venv/bin/echoshift"
+MANIFESTS = Path(__file__).resolve().parents[2] / "data" / "manifests"
 STAGES = {"stage1": "stage1", "stage2": "stage2", "align": "alignment"}
 _EAGER = {"--help", "--install-completion", "--show-completion"}  # which do something while they are parsed
 _EXTRAS = re.compile(r"\.\[(\w+)\]")
@@ -125,7 +126,7 @@ def check_meaning(path: list[str], params: Mapping[str, Any]) -> None:
     dataset = params.get("dataset")
     own = dataset in ("mine", None, "")
     if not own and dataset:
-        card = read_dataset_card(dataset, MANIFESTS_DIR)
+        card = read_dataset_card(dataset, MANIFESTS)
     if path[-1] in ("extract", "plan"):
         for encoder in params["encoders"].split() or ([] if own else card.encoders):
             entry = find_encoder(encoder)
