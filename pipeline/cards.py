@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import CardError
+from pipeline.suggestions import suggest
 
 MANIFESTS_DIR = Path(__file__).resolve().parent.parent / "data" / "manifests"
 
@@ -156,13 +157,18 @@ def read_card(path: Path) -> DatasetCard:
     try:
         return DatasetCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml"))) or "none"
-        raise CardError(f"no dataset card {path}; cards there: {known}") from error
+        hint = suggest(path.stem, list_cards(path.parent), listed_by="echoshift list datasets", there="cards there:")
+        raise CardError(f"no dataset card {path}; {hint}") from error
     except tomllib.TOMLDecodeError as error:
         raise CardError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'card'}: {e['msg']}" for e in error.errors())
         raise CardError(f"{path}: {faults}") from error
+
+
+def list_cards(manifests_dir: Path = MANIFESTS_DIR) -> list[str]:
+    """Lists the names of the datasets that have a card in a folder; [] where there is no such folder."""
+    return sorted(path.stem for path in manifests_dir.glob("*.toml"))
 
 
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from extract.encoders.output_shapes import (
 from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+from pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from extract.encoders.encoder_network import EncoderNetwork
@@ -205,6 +205,5 @@ def find_encoder(name: str) -> EncoderEntry:
     try:
         return ENCODERS[name]
     except KeyError as error:
-        near = difflib.get_close_matches(name, ENCODERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ENCODERS)}"
+        hint = suggest(name, ENCODERS, listed_by="echoshift list encoders")
         raise SpecError(f"there is no encoder {name!r}; {hint}") from error

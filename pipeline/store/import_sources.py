@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.errors import StoreError
 from pipeline.restricted_pickle import read_restricted_pickle
 from pipeline.specs import ImportSpec
+from pipeline.suggestions import suggest
 
 ImportForm = Literal["npz", "epic100"]
 Modality = Literal["rgb", "flow", "audio"]
@@ -72,7 +73,7 @@ def open_import_source(path: Path, form: ImportForm, modality: str | None = None
 def _find_modality(path: Path, modality: str) -> Modality:
     known = {name.lower(): value for name, value in EPIC100_MODALITIES.items()}
     if modality.lower() not in known:
-        raise StoreError(f"{path}: no modality {modality!r}; there are {', '.join(EPIC100_MODALITIES)}")
+        raise StoreError(f"{path}: no modality {modality!r}; {suggest(modality, EPIC100_MODALITIES)}")
     return known[modality.lower()]
 
 

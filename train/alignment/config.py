@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.specs import SpecModel
+from pipeline.suggestions import suggest
 
 METHOD_NAMES = (
     "source_only",
@@ -143,8 +143,7 @@ class AlignmentConfig(SpecModel):
     @classmethod
     def _check_name(cls, method: str) -> str:
         if method not in METHOD_NAMES:
-            near = difflib.get_close_matches(method, METHOD_NAMES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHOD_NAMES)}"
+            hint = suggest(method, METHOD_NAMES, listed_by="echoshift list methods")
             raise ValueError(f"there is no method {method!r}; {hint}")
         return method
 

@@ -31,6 +31,7 @@ def run_networks(
     from extract.commands.terminal import show_progress
     from pipeline.devices import resolve_device
     from pipeline.errors import RunError
+    from pipeline.suggestions import suggest
     from train.two_stages import plan_network_run
 
     places = open_places(choices)
@@ -50,7 +51,7 @@ def run_networks(
                 steps = [*(network.plan_step().name for network in planned.networks), "predicted", "scores"]
                 for name in rerun:
                     if name not in steps:
-                        raise RunError(f"there is no step {name!r}; there are {', '.join(steps)}")
+                        raise RunError(f"there is no step {name!r}; {suggest(name, steps)}")
                 outcome = run_training(planned, progress, device)
             records += outcome.records
             print_classes(outcome.records[0], places.card)

@@ -56,12 +56,13 @@ def stage1(
     from extract.commands.cluster_options import end_on_sigterm
     from extract.commands.terminal import show_progress
     from pipeline.errors import RunError
+    from pipeline.suggestions import suggest
     from train.ranks import join_ranks
     from train.stage1.running import STEPS, Stage1Request, run_stage1
 
     for name in rerun or []:
         if name not in STEPS:
-            raise RunError(f"there is no step {name!r}; there are {', '.join(STEPS)}")
+            raise RunError(f"there is no step {name!r}; {suggest(name, STEPS)}")
     choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
     places = open_places(choices)
     resolved = resolve_choices("stage1", places.card, choices).stage1
