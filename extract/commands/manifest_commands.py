@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.command_group import SuggestingGroup
+from extract.commands.completion import complete_dataset
+from extract.commands.json_answers import JsonOption, make_jsonable, print_json
+from extract.commands.spec_options import DatasetArgument
+from extract.commands.terminal import QuietOption
 from pipeline.cards import MANIFESTS_DIR, DatasetCard, read_card, read_dataset_card, write_card
 from pipeline.errors import ManifestError
 
@@ -18,8 +23,12 @@ if TYPE_CHECKING:
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(no_args_is_help=True, help="Import annotations into a manifest, check it, show it.")
-import_app = typer.Typer(no_args_is_help=True, help="Make data/manifests/DATASET.csv from annotation files.")
+app = typer.Typer(
+    cls=SuggestingGroup, no_args_is_help=True, help="Import annotations into a manifest, check it, show it."
+)
+import_app = typer.Typer(
+    cls=SuggestingGroup, no_args_is_help=True, help="Make data/manifests/DATASET.csv from annotation files."
+)
 app.add_typer(import_app, name="import")
 
 ManifestsOption = Annotated[Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")]
@@ -74,6 +83,7 @@ def folder(
     dataset: Annotated[str, typer.Option(help="The dataset's name; its card is made when there is none.")],
     allow_counts: AllowCountsOption = False,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    quiet: QuietOption = False,
 ) -> None:
     """Import a folder of videos sorted by domain, split and class; each video is a segment."""
     from extract.commands.terminal import show_progress
@@ -81,7 +91,7 @@ def folder(
     from pipeline.importers.folder import card_from_folder, import_folder
 
     card = _read_or_make_card(dataset, manifests, lambda: card_from_folder(media, dataset))
-    with show_progress("videos") as progress:
+    with show_progress("videos", quiet=quiet) as progress:
         progress.start("measuring", 0)
 
         def probe(path: Path) -> float:
@@ -122,10 +132,13 @@ def csv_(
 
 @app.command()
 def check(
-    dataset: Annotated[str, typer.Argument(help="A dataset with a card in data/manifests.")],
+    dataset: Annotated[
+        str, typer.Argument(help="A dataset with a card in data/manifests.", autocompletion=complete_dataset)
+    ],
     file: Annotated[Path | None, typer.Option(help="Another file than data/manifests/DATASET.csv.")] = None,
     media: Annotated[Path | None, typer.Option(help="Also look at the videos: is each there, and long enough?")] = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    as_json: JsonOption = False,
 ) -> None:
     """Name file and line of every fault; ends with 1 if there is any."""
     from pipeline.manifest_csv import check_manifest, locate_manifest
@@ -133,24 +146,33 @@ def check(
     card = read_dataset_card(dataset, manifests)
     path = file or locate_manifest(dataset, manifests)
     faults = check_manifest(path, card, _survey(media, card) if media else None)
-    for fault in faults:
-        typer.echo(f"{fault.level}: {fault}")
     n_errors = sum(fault.level == "error" for fault in faults)
-    typer.echo(f"{path}: {n_errors} errors, {len(faults) - n_errors} warnings")
+    if as_json:
+        counts = {"n_errors": n_errors, "n_warnings": len(faults) - n_errors}
+        print_json({"dataset": dataset, "manifest": path, **counts, "faults": faults})
+    else:
+        for fault in faults:
+            typer.echo(f"{fault.level}: {fault}")
+        typer.echo(f"{path}: {n_errors} errors, {len(faults) - n_errors} warnings")
     if n_errors:
         raise typer.Exit(EXIT_FAULTS)
 
 
 @app.command()
 def show(
-    dataset: Annotated[str, typer.Argument(help="A dataset with a card and a manifest in data/manifests.")],
+    dataset: DatasetArgument,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    as_json: JsonOption = False,
 ) -> None:
     """Count segments, classes and videos of each domain and split."""
     from pipeline.manifest_csv import locate_manifest, read_manifest
 
     card = read_dataset_card(dataset, manifests)
-    _print_counts(card, read_manifest(locate_manifest(dataset, manifests), card).segments)
+    manifest = read_manifest(locate_manifest(dataset, manifests), card)
+    if as_json:
+        print_json({**describe_counts(card, manifest.segments), "sha256": manifest.sha256})
+    else:
+        _print_counts(card, manifest.segments)
 
 
 def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
@@ -178,6 +200,17 @@ def _write(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) ->
     write_manifest(path, segments)
     _print_counts(card, segments)
     typer.echo(f"wrote {len(segments):,} segments to {path}")
+
+
+def describe_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> dict[str, object]:
+    """Gives what `manifest show` counts; classes by name, as a card fixes them."""
+    from pipeline.manifest_summary import summarise_manifest
+
+    splits = [
+        {**make_jsonable(summary), "n_per_class": dict(zip(card.classes, summary.n_per_class, strict=True))}
+        for summary in summarise_manifest(segments, card)
+    ]
+    return {"dataset": card.name, "title": card.title, "n_segments": len(segments), "splits": splits}
 
 
 def _print_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> None:

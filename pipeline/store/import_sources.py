@@ -182,7 +182,7 @@ def _open_epic100(path: Path, modality: str | None) -> ImportSource:
     kind = _find_modality(path, name)
     values = next((v for k, v in features.items() if str(k).lower() == name.lower()), None)
     if values is None:
-        raise StoreError(f"{path} has no features for {name}; it has {', '.join(map(str, features))}")
+        raise StoreError(f"{path} has no features for {name}; {suggest(name, map(str, features), there='it has')}")
     array = values[:, None] if isinstance(values, np.ndarray) and values.ndim == 2 else values
     row_of = _index_ids(path, [_to_text(i) for i in content["narration_ids"]])
     if not isinstance(array, np.ndarray) or array.ndim != 3 or len(array) != len(row_of) or not array.size:

@@ -15,7 +15,7 @@ GRIDS = ("a-table2", "a-table2-stage1", "a-table2-stage2", "b-table1a", "b-table
         ("papper", ("paper", "released", "quick"), ["paper"]),
         ("EPIC", ("epic", "hac"), ["epic"]),
         ("d1-d2", ("D1-D2", "D2-D1"), ["D1-D2"]),
-        ("epic-kitchens-55", ("epic", "hac", "demo"), ["epic"]),  # ratio 8/20: nothing is alike, but one is its beginning
+        ("epic-kitchens-55", ("epic", "hac", "demo"), ["epic"]),  # not alike (8/20), but its beginning
         ("a-table2-stage", GRIDS, ["a-table2-stage1", "a-table2-stage2"]),
         ("zzz", GRIDS, []),
         ("x", ("xyzzy",), []),  # one letter is the beginning of anything
