@@ -50,7 +50,7 @@ def main() -> None:
     130 interrupted.
     """
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="echoshift", standalone_mode=False)
     except EchoshiftError as error:
         print(f"error: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):

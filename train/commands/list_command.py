@@ -1,4 +1,4 @@
-"""Is `echoshift list`: shows every name that commands take, of datasets, encoders, recipes, grids, settings and so on."""
+"""Is `echoshift list`: shows the names that commands take: datasets, encoders, recipes, grids, settings and so on."""
 
 from __future__ import annotations
 
@@ -57,38 +57,32 @@ def list_(
 def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[str, object]]:
     """Lists a row a name, its columns by name."""
     if what == Kind.datasets:
-        cards = [(name, read_dataset_card(name, manifests)) for name in list_cards(manifests)]
-        return [
-            {"name": name, "title": card.title, "task": card.task, "classes": len(card.classes)} for name, card in cards
-        ]
+        cards = [read_dataset_card(name, manifests) for name in list_cards(manifests)]
+        return [{"name": c.name, "title": c.title, "task": c.task, "n_classes": len(c.classes)} for c in cards]
     if what == Kind.encoders:
         from extract.encoders.registry import ENCODERS
 
         return [
-            {"name": name, "sees or hears": entry.modality, "default outputs": ", ".join(entry.default_outputs)}
+            {"name": name, "modality": entry.modality, "outputs": ", ".join(entry.default_outputs)}
             for name, entry in ENCODERS.items()
         ]
     if what == Kind.recipes:
         from extract.presets import PRESETS
 
-        return [{"name": preset.name, "clips and crops": preset.summary} for preset in PRESETS.values()]
+        return [{"name": preset.name, "summary": preset.summary} for preset in PRESETS.values()]
     if what == Kind.weights:
         from extract.weights.catalogue import read_catalogue
 
         return [{"name": e.name, "encoder": e.encoder, "licence": e.licence} for e in read_catalogue().values()]
     if what == Kind.shifts:
-        names = [dataset] if dataset else list_cards(manifests)
-        return [
-            {"name": shift.name, "dataset": name}
-            for name in names
-            for shift in read_dataset_card(name, manifests).shifts
-        ]
+        cards = [read_dataset_card(name, manifests) for name in ([dataset] if dataset else list_cards(manifests))]
+        return [{"name": shift.name, "dataset": card.name} for card in cards for shift in card.shifts]
     if what == Kind.presets:
-        return [{"name": name, "of": ", ".join(stages)} for name, stages in list_preset_stages().items()]
+        return [{"name": name, "stages": ", ".join(stages)} for name, stages in list_preset_stages().items()]
     if what == Kind.methods:
         from train.alignment.config import METHOD_NAMES
 
-        return [{"name": name, "chosen by": f"align --set alignment.method={name}"} for name in METHOD_NAMES]
+        return [{"name": name, "how": f"align --set alignment.method={name}"} for name in METHOD_NAMES]
     if what == Kind.grids:
         return [{"name": name, "title": title} for name, title in list_grid_titles()]
     return _list_settings(of)

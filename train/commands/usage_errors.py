@@ -29,7 +29,7 @@ def describe_usage_error(error: TyperException) -> str:
         known = [name for param in context.command.params for name in param.opts] if context is not None else []
         names = sorted(name for name in known if name.startswith("--"))
         return f"{command}: no option {option!r}; {suggest(option, names, listed_by=f'{command} --help')}"
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
     return f"{command}: {message[:1].lower()}{message[1:]}; {_suggest_choice(message) or f'see `{command} --help`'}"
 
 
