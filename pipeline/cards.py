@@ -13,9 +13,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import CardError
+from pipeline.places import MANIFESTS_DIR, list_cards
 from pipeline.suggestions import suggest
-
-MANIFESTS_DIR = Path(__file__).resolve().parent.parent / "data" / "manifests"
 
 
 class CardModel(BaseModel):
@@ -164,11 +163,6 @@ def read_card(path: Path) -> DatasetCard:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'card'}: {e['msg']}" for e in error.errors())
         raise CardError(f"{path}: {faults}") from error
-
-
-def list_cards(manifests_dir: Path = MANIFESTS_DIR) -> list[str]:
-    """Lists the names of the datasets that have a card in a folder; [] where there is no such folder."""
-    return sorted(path.stem for path in manifests_dir.glob("*.toml"))
 
 
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:

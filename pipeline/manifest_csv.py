@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cards import MANIFESTS_DIR, DatasetCard
+from pipeline.cards import DatasetCard
 from pipeline.errors import ManifestError
 from pipeline.manifest_check import (
     Fault,
@@ -28,6 +28,7 @@ from pipeline.manifest_check import (
     find_media_faults,
     find_segment_faults,
 )
+from pipeline.places import MANIFESTS_DIR
 from pipeline.segments import Manifest, Segment, TimedLabel
 
 REQUIRED_COLUMNS = ("segment_id", "video_id", "start_s", "stop_s", "labels", "domain", "split")

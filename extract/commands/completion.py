@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.commands.setting_keys import SettingKey

@@ -10,7 +10,7 @@ import typer
 from extract.commands.command_group import SuggestingGroup
 from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.terminal import QuietOption
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 app = typer.Typer(cls=SuggestingGroup, no_args_is_help=True, help="Generate the synthetic demo data set.")
 

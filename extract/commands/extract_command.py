@@ -38,7 +38,7 @@ from extract.commands.spec_options import (
 )
 from extract.commands.terminal import QuietOption
 from extract.run_options import RunOptions
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.extraction import ExtractionSummary

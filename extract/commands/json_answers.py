@@ -13,7 +13,6 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there; numbers unrounded.")
@@ -45,8 +44,9 @@ def make_jsonable(value: object) -> Any:
         return str(value)
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, BaseModel):
-        return {name: make_jsonable(getattr(value, name)) for name in type(value).model_fields}
+    model_fields = getattr(type(value), "model_fields", None)  # a pydantic model, told without importing pydantic
+    if model_fields is not None:
+        return {name: make_jsonable(getattr(value, name)) for name in model_fields}
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: make_jsonable(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

@@ -14,11 +14,12 @@ from extract.commands.completion import complete_dataset
 from extract.commands.json_answers import JsonOption, make_jsonable, print_json
 from extract.commands.spec_options import DatasetArgument
 from extract.commands.terminal import QuietOption
-from pipeline.cards import MANIFESTS_DIR, DatasetCard, read_card, read_dataset_card, write_card
 from pipeline.errors import ManifestError
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.media_survey import MediaSurvey
+    from pipeline.cards import DatasetCard
     from pipeline.segments import Segment
 
 EXIT_FAULTS = 1
@@ -54,6 +55,7 @@ def epic(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import MM-SADA's splits of EPIC-Kitchens-55."""
+    from pipeline.cards import read_dataset_card
     from pipeline.importers.epic import import_epic
 
     card = read_dataset_card("epic", manifests)
@@ -71,6 +73,7 @@ def charades_ego(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import CharadesEgo: third person to first person, multi-label."""
+    from pipeline.cards import read_dataset_card
     from pipeline.importers.charades_ego import import_charades_ego
 
     card = read_dataset_card("charades_ego", manifests)
@@ -110,6 +113,7 @@ def hac(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import SimMMDG's Human-Animal-Cartoon lists; the lengths come from the videos."""
+    from pipeline.cards import read_dataset_card
     from pipeline.importers.hac import import_hac
 
     card = read_dataset_card("hac", manifests)
@@ -141,6 +145,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Name file and line of every fault; ends with 1 if there is any."""
+    from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import check_manifest, locate_manifest
 
     card = read_dataset_card(dataset, manifests)
@@ -165,6 +170,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Count segments, classes and videos of each domain and split."""
+    from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import locate_manifest, read_manifest
 
     card = read_dataset_card(dataset, manifests)
@@ -184,6 +190,8 @@ def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
 
 
 def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], DatasetCard]) -> DatasetCard:
+    from pipeline.cards import read_card, write_card
+
     path = manifests / f"{dataset}.toml"
     if path.exists():
         return read_card(path)

@@ -37,7 +37,7 @@ from extract.commands.spec_options import (
     resolve_specs,
 )
 from extract.commands.terminal import QuietOption
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.run_estimate import RunEstimate

@@ -12,7 +12,7 @@ from extract.commands.command_group import SuggestingGroup
 from extract.commands.completion import complete_dataset, complete_segment, complete_store
 from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.terminal import QuietOption, print_table, show_progress
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 EXIT_FAULTS = 1
 

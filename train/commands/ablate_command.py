@@ -13,7 +13,7 @@ import typer
 from extract.commands.json_answers import JsonOption, make_jsonable, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
 from extract.commands.terminal import QuietOption, make_notifier
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 from train.commands.completion import complete_grid, complete_shifts
 from train.commands.run_options import (
     DEFAULT_RUNS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from extract.commands.completion import Offers, complete_encoders, keep_begun, offer_settings
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.commands.setting_keys import SettingKey

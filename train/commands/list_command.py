@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from extract.commands.completion import complete_dataset, list_spec_settings
 from extract.commands.json_answers import JsonOption, print_json
-from extract.commands.setting_keys import SettingKey
 from extract.commands.spec_options import ManifestsOption
 from extract.commands.terminal import print_table
-from pipeline.cards import MANIFESTS_DIR, list_cards, read_dataset_card
 from pipeline.errors import RunError
+from pipeline.places import MANIFESTS_DIR, list_cards
 from pipeline.suggestions import suggest
 from train.commands.completion import STAGES, list_grid_titles, list_preset_stages, list_stage_settings
+
+if TYPE_CHECKING:
+    from extract.commands.setting_keys import SettingKey
 
 
 class Kind(StrEnum):
@@ -57,6 +59,8 @@ def list_(
 def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[str, object]]:
     """Lists a row a name, its columns by name."""
     if what == Kind.datasets:
+        from pipeline.cards import read_dataset_card
+
         cards = [read_dataset_card(name, manifests) for name in list_cards(manifests)]
         return [{"name": c.name, "title": c.title, "task": c.task, "n_classes": len(c.classes)} for c in cards]
     if what == Kind.encoders:
@@ -75,6 +79,8 @@ def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[
 
         return [{"name": e.name, "encoder": e.encoder, "licence": e.licence} for e in read_catalogue().values()]
     if what == Kind.shifts:
+        from pipeline.cards import read_dataset_card
+
         cards = [read_dataset_card(name, manifests) for name in ([dataset] if dataset else list_cards(manifests))]
         return [{"name": shift.name, "dataset": card.name} for card in cards for shift in card.shifts]
     if what == Kind.presets:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from extract.commands.json_answers import JsonOption
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
 from extract.commands.terminal import QuietOption
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 from train.commands.network_runs import run_networks
 from train.commands.run_options import (
     DEFAULT_RUNS,

@@ -9,7 +9,7 @@ import typer
 from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
 from extract.commands.terminal import QuietOption
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 from train.commands.record_tables import describe_records, describe_run, print_classes, print_records
 from train.commands.run_options import (
     DEFAULT_RUNS,
