@@ -14,6 +14,7 @@ from extract.commands.plan_command import plan
 from extract.commands.terminal import is_plain
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
+from train.commands.doctor_command import doctor
 from train.commands.list_command import list_
 from train.commands.network_commands import align, stage2
 from train.commands.stage1_command import stage1
@@ -41,6 +42,7 @@ app.command("align")(align)
 app.command()(ablate)
 app.command()(table)
 app.command("list")(list_)
+app.command()(doctor)
 
 
 def main() -> None:
