@@ -91,7 +91,8 @@ class PlainProgress:
             return
         self._last_line = now
         rate = self._n_done / (now - self._started)
-        line = f"{self._what}: {self._n_done}/{self._n_total} {self._unit}, {rate:.1f}/s"
+        of = f"/{self._n_total}" if self._n_total else ""
+        line = f"{self._what}: {self._n_done}{of} {self._unit}, {rate:.1f}/s"
         left_s = max(0.0, (self._n_total - self._n_done) / rate) if rate else 0.0
         print(f"{line}, {left_s:.0f} s left" if self._n_total else line, file=sys.stderr, flush=True)
 

@@ -58,7 +58,7 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> Offers:
 
 def list_grid_titles() -> list[tuple[str, str]]:
     """Lists the grids that come with echoshift, with their titles."""
-    return [(path.stem, str(_read_toml(path).get("title", ""))) for path in sorted((_HERE / "grids").glob("*.toml"))]
+    return sorted((path.stem, str(_read_toml(path).get("title", ""))) for path in (_HERE / "grids").glob("*.toml"))
 
 
 def list_preset_stages() -> dict[str, list[str]]:
@@ -67,7 +67,7 @@ def list_preset_stages() -> dict[str, list[str]]:
     for stage, folder in PRESET_FOLDERS.items():
         for path in sorted(folder.glob("*.toml")):
             found.setdefault(path.stem, []).append(stage)
-    return found
+    return dict(sorted(found.items()))
 
 
 def list_stage_settings(stage: str) -> list[SettingKey]:
