@@ -34,7 +34,7 @@ def test_stage_1_answers_with_its_whole_record(copied: Any) -> None:
         "metric": "top-1",
         "results": str(copied.runs / "tiny" / RESULTS),
     }
-    assert run["scores"]["main"]["value"] == record.scores.main.value
+    assert run["score"]["value"] == record.scores.main.value
     assert run["scores"]["per_class"] == [entry.model_dump(mode="json") for entry in record.scores.per_class]
     assert (run["shift"], run["seed"], run["config_hash"]) == ("s-t", 0, record.config_hash)
     assert run["files"]["checkpoint"].endswith(".safetensors")

@@ -54,8 +54,9 @@ def describe_records(stage: str, card: DatasetCard, runs_dir: Path, runs: Sequen
 
 
 def describe_run(record: RunRecord, left_out: Sequence[str], files: dict[str, object]) -> dict[str, Any]:
-    """Gives one run's whole record, the segments left out as they failed to be extracted, and the files it made."""
-    return {**make_jsonable(record), "left_out": list(left_out), "files": make_jsonable(files)}
+    """Gives one run's whole record, its main score, the segments left out as failed, and the files it made."""
+    score = make_jsonable(record.scores.main)
+    return {**make_jsonable(record), "score": score, "left_out": list(left_out), "files": make_jsonable(files)}
 
 
 def _percent(value: float | None) -> str:
