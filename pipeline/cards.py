@@ -135,7 +135,8 @@ class DatasetCard(CardModel):
         for shift in self.shifts:
             unknown = {*shift.source, shift.target} - set(self.domains)
             if unknown:
-                raise ValueError(f"shift {shift.name} names unknown domain {sorted(unknown)[0]!r}")
+                domain = sorted(unknown)[0]
+                raise ValueError(f"shift {shift.name} names unknown domain {domain!r}; {suggest(domain, self.domains)}")
         for count in self.counts:
             if count.domain not in self.domains or count.split not in self.splits:
                 raise ValueError(f"counts name unknown {count.domain}/{count.split}")

@@ -30,6 +30,7 @@ from pipeline.manifest_check import (
 )
 from pipeline.places import MANIFESTS_DIR
 from pipeline.segments import Manifest, Segment, TimedLabel
+from pipeline.suggestions import suggest
 
 REQUIRED_COLUMNS = ("segment_id", "video_id", "start_s", "stop_s", "labels", "domain", "split")
 OPTIONAL_COLUMNS = ("noun", "pair_id", "tags", "timed_labels")
@@ -170,7 +171,7 @@ def _require_columns(path: Path, names: Sequence[str]) -> None:
     place = f"{path}:1" if path.suffix == ".csv" else str(path)
     for name in names:
         if name not in COLUMNS:
-            raise ManifestError(f"{place}: unknown column {name!r}; a manifest has {', '.join(COLUMNS)}")
+            raise ManifestError(f"{place}: unknown column {name!r}; {suggest(name, COLUMNS, there='a manifest has')}")
         if names.count(name) > 1:
             raise ManifestError(f"{place}: column {name!r} is there twice; drop one")
     missing = [name for name in REQUIRED_COLUMNS if name not in names]

@@ -75,7 +75,8 @@ class PresetFiles(Generic[Config]):
         tables = read_settings(path)
         presets = self.list_presets()
         combined = {f"{preset}-{table}" for preset in presets for table in self.other_tables}
-        unknown = set(tables) - {"any", *self.other_tables, *presets, *combined}
-        if unknown:
-            raise RunError(f"{path}: unknown table {sorted(unknown)[0]}")
+        known = ("any", *sorted(self.other_tables), *presets, *sorted(combined))
+        for name in tables:
+            if name not in known:
+                raise RunError(f"{path}: unknown table {name!r}; {suggest(name, known)}")
         return [tables[name] for name in wanted if name in tables]

@@ -78,9 +78,10 @@ def _read_dataset_tables(card: DatasetCard, preset: str, user: Mapping[str, Any]
     if not path.is_file():
         return []
     tables = read_settings(path)
-    unknown = set(tables) - {"any", "flow", *list_presets()}
-    if unknown:
-        raise RunError(f"{path}: unknown table {sorted(unknown)[0]}")
+    known = ("any", "flow", *list_presets())
+    for name in tables:
+        if name not in known:
+            raise RunError(f"{path}: unknown table {name!r}; {suggest(name, known)}")
     named = user.get("visual", {})  # which may be no table; the configuration's check says so
     encoder = named.get("encoder") if isinstance(named, dict) else None
     encoder = encoder or tables.get("any", {}).get("visual", {}).get("encoder", "")
