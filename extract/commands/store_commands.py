@@ -46,39 +46,19 @@ class ImportName(StrEnum):
 @app.command("ls")
 def list_(cache: CacheOption = "cache", as_json: JsonOption = False) -> None:
     """List the stores below the cache, with what is in them."""
-    from pipeline.specs import fingerprint
-    from pipeline.store.layout import DONE, FAILED
-    from pipeline.store.opening import list_stores, open_store
+    from extract.commands.store_listing import summarise_stores
 
-    rows: list[list[object]] = []
-    found = []
-    for path in list_stores(cache):
-        store = open_store(path)
-        state = store.read_array("state")
-        dataset, spec, layout = store.attributes["dataset"], store.spec, store.layout
-        n_done, n_failed = int((state == DONE).sum()), int((state == FAILED).sum())
-        n_bytes = path.measure_bytes()
-        found.append(
-            {
-                "store": path,
-                "dataset": dataset,
-                "encoder": spec.encoder,
-                "fingerprint": fingerprint(spec),
-                "outputs": {o.name: o.shape for o in spec.outputs},
-                "n_clips": layout.n_clips,
-                "dtype": spec.dtype,
-                "n_done": n_done,
-                "n_failed": n_failed,
-                "n_rows": layout.n_rows,
-                "n_bytes": n_bytes,
-            }
-        )
-        outputs = ", ".join(f"{o.name} {list(o.shape)}" for o in spec.outputs)
-        rows.append([dataset, spec.encoder, outputs, layout.n_clips, spec.dtype, n_done, n_failed, layout.n_rows])
-        rows[-1] += [f"{n_bytes / 1e6:.1f}", path]
+    found = summarise_stores(cache)
     if as_json:
         print_json(found)
         return
+    rows = [
+        [
+            s.dataset, s.encoder, ", ".join(f"{name} {list(shape)}" for name, shape in s.outputs.items()), s.n_clips,
+            s.dtype, s.n_done, s.n_failed, s.n_rows, f"{s.n_bytes / 1e6:.1f}", s.store,
+        ]
+        for s in found
+    ]  # fmt: skip
     columns = ("dataset", "encoder", "outputs", "clips", "type", "done", "failed", "rows", "MB", "store")
     print_table(f"stores in {cache}", columns, rows)
 
