@@ -42,7 +42,7 @@ def is_plain(stream: TextIO) -> bool:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table: framed on a terminal, elsewhere plain columns of which no text is cut or folded."""
+    """Prints a table: drawn on a terminal, elsewhere plain columns of which no text is cut or folded."""
     lines = [[str(cell) for cell in row] for row in rows]
     right = [bool(lines) and all(re.fullmatch(r"[\d.,%+-]+", line[i]) for line in lines) for i in range(len(columns))]
     if is_plain(sys.stdout):
@@ -52,16 +52,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
             cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
             print("  ".join(cells).rstrip())
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from extract.commands.drawn_tables import draw_table
 
-    table = Table(title=Text(title), title_justify="left", header_style="bold")
-    for column, numeric in zip(columns, right, strict=True):
-        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))  # Text, as [16, 8] is markup to rich otherwise
-    Console().print(table)
+    draw_table(title, columns, lines, right)
 
 
 class PlainProgress:

@@ -34,7 +34,7 @@ def list_(directory: DirOption = None, as_json: JsonOption = False) -> None:
         [row.name, row.encoder, "yes" if row.installed else "no", "default" if row.preferred else "", row.licence]
         for row in known
     ]
-    print_table("weights", ("name", "encoder", "installed", "", "licence"), rows)
+    print_table("weights", ("name", "encoder", "installed", "use", "licence"), rows)
 
 
 @app.command()

@@ -52,6 +52,15 @@ def test_a_terminal_gets_a_frame_and_a_bar() -> None:
     assert "[bold]x[/bold]" in text, "text is no markup"
 
 
+def test_a_table_wider_than_the_terminal_is_told_row_by_row_with_no_name_in_pieces() -> None:
+    path = "/cache/" + "x" * 60 + ".zarr"
+    code = f"from extract.commands.terminal import print_table; print_table('t', ('a', 'store'), [[1, {path!r}]])"
+    assert "┃" in run_on_terminal(code)
+    narrow = run_on_terminal(code, COLUMNS="70")
+    assert "┃" not in narrow
+    assert path in narrow.replace("\x1b[0m", "").replace("\x1b[2m", "")
+
+
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_a_terminal_that_wants_none_gets_plain_text(environment: dict[str, str]) -> None:
     text = run_on_terminal(TABLE, **environment)
