@@ -39,7 +39,8 @@ def house_style() -> Iterator[None]:
     """Draws what is drawn in the block in the style of the house, and changes nothing outside of it."""
     from matplotlib import rc_context
 
-    with rc_context(dict(_STYLE)):
+    style: Any = dict(_STYLE)  # its stubs list every name there is
+    with rc_context(style):
         yield
 
 
