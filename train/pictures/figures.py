@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,20 @@ _STYLE: Mapping[str, Any] = {
     "figure.dpi": _DPI,
     "legend.frameon": False,
 }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """Is a figure with what it says.
+
+    Attributes:
+        numbers: by name, what is drawn; JSON, but for NumPy's arrays.
+        description: in words, for who can't see it.
+    """
+
+    figure: Figure
+    numbers: Mapping[str, Any]
+    description: str
 
 
 @contextmanager

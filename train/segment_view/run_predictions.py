@@ -86,7 +86,7 @@ class PredictionReader:
         if not parts or ids is None:
             raise RunError(f"{describe_run(record)}: it doesn't say of which segments its predictions are; run it anew")
         speaker: Literal["recogniser", "alignment"] = "recogniser" if record.stage == "stage2" else "alignment"
-        mean: np.ndarray = np.mean(parts, axis=0, dtype=np.float64)
+        mean = np.asarray(np.mean(parts, axis=0, dtype=np.float64))
         return StoredPredictions(speaker, _number(ids), mean.astype(np.float32))
 
     def _find(self, record: RunRecord, name: str) -> Path | None:
