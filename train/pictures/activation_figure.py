@@ -36,7 +36,6 @@ def draw_activation_maps(
     first = maps[0]
     n_frames = len(first.pictures)
     shown = np.unique(np.linspace(0, n_frames - 1, min(n_shown, n_frames)).round().astype(int))
-    times_s = first.times_s[0] + (first.times_s[1] - first.times_s[0]) * shown / n_frames
     with house_style():
         row_in = 9.6 / len(shown) * first.pictures.shape[1] / first.pictures.shape[2]
         heights = [row_in + 0.25, *[row_in + 0.3] * len(maps), 1.1]
@@ -44,7 +43,12 @@ def draw_activation_maps(
         labels = ", ".join(first.segment.labels) or "no label"
         figure.suptitle(f"{first.segment.segment_id} ({labels}), {what}", x=0.01, ha="left", fontsize=10)
         rows = np.atleast_1d(np.array(figure.subfigures(len(heights), 1, height_ratios=heights), dtype=object))
-        _draw_row(rows[0], first.pictures[shown], "what the network sees", [f"{time_s:.2f} s" for time_s in times_s])
+        _draw_row(
+            rows[0],
+            first.pictures[shown],
+            "what the network sees",
+            [f"{time_s:.2f} s" for time_s in first.times_s[shown]],
+        )
         for row, each in zip(rows[1:-1], maps, strict=True):
             title = f"{each.run}: {each.class_name}, {100 * each.probability:.0f} %"
             if not each.values.any():
@@ -69,7 +73,7 @@ def _draw_row(part: object, pictures: np.ndarray, title: str, names: Sequence[st
         axis.set_axis_off()
 
 
-def _draw_sound(axis: object, sound: SegmentSound | None, clip_s: tuple[float, float]) -> None:
+def _draw_sound(axis: object, sound: SegmentSound | None, times_s: np.ndarray) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes), "subplots gives axes"
@@ -78,9 +82,9 @@ def _draw_sound(axis: object, sound: SegmentSound | None, clip_s: tuple[float, f
         axis.set_axis_off()
         return
     parts = np.array_split(sound.samples, min(2000, len(sound.samples)))
-    times_s = np.linspace(sound.start_s, sound.stop_s, len(parts))
-    axis.fill_between(times_s, [p.min() for p in parts], [p.max() for p in parts], color=AUDIO_COLOUR, linewidth=0.4)
-    axis.axvspan(*clip_s, color=QUIET_COLOUR, alpha=0.15, linewidth=0)
+    places_s = np.linspace(sound.start_s, sound.stop_s, len(parts))
+    axis.fill_between(places_s, [p.min() for p in parts], [p.max() for p in parts], color=AUDIO_COLOUR, linewidth=0.4)
+    axis.axvspan(float(times_s.min()), float(times_s.max()), color=QUIET_COLOUR, alpha=0.15, linewidth=0)
     axis.set_xlim(sound.start_s, sound.stop_s)
     axis.set_xlabel("seconds of the video; grey: the clip")
     axis.set_yticks([])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from extract.clips import plan_clips
 from extract.encoders.encoder_network import EncoderNetwork
 from extract.open_media import OpenMedia
 from extract.weights.resolve import load_encoder
@@ -40,7 +41,7 @@ class ActivationMap:
         segment: whose middle clip it is.
         values: float32 [T, H, W], 0 where nothing speaks for the class; not scaled.
         pictures: what the network saw, uint8 [T, H, W, 3].
-        times_s: of the clip's start and end, in seconds of the video.
+        times_s: of each picture, in seconds of the video, float64 [T].
         class_name, probability: the class that is asked for, and how probable the clip makes it.
         layer: the module whose activations are weighed.
     """
@@ -49,7 +50,7 @@ class ActivationMap:
     segment: Segment
     values: np.ndarray
     pictures: np.ndarray
-    times_s: tuple[float, float]
+    times_s: np.ndarray
     class_name: str
     probability: float
     layer: str
@@ -109,11 +110,27 @@ class ActivationMapper:
             segment=segment,
             values=values,
             pictures=restore_pictures(clip[0], self._spec.frame),
-            times_s=(float(read.times_s[entry, 0]), float(read.times_s[entry, 1])),
+            times_s=self._plan_times(media, segment, entry),
             class_name=classes[target],
             probability=float(probabilities[target]),
             layer=layer,
         )
+
+    def _plan_times(self, media: OpenMedia, segment: Segment, entry: int) -> np.ndarray:
+        """Plans when the pictures of an entry are shown, as reading it does."""
+        spec = self._spec
+        assert spec.frame is not None, "the visual encoder sees"
+        reader = media.open_pictures(segment, spec.frame.source, spec.decoder)
+        plan = plan_clips(
+            spec.clip,
+            segment.start_s,
+            segment.stop_s,
+            reader.frame_times_s,
+            reader.info.duration_s,
+            segment.segment_id,
+        )
+        times_s: np.ndarray = plan.frame_times_s[entry // spec.frame.n_crops]
+        return times_s
 
 
 def compute_activation_map(
@@ -144,7 +161,7 @@ def find_last_block(network: EncoderNetwork, run: Any) -> tuple[str, nn.Module]:
     `run` runs the network once, which tells what modules give. Raises RunError where none gives that.
     """
     stage = tuple(network.stages)[-2]
-    candidates = [(name, m) for name, m in network.named_modules() if name and network_has(network, stage, name)]
+    candidates = [(name, m) for name, m in network.named_modules() if name and _is_within(network, stage, name)]
     candidates.sort(key=lambda each: each[0].count("."))
     gives: dict[str, bool] = {}
     hooks = [
@@ -167,7 +184,7 @@ def find_last_block(network: EncoderNetwork, run: Any) -> tuple[str, nn.Module]:
     raise RunError(f"no module of the stage {stage} of {type(network).__name__} gives a map in time and space")
 
 
-def network_has(network: EncoderNetwork, stage: str, name: str) -> bool:
+def _is_within(network: EncoderNetwork, stage: str, name: str) -> bool:
     """Says whether a module is one of a stage's, or within one."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in network.stages[stage])
 
