@@ -17,6 +17,8 @@ from train.commands.ablate_command import ablate, table
 from train.commands.doctor_command import doctor
 from train.commands.list_command import list_
 from train.commands.network_commands import align, stage2
+from train.commands.picture_command import picture
+from train.commands.show_command import show
 from train.commands.stage1_command import stage1
 from train.commands.usage_errors import show_usage_error
 
@@ -43,6 +45,8 @@ app.command()(ablate)
 app.command()(table)
 app.command("list")(list_)
 app.command()(doctor)
+app.command()(show)
+app.command()(picture)
 
 
 def main() -> None:
