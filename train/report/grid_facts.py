@@ -1,0 +1,230 @@
+"""Gathers the grids that have runs: their tables, and by row and shift the classes' scores and confusion matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cards import DatasetCard
+from pipeline.errors import EchoshiftError
+from train.grids import Grid, PlannedRun, Stage, list_grids, list_shifts, plan_runs, read_grid
+from train.hits import average_hits
+from train.runs import RunKey, RunRecord, SelectionRule, keep_latest
+from train.tables import PERCENT, Table, make_table
+
+PRESETS = ("paper", "released", "quick")
+RULES: tuple[SelectionRule, ...] = ("last", "mean_last", "source_val", "target_oracle")
+MAX_SHOWN_CLASSES = 40
+MAX_BREAKDOWNS = 60
+
+Resolve = Callable[[str, Stage, tuple[str, ...]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassBar:
+    """Is what one class scores, in percent: mean, lowest and highest over seeds; `n` test segments have the class."""
+
+    name: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Is what the runs of one row scored in one shift, class by class.
+
+    Attributes:
+        seeds: of the runs that are done.
+        classes: in the card's order; of more than MAX_SHOWN_CLASSES the ones with the most test segments.
+        confusion: counts summed over seeds, rows are labels; None where a run has none (multi-label, mean of
+            networks) or the classes are too many.
+    """
+
+    row: str
+    shift: str
+    seeds: tuple[int, ...]
+    classes: tuple[ClassBar, ...]
+    n_classes: int
+    confusion: tuple[tuple[int, ...], ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GridFacts:
+    """Is one grid under one preset and selection rule.
+
+    Attributes:
+        breakdowns: of each row and shift with a run, at most MAX_BREAKDOWNS of `n_breakdowns`.
+        missing_shifts: the shifts of the grid in which nothing is done yet; the table leaves them out.
+        command: what runs what is missing.
+    """
+
+    name: str
+    preset: str
+    selection: SelectionRule
+    table: Table
+    breakdowns: tuple[Breakdown, ...]
+    n_breakdowns: int
+    missing_shifts: tuple[str, ...]
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class GridsFacts:
+    """Is all grids: those with runs, those of the dataset's task without (name and title), and which runs they show."""
+
+    done: tuple[GridFacts, ...]
+    without_runs: tuple[tuple[str, str], ...]
+    shown: frozenset[RunKey]
+
+
+def gather_grids(
+    card: DatasetCard,
+    present_shifts: Sequence[str],
+    records: Sequence[RunRecord],
+    manifest_sha256: str,
+    runs_dir: Path,
+    resolve: Resolve,
+    *,
+    presets: Sequence[str] = PRESETS,
+    more: Sequence[str] = (),
+    notify: Callable[[], None] = lambda: None,
+) -> GridsFacts:
+    """Gathers what `echoshift table` prints of every grid, under every preset and rule of which there are runs.
+
+    `resolve` makes the configuration of a preset, stage and overrides; `more` are grid files of one's own.
+    """
+    done: list[GridFacts] = []
+    without: list[tuple[str, str]] = []
+    shown: set[RunKey] = set()
+    latest = keep_latest(records)
+    for name in (*list_grids(), *more):
+        grid = read_grid(name)
+        found = [] if grid.task not in (None, card.task) else _gather_grid(grid, card, present_shifts, latest, resolve, presets)
+        for preset, planned in found:
+            for rule in RULES:
+                keys = {(run.stage, run.config_hash, run.shift, run.seed, rule) for run in planned}
+                if keys & set(latest):
+                    shown |= keys & set(latest)
+                    done.append(
+                        _make_facts(grid, name, preset, rule, planned, card, present_shifts, records, manifest_sha256, runs_dir)
+                    )
+        if not found and grid.task in (None, card.task) and set(list_shifts(grid, card)) & set(present_shifts):
+            without.append((str(name), grid.title))
+        notify()
+    return GridsFacts(tuple(done), tuple(without), frozenset(shown))
+
+
+def _gather_grid(
+    grid: Grid,
+    card: DatasetCard,
+    present_shifts: Sequence[str],
+    latest: Mapping[RunKey, RunRecord],
+    resolve: Resolve,
+    presets: Sequence[str],
+) -> list[tuple[str, list[PlannedRun]]]:
+    """Plans a grid under each preset, and keeps the shifts and seeds of which there are runs."""
+    admitted = [shift for shift in (grid.shifts or list_shifts(grid, card)) if shift in present_shifts]
+    found: list[tuple[str, list[PlannedRun]]] = []
+    for preset in presets:
+        if not admitted:
+            break
+        try:
+            planned = plan_runs(grid, card, lambda stage, overrides: resolve(preset, stage, overrides), shifts=admitted)
+        except EchoshiftError:
+            continue  # a preset or a grid that this dataset's settings don't allow can have no runs either
+        hashes = {(run.stage, run.config_hash) for run in planned}
+        if any({(run.stage, run.config_hash) for run in others} == hashes for _, others in found):
+            continue
+        done = [key for key in latest if key[:2] in hashes and key[2] in admitted]
+        if done:
+            shifts = [shift for shift in admitted if any(key[2] == shift for key in done)]
+            seeds = sorted({*grid.seeds, *(key[3] for key in done)})
+            found.append(
+                (preset, plan_runs(grid, card, lambda s, o: resolve(preset, s, o), shifts=shifts, seeds=seeds))
+            )
+    return found
+
+
+def _make_facts(
+    grid: Grid,
+    name: str,
+    preset: str,
+    rule: SelectionRule,
+    planned: list[PlannedRun],
+    card: DatasetCard,
+    present_shifts: Sequence[str],
+    records: Sequence[RunRecord],
+    manifest_sha256: str,
+    runs_dir: Path,
+) -> GridFacts:
+    hits = average_hits(planned, records, runs_dir, selection=rule, manifest_sha256=manifest_sha256)
+    table = make_table(
+        grid,
+        records,
+        planned,
+        card,
+        selection=rule,
+        columns=("silent", "rare"),
+        manifest_sha256=manifest_sha256,
+        hits=hits,
+    )
+    breakdowns = break_down(planned, keep_latest(records), rule, manifest_sha256)
+    shifts = {run.shift for run in planned}
+    of_grid = grid.shifts or list_shifts(grid, card)
+    chosen = f" PRESET={preset}" if preset not in ("", PRESETS[0]) else ""
+    return GridFacts(
+        name=grid.name,
+        preset=preset,
+        selection=rule,
+        table=table,
+        breakdowns=tuple(breakdowns[:MAX_BREAKDOWNS]),
+        n_breakdowns=len(breakdowns),
+        missing_shifts=tuple(shift for shift in of_grid if shift in present_shifts and shift not in shifts),
+        command=f"make ablate GRID={name} DATASET={card.name}{chosen}",
+    )
+
+
+def break_down(
+    planned: Sequence[PlannedRun], latest: Mapping[RunKey, RunRecord], rule: SelectionRule, manifest_sha256: str
+) -> list[Breakdown]:
+    """Breaks down by class what planned runs scored, row by row and shift by shift; those without a run are left out."""
+    grouped: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in planned:
+        record = latest.get((run.stage, run.config_hash, run.shift, run.seed, rule))
+        if record is not None and record.manifest_sha256 == manifest_sha256:
+            grouped.setdefault((run.row, run.shift), []).append(record)
+    rows = list(dict.fromkeys(run.row for run in planned))
+    ordered = sorted(grouped.items(), key=lambda item: (rows.index(item[0][0]),))
+    return [_break_down(row, shift, records) for (row, shift), records in ordered]
+
+
+def _break_down(row: str, shift: str, records: Sequence[RunRecord]) -> Breakdown:
+    per_class = [record.scores.per_class for record in records]
+    bars = []
+    for scores in zip(*per_class, strict=True):
+        values = [score.value * PERCENT for score in scores if score.value is not None]
+        bars.append(
+            ClassBar(
+                name=scores[0].name,
+                mean=float(np.mean(values)) if values else None,
+                low=min(values, default=None),
+                high=max(values, default=None),
+                n=scores[0].n,
+            )
+        )
+    n_classes = len(bars)
+    if n_classes > MAX_SHOWN_CLASSES:
+        kept = set(sorted(range(n_classes), key=lambda k: (-bars[k].n, k))[:MAX_SHOWN_CLASSES])
+        bars = [bar for k, bar in enumerate(bars) if k in kept]
+    matrices = [record.scores.confusion for record in records]
+    summed = None
+    if n_classes <= MAX_SHOWN_CLASSES and all(matrix is not None for matrix in matrices):
+        total = np.sum([np.array(matrix) for matrix in matrices], axis=0)
+        summed = tuple(tuple(int(count) for count in line) for line in total)
+    return Breakdown(row, shift, tuple(record.seed for record in records), tuple(bars), n_classes, summed)
