@@ -41,11 +41,15 @@ class ClusteredClass:
 
 @dataclass(frozen=True, slots=True)
 class AbsentClass:
-    """Is how often a class was marked absent, and how often rightly: the segment's labels lack it."""
+    """Is how often a class was marked absent, and how often rightly: the segment's labels lack it.
+
+    `n_lacking` of all segments lack it: the share that marks at random would have right.
+    """
 
     name: str
     n_marks: int
     n_right: int
+    n_lacking: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,11 @@ class Stage1Facts:
     absent_key: str
     duration_s: float
     lost: tuple[str, ...]
+
+    @property
+    def variant(self) -> tuple[str, str]:
+        """Gives what seeds of the same runs have in common: configuration and shift."""
+        return self.config_hash, self.shift
 
 
 def read_stage1_facts(
@@ -159,7 +168,8 @@ def count_right_marks(marks: np.ndarray, labels: np.ndarray, classes: Sequence[s
     has = labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(len(classes))[None]
     right = marks & ~has
     return tuple(
-        AbsentClass(name, int(marks[:, k].sum()), int(right[:, k].sum())) for k, name in enumerate(classes)
+        AbsentClass(name, int(marks[:, k].sum()), int(right[:, k].sum()), int((~has[:, k]).sum()))
+        for k, name in enumerate(classes)
     )
 
 
