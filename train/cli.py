@@ -13,6 +13,7 @@ from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
 from train.commands.network_commands import align, stage2
+from train.commands.report_command import report
 from train.commands.stage1_command import stage1
 
 EXIT_ERROR = 2
@@ -34,6 +35,7 @@ app.command("stage2")(stage2)
 app.command("align")(align)
 app.command()(ablate)
 app.command()(table)
+app.command()(report)
 
 
 def show_usage(error: TyperException) -> None:
