@@ -35,7 +35,9 @@ def report(
     segments: Annotated[int, typer.Option(help="How many segments of each domain's split are shown.", min=0)] = 2,
     segment: Annotated[list[str] | None, typer.Option(help="A segment to show besides; may be repeated.")] = None,
     grid: Annotated[list[str] | None, typer.Option(help="A grid file of one's own; may be repeated.")] = None,
-    preset: Annotated[str, typer.Option(help="The preset whose grids are shown; default: all presets' with runs.")] = "",
+    preset: Annotated[
+        str, typer.Option(help="The preset whose grids are shown; default: all presets' with runs.")
+    ] = "",
     config: ConfigChoice = None,
     set_: OverrideChoice = None,
     media: MediaChoice = None,

@@ -64,7 +64,8 @@ def draw_histogram(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for (group, values), colour in zip(counts.items(), _repeat(SERIES, len(counts)), strict=True):
-            axes.stairs(values, edges, fill=True, color=colour, alpha=0.18)
+            if len(counts) == 1:  # fills of several groups would mix into mud
+                axes.stairs(values, edges, fill=True, color=colour, alpha=0.25)
             axes.stairs(values, edges, color=colour, linewidth=1.6, label=group)
         if is_logarithmic:
             axes.set_xscale("log")

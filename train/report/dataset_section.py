@@ -42,7 +42,9 @@ def make_dataset_section(facts: DatasetFacts, card: DatasetCard) -> Section:
     if facts.shifts:
         blocks += [
             HeadingBlock("Shift of the label distribution", "label-shift"),
-            TextBlock("It compares labels of the target's train split with the source's. No training sees them.", "analysis"),
+            TextBlock(
+                "It compares labels of the target's train split with the source's. No training sees them.", "analysis"
+            ),
             _make_shift_table(facts),
         ]
     if facts.duration_bins:
@@ -71,7 +73,9 @@ def _make_parts_table(facts: DatasetFacts) -> TableBlock:
     columns = (
         Column("domain", TEXT),
         Column("split", TEXT),
-        *map(Column, ("segments", "videos", "total, min", "shortest, s", "median, s", "longest, s", "silent, %", "short")),
+        *map(
+            Column, ("segments", "videos", "total, min", "shortest, s", "median, s", "longest, s", "silent, %", "short")
+        ),
     )
     rows = tuple(
         (
@@ -133,7 +137,9 @@ def _make_shift_table(facts: DatasetFacts) -> TableBlock:
         "How far the labels of two train splits lie apart",
         columns,
         rows,
-        ("Distance: total variation, half the sum over classes of |p - q|; 0 is the same distribution, 1 none shared.",),
+        (
+            "Distance: total variation, half the sum over classes of |p - q|; 0 is the same distribution, 1 none shared.",
+        ),
     )
 
 

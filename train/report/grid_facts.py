@@ -73,6 +73,11 @@ class GridFacts:
     missing_shifts: tuple[str, ...]
     command: str
 
+    @property
+    def n_rows_done(self) -> int:
+        """Gives how many rows have a run."""
+        return sum(row.n_done > 0 for row in self.table.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class GridsFacts:
@@ -105,19 +110,31 @@ def gather_grids(
     latest = keep_latest(records)
     for name in (*list_grids(), *more):
         grid = read_grid(name)
-        found = [] if grid.task not in (None, card.task) else _gather_grid(grid, card, present_shifts, latest, resolve, presets)
+        found = (
+            []
+            if grid.task not in (None, card.task)
+            else _gather_grid(grid, card, present_shifts, latest, resolve, presets)
+        )
         for preset, planned in found:
             for rule in RULES:
                 keys = {(run.stage, run.config_hash, run.shift, run.seed, rule) for run in planned}
                 if keys & set(latest):
                     shown |= keys & set(latest)
                     done.append(
-                        _make_facts(grid, name, preset, rule, planned, card, present_shifts, records, manifest_sha256, runs_dir)
+                        _make_facts(
+                            grid, name, preset, rule, planned, card, present_shifts, records, manifest_sha256, runs_dir
+                        )
                     )
         if not found and grid.task in (None, card.task) and set(list_shifts(grid, card)) & set(present_shifts):
             without.append((str(name), grid.title))
         notify()
+    done.sort(key=lambda grid: (*_order(grid), grid.name))
     return GridsFacts(tuple(done), tuple(without), frozenset(shown))
+
+
+def _order(grid: GridFacts) -> tuple[float, int]:
+    """Puts the grids first of which most rows have runs, then the larger ones."""
+    return -grid.n_rows_done / len(grid.table.rows), -grid.n_rows_done
 
 
 def _gather_grid(

@@ -35,8 +35,16 @@ MAX_RUNS = 2000
 def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: DatasetCard) -> Section:
     """Makes the section; `runs` are the latest of each configuration, shift, seed and rule."""
     blocks: list[Block] = []
-    for i, grid in enumerate(facts.done):
+    compared = [grid for grid in facts.done if grid.n_rows_done > 1]
+    for i, grid in enumerate(compared):
         blocks += _make_grid_blocks(i, grid)
+    single = [grid for grid in facts.done if grid.n_rows_done == 1]
+    if single:
+        inner: list[Block] = []
+        for i, grid in enumerate(single, start=len(compared)):
+            table = _make_table_block(f"grid-table-{i}", grid.table, grid)
+            inner += [TextBlock(f"{grid.name}: what is missing is run by `{grid.command}`.", "quiet"), table]
+        blocks.append(DetailsBlock(f"{len(single)} more grids in which one row alone has runs", tuple(inner)))
     if not facts.done:
         name = "a-table2" if card.task == "single-label" else "a-table3"
         text = "No grid has a run yet." if not runs else "The runs there are belong to no grid with these settings."
@@ -64,7 +72,9 @@ def make_run_section(runs: Sequence[RunRecord], shown: frozenset[RunKey], datase
         Column("shift", TEXT),
         Column("seed"),
         Column("rule", TEXT),
-        *map(Column, ("score, %", "n", "class mean, %", "silent, %", "audible, %", "rare, %", "frequent, %", "minutes")),
+        *map(
+            Column, ("score, %", "n", "class mean, %", "silent, %", "audible, %", "rare, %", "frequent, %", "minutes")
+        ),
         Column("device", TEXT),
         Column("code", TEXT),
         Column("settings", TEXT),
@@ -91,7 +101,9 @@ def make_run_section(runs: Sequence[RunRecord], shown: frozenset[RunKey], datase
                 Cell("yes" if run.key in shown else "no"),
             )
         )
-    notes = ["Score: top-1 accuracy, or mean average precision where segments have several labels, on the target's test split."]
+    notes = [
+        "Score: top-1 accuracy, or mean average precision where segments have several labels, on the target's test split."
+    ]
     if any(run.selection == "target_oracle" for run in runs):
         notes.append("The rule target_oracle sees the target's test labels: an upper bound, no result.")
     if len(runs) > MAX_RUNS:
@@ -135,7 +147,9 @@ def make_score_bars(table: Table) -> BarsBlock:
         low, high = (None, None) if half is None else (max(interval.mean - half, 0), min(interval.mean + half, 100))
         spread = "" if half is None else f" ±{half:.1f}"
         bars.append(Bar(row.name, interval.mean, low, high, f"{interval.mean:.1f}{spread}"))
-    return BarsBlock(f"{column}, % on the target's test split; the thin line is the 95 % interval over seeds", tuple(bars))
+    return BarsBlock(
+        f"{column}, % on the target's test split; the thin line is the 95 % interval over seeds", tuple(bars)
+    )
 
 
 def _make_table_block(id_: str, table: Table, grid: GridFacts) -> TableBlock:
@@ -186,5 +200,7 @@ def _make_breakdown(breakdown: Breakdown) -> tuple[Block, ...]:
         names = tuple(found.name for found in breakdown.classes)
         blocks.append(ConfusionBlock(f"Confusion: test segments{summed}", names, breakdown.confusion))
     else:
-        blocks.append(TextBlock("There is no confusion matrix: several labels, several networks, or too many classes.", "quiet"))
+        blocks.append(
+            TextBlock("There is no confusion matrix: several labels, several networks, or too many classes.", "quiet")
+        )
     return tuple(blocks)

@@ -74,7 +74,7 @@ def _make_run_table(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str],
         ),
     )
     rows = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (list(names).index(run.variant), run.seed)):
         total = next((curve.values for curve in run.losses if curve.name == "total"), ())
         audio = run.audio_losses.values if run.audio_losses else ()
         validated = [value for value in run.validation.values if value is not None] if run.validation else []
@@ -97,22 +97,26 @@ def _make_run_table(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str],
         for run in runs
         if run.lost
     ]
-    notes.append("Absent right: share of marks whose class the segment indeed lacks; it reads the target's labels (analysis).")
+    notes.append(
+        "Absent right: share of marks whose class the segment indeed lacks; it reads the target's labels (analysis)."
+    )
     return TableBlock("stage1-runs", "Runs of Stage 1", columns, tuple(rows), tuple(notes))
 
 
 def _make_charts(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str], str]) -> list[Block]:
     figures = []
     for i, (variant, name) in enumerate(names.items()):
-        curves = [
-            {curve.name: curve.values for curve in run.losses} for run in runs if run.variant == variant and run.losses
-        ]
+        curves = [_list_curves(run) for run in runs if run.variant == variant and run.losses]
         if curves and len(figures) < MAX_CHARTS:
             svg = draw_losses(f"loss-{i}", f"Losses of {name}", curves, "loss")
             figures.append(Figure(f"{name}.", Markup(svg)))
     if not figures:
         return []
-    blocks: list[Block] = [HeadingBlock("Losses", "losses"), FiguresBlock(tuple(figures))]
+    blocks: list[Block] = [
+        HeadingBlock("Losses", "losses"),
+        TextBlock("Thick: mean over seeds; thin: each seed. A loss that is 0 throughout isn't drawn.", "quiet"),
+        FiguresBlock(tuple(figures)),
+    ]
     if len(names) > MAX_CHARTS:
         blocks.append(TextBlock(f"The first {MAX_CHARTS} of {len(names)} variants are drawn.", "quiet"))
     heard = {run.variant: run for run in runs if run.audio_losses}
@@ -122,6 +126,12 @@ def _make_charts(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str], st
         svg = draw_losses("loss-audio", "Loss of the audio classifier", curves, "loss")
         blocks.append(FiguresBlock((Figure("Audio classifier, on the source.", Markup(svg)),)))
     return blocks
+
+
+def _list_curves(run: Stage1Facts) -> dict[str, tuple[float | None, ...]]:
+    """Lists the losses that are worth a line: none that is 0 throughout, and no total of a single one."""
+    curves = {curve.name: curve.values for curve in run.losses if any(curve.values)}
+    return {"total": curves["total"]} if len(curves) == 2 and "total" in curves else curves
 
 
 def _make_clusters(runs: Sequence[Stage1Facts]) -> list[Block]:

@@ -30,7 +30,9 @@ TEXT = False  # of a column: it holds no numbers
 def make_store_section(stores: Sequence[StoreFacts], dataset: str) -> Section:
     """Makes the section."""
     if not stores:
-        missing = MissingBlock("No feature store of this dataset is in the cache yet.", f"make extract DATASET={dataset}")
+        missing = MissingBlock(
+            "No feature store of this dataset is in the cache yet.", f"make extract DATASET={dataset}"
+        )
         return Section("stores", "Feature stores", "", (missing,))
     blocks: list[Block] = [_make_coverage_table(stores)]
     n_failed = sum(store.n_failed for store in stores)
@@ -127,7 +129,5 @@ def _make_details(i: int, store: StoreFacts) -> DetailsBlock:
             blocks.append(TextBlock(f"{words}: no histogram.", "warning"))
     if figures:
         blocks.append(FiguresBlock(tuple(figures)))
-    blocks.append(
-        TableBlock(f"spec-{i}", "Specification", (Column("setting", TEXT), Column("value", TEXT)), rows)
-    )
+    blocks.append(TableBlock(f"spec-{i}", "Specification", (Column("setting", TEXT), Column("value", TEXT)), rows))
     return DetailsBlock(f"{store.encoder} {store.fingerprint}: specification and norms", tuple(blocks))
