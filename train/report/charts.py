@@ -15,6 +15,7 @@ def draw_losses(name: str, title: str, runs: Sequence[Mapping[str, Sequence[floa
     """
     import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(loss for run in runs for loss in run))
     with page_style():
@@ -38,7 +39,7 @@ def draw_losses(name: str, title: str, runs: Sequence[Mapping[str, Sequence[floa
         axes.set_xlabel("epoch")
         axes.set_ylabel(y_label)
         axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(names) > 1:
             axes.legend(loc="best", fontsize=8)
         seeds = f"mean of {len(runs)} seeds" if len(runs) > 1 else "one seed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,9 @@ def _gather_grid(
     for preset in presets:
         if not admitted:
             break
+        of_preset = partial(resolve, preset)
         try:
-            planned = plan_runs(grid, card, lambda stage, overrides: resolve(preset, stage, overrides), shifts=admitted)
+            planned = plan_runs(grid, card, of_preset, shifts=admitted)
         except EchoshiftError:
             continue  # a preset or a grid that this dataset's settings don't allow can have no runs either
         hashes = {(run.stage, run.config_hash) for run in planned}
@@ -162,9 +164,7 @@ def _gather_grid(
         if done:
             shifts = [shift for shift in admitted if any(key[2] == shift for key in done)]
             seeds = sorted({*grid.seeds, *(key[3] for key in done)})
-            found.append(
-                (preset, plan_runs(grid, card, lambda s, o: resolve(preset, s, o), shifts=shifts, seeds=seeds))
-            )
+            found.append((preset, plan_runs(grid, card, of_preset, shifts=shifts, seeds=seeds)))
     return found
 
 
@@ -210,7 +210,7 @@ def _make_facts(
 def break_down(
     planned: Sequence[PlannedRun], latest: Mapping[RunKey, RunRecord], rule: SelectionRule, manifest_sha256: str
 ) -> list[Breakdown]:
-    """Breaks down by class what planned runs scored, row by row and shift by shift; those without a run are left out."""
+    """Breaks down by class what planned runs scored, row by row and shift by shift, without those that have no run."""
     grouped: dict[tuple[str, str], list[RunRecord]] = {}
     for run in planned:
         record = latest.get((run.stage, run.config_hash, run.shift, run.seed, rule))

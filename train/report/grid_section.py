@@ -101,9 +101,8 @@ def make_run_section(runs: Sequence[RunRecord], shown: frozenset[RunKey], datase
                 Cell("yes" if run.key in shown else "no"),
             )
         )
-    notes = [
-        "Score: top-1 accuracy, or mean average precision where segments have several labels, on the target's test split."
-    ]
+    metric = "mean average precision" if runs[0].scores.task == "multi-label" else "top-1 accuracy"
+    notes = [f"Score: {metric} on the target's test split."]
     if any(run.selection == "target_oracle" for run in runs):
         notes.append("The rule target_oracle sees the target's test labels: an upper bound, no result.")
     if len(runs) > MAX_RUNS:
@@ -119,8 +118,9 @@ def _make_grid_blocks(i: int, grid: GridFacts) -> list[Block]:
     table = grid.table
     chosen = [f"preset {grid.preset}"] if grid.preset else []
     heading = f"{table.title}: {grid.name}"
-    words = f"{', '.join([*chosen, f'rule {grid.selection}'])}. Whatever is missing is run by `{grid.command}`."
-    blocks: list[Block] = [HeadingBlock(heading, f"grid-{i}"), TextBlock(words.capitalize(), "quiet")]
+    how = " and ".join([*chosen, f"rule {grid.selection}"])
+    words = f"Under {how}. Whatever is missing is run by `{grid.command}`."
+    blocks: list[Block] = [HeadingBlock(heading, f"grid-{i}"), TextBlock(words, "quiet")]
     blocks.append(make_score_bars(table))
     blocks.append(_make_table_block(f"grid-table-{i}", table, grid))
     panels = []
@@ -165,7 +165,7 @@ def _make_table_block(id_: str, table: Table, grid: GridFacts) -> TableBlock:
     if grid.missing_shifts:
         notes.append(f"No run yet in {', '.join(grid.missing_shifts)}.")
     columns = (Column(header[0], TEXT), *map(Column, header[1:]))
-    return TableBlock(id_, table.title, columns, rows, tuple(notes))
+    return TableBlock(id_, f"{table.title} ({grid.name}, {grid.selection})", columns, rows, tuple(notes))
 
 
 def _find_value(table: Table, row: TableRow, column: str) -> float | None:
@@ -198,7 +198,11 @@ def _make_breakdown(breakdown: Breakdown) -> tuple[Block, ...]:
     if breakdown.confusion is not None:
         summed = f", summed over {n} seeds" if n > 1 else ""
         names = tuple(found.name for found in breakdown.classes)
-        blocks.append(ConfusionBlock(f"Confusion: test segments{summed}", names, breakdown.confusion))
+        blocks.append(
+            ConfusionBlock(
+                f"Confusion of {breakdown.row}, {breakdown.shift}: test segments{summed}", names, breakdown.confusion
+            )
+        )
     else:
         blocks.append(
             TextBlock("There is no confusion matrix: several labels, several networks, or too many classes.", "quiet")

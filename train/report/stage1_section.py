@@ -93,9 +93,7 @@ def _make_run_table(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str],
             )
         )
     notes = [
-        f"{names[run.variant]}, seed {run.seed}: folders of {', '.join(run.lost)} are gone; `make stage1` makes them anew."
-        for run in runs
-        if run.lost
+        f"{names[run.variant]}, seed {run.seed}: folders of {', '.join(run.lost)} are gone." for run in runs if run.lost
     ]
     notes.append(
         "Absent right: share of marks whose class the segment indeed lacks; it reads the target's labels (analysis)."
@@ -104,7 +102,7 @@ def _make_run_table(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str],
 
 
 def _make_charts(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str], str]) -> list[Block]:
-    figures = []
+    figures: list[Figure] = []
     for i, (variant, name) in enumerate(names.items()):
         curves = [_list_curves(run) for run in runs if run.variant == variant and run.losses]
         if curves and len(figures) < MAX_CHARTS:
@@ -119,11 +117,11 @@ def _make_charts(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str], st
     ]
     if len(names) > MAX_CHARTS:
         blocks.append(TextBlock(f"The first {MAX_CHARTS} of {len(names)} variants are drawn.", "quiet"))
-    heard = {run.variant: run for run in runs if run.audio_losses}
-    of_audio = {(run.seed, run.audio_losses): run for run in heard.values()}
-    curves = [{"audio classifier": run.audio_losses.values} for run in of_audio.values() if run.audio_losses]
-    if curves:
-        svg = draw_losses("loss-audio", "Loss of the audio classifier", curves, "loss")
+    # Runs of one source and seed share their audio classifier.
+    of_audio = {curve.values for run in runs if (curve := run.audio_losses) is not None}
+    if of_audio:
+        heard = [{"audio classifier": values} for values in sorted(of_audio, reverse=True)]
+        svg = draw_losses("loss-audio", "Loss of the audio classifier", heard, "loss")
         blocks.append(FiguresBlock((Figure("Audio classifier, on the source.", Markup(svg)),)))
     return blocks
 
@@ -202,12 +200,13 @@ def _make_absent_table(i: int, shift: str, found: Sequence[AbsentFacts]) -> list
         share = n_right / n_marks if n_marks else None
         rows.append((Cell(per_seed[0].name), count(n_marks), count(n_right), percent(share), percent(chance)))
         words = "never marked" if share is None else f"{100 * share:.1f} % of {n_marks:,}"
-        bars.append(Bar(per_seed[0].name, None if share is None else 100 * share, None, None, words))
+        at_random = 100 * chance
+        bars.append(Bar(per_seed[0].name, None if share is None else 100 * share, at_random, at_random, words))
     caption = f"Marks of absent activities right, {shift}"
     columns = (Column("class", TEXT), *map(Column, ("marks", "right", "right, %", "at random, %")))
     seeds = f"Summed over {len(found)} seeds. " if len(found) > 1 else ""
     note = f"{seeds}At random: the share of segments that lack the class, which marks set at random would have right."
     return [
-        BarsBlock(caption, tuple(bars)),
+        BarsBlock(f"{caption}; the thin mark is what marks set at random would have right", tuple(bars)),
         TableBlock(f"absent-{i}", f"{caption}, in numbers", columns, tuple(rows), (note,)),
     ]

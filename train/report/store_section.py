@@ -19,7 +19,6 @@ from train.report.blocks import (
     TextBlock,
     count,
     number,
-    percent,
 )
 from train.report.charts import draw_histogram
 from train.report.store_facts import StoreFacts
@@ -41,10 +40,8 @@ def make_store_section(stores: Sequence[StoreFacts], dataset: str) -> Section:
     else:
         blocks.append(TextBlock("No segment failed to be extracted.", "quiet"))
     blocks += [_make_details(i, store) for i, store in enumerate(stores)]
-    lead = (
-        f"{len(stores)} stores, {sum(store.n_bytes for store in stores) / 1e6:,.1f} MB. Each holds one encoder's features "
-        f"under one specification, named by its fingerprint."
-    )
+    megabytes = sum(store.n_bytes for store in stores) / 1e6
+    lead = f"{len(stores)} stores, {megabytes:,.1f} MB, each of one encoder's features under one specification."
     return Section("stores", "Feature stores", lead, tuple(blocks))
 
 
