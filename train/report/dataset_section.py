@@ -137,7 +137,7 @@ def _make_shift_table(facts: DatasetFacts) -> TableBlock:
         "How far the labels of two train splits lie apart",
         columns,
         rows,
-        ("Distance: total variation, half the sum over classes of |p - q|; 0: the same distribution, 1: none shared.",),
+        ("Distance: total variation, half the sum over classes of |p - q|; 0: the same shares, 1: no class shared.",),
     )
 
 
