@@ -110,11 +110,11 @@ def test_steps_whose_folders_are_gone_are_named(copied: Any) -> None:
     assert facts.absent is not None and facts.absent.accuracy is None and "is gone" in facts.absent.fault
 
 
-def test_classes_are_averaged_and_confusions_summed_over_seeds(reported: Any, tiny_records: Any, tmp_path: Path) -> None:
+def test_classes_are_averaged_and_confusions_summed_over_seeds(
+    reported: Any, tiny_records: Any, tmp_path: Path
+) -> None:
     records = reported.records
-    planned = [
-        tiny_records.PlannedRun(r.row, r.stage, r.shift, r.seed, (), r.config, r.config_hash) for r in records
-    ]
+    planned = [tiny_records.PlannedRun(r.row, r.stage, r.shift, r.seed, (), r.config, r.config_hash) for r in records]
     found = break_down(planned, keep_latest(records), "last", records[0].manifest_sha256)
     plain = next(breakdown for breakdown in found if breakdown.row == "plain")
     # Labels 0 1 0 1; seed 0 has the first right, seed 1 the first two; what is wrong is taken for class 2.

@@ -21,7 +21,7 @@
     button.addEventListener("click", () => { setTheme(button.dataset.setTheme); remember(button.dataset.setTheme); });
   }
 
-  // Tables sort by a column's numbers where it has any, else by its words; what has no number comes last.
+  // Tables sort by a column's numbers where it has any, else by its words; what has none comes last.
   const read = (row, i) => {
     const cell = row.cells[i];
     const words = cell.textContent.trim();
@@ -37,6 +37,8 @@
         if (a.value === null || b.value === null) return (a.value === null) - (b.value === null);
         return ascending ? a.value - b.value : b.value - a.value;
       }
+      const isDash = (key) => key.words === "–" || key.words === "-";
+      if (isDash(a) || isDash(b)) return isDash(a) - isDash(b);
       return ascending ? collator.compare(a.words, b.words) : collator.compare(b.words, a.words);
     });
     body.append(...rows.map(({ row }) => row));
