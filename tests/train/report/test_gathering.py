@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,9 +109,7 @@ def test_steps_whose_folders_are_gone_are_named(copied: Any) -> None:
     assert facts.absent is not None and facts.absent.accuracy is None and "is gone" in facts.absent.fault
 
 
-def test_classes_are_averaged_and_confusions_summed_over_seeds(
-    reported: Any, tiny_records: Any, tmp_path: Path
-) -> None:
+def test_classes_are_averaged_and_confusions_summed_over_seeds(reported: Any, tiny_records: Any) -> None:
     records = reported.records
     planned = [tiny_records.PlannedRun(r.row, r.stage, r.shift, r.seed, (), r.config, r.config_hash) for r in records]
     found = break_down(planned, keep_latest(records), "last", records[0].manifest_sha256)

@@ -1,4 +1,4 @@
-"""Checks that a figure becomes an element of a page: its text stays text, its ids are its own, its colours the page's."""
+"""Checks that a figure becomes an element of a page: text as text, ids of its own, the page's colours."""
 
 from __future__ import annotations
 
