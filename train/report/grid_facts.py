@@ -20,14 +20,20 @@ from train.tables import PERCENT, Table, make_table
 PRESETS = ("paper", "released", "quick")
 RULES: tuple[SelectionRule, ...] = ("last", "mean_last", "source_val", "target_oracle")
 MAX_SHOWN_CLASSES = 40
-MAX_BREAKDOWNS = 60
+MAX_CONFUSED_CLASSES = 20
+MAX_BREAKDOWNS = 30
+PARTS = ("silent", "audible", "rare", "frequent")
+OTHERS = "all others"
 
 Resolve = Callable[[str, Stage, tuple[str, ...]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class ClassBar:
-    """Is what one class scores, in percent: mean, lowest and highest over seeds; `n` test segments have the class."""
+    """Is what one class, or part of the test set, scores, in percent: mean, lowest and highest over seeds.
+
+    `n` test segments are of it.
+    """
 
     name: str
     mean: float | None
@@ -43,8 +49,10 @@ class Breakdown:
     Attributes:
         seeds: of the runs that are done.
         classes: in the card's order; of more than MAX_SHOWN_CLASSES the ones with the most test segments.
-        confusion: counts summed over seeds, rows are labels; None where a run has none (multi-label, mean of
-            networks) or the classes are too many.
+        parts: silent, audible, rare and frequent test segments, those of them that the runs tell.
+        confused: names of the confusion matrix's rows and columns.
+        confusion: counts summed over seeds, rows are labels; of more than MAX_CONFUSED_CLASSES classes the ones with
+            the most test segments, and the others together. None where a run has none (multi-label, mean of networks).
     """
 
     row: str
@@ -52,6 +60,8 @@ class Breakdown:
     seeds: tuple[int, ...]
     classes: tuple[ClassBar, ...]
     n_classes: int
+    parts: tuple[ClassBar, ...]
+    confused: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...] | None
 
 
@@ -223,25 +233,52 @@ def break_down(
 
 def _break_down(row: str, shift: str, records: Sequence[RunRecord]) -> Breakdown:
     per_class = [record.scores.per_class for record in records]
-    bars = []
-    for scores in zip(*per_class, strict=True):
-        values = [score.value * PERCENT for score in scores if score.value is not None]
-        bars.append(
-            ClassBar(
-                name=scores[0].name,
-                mean=float(np.mean(values)) if values else None,
-                low=min(values, default=None),
-                high=max(values, default=None),
-                n=scores[0].n,
-            )
-        )
-    n_classes = len(bars)
-    if n_classes > MAX_SHOWN_CLASSES:
-        kept = set(sorted(range(n_classes), key=lambda k: (-bars[k].n, k))[:MAX_SHOWN_CLASSES])
-        bars = [bar for k, bar in enumerate(bars) if k in kept]
+    bars = [
+        _average(scores[0].name, [score.value for score in scores], scores[0].n)
+        for scores in zip(*per_class, strict=True)
+    ]
+    parts = []
+    for part in PARTS:
+        scores = [getattr(record.scores, part) for record in records]
+        if all(score is not None for score in scores):
+            parts.append(_average(part, [score.value for score in scores], scores[0].n))
+    shown = _find_largest(bars, MAX_SHOWN_CLASSES)
+    confused = _find_largest(bars, MAX_CONFUSED_CLASSES)
     matrices = [record.scores.confusion for record in records]
     summed = None
-    if n_classes <= MAX_SHOWN_CLASSES and all(matrix is not None for matrix in matrices):
+    if all(matrix is not None for matrix in matrices):
         total = np.sum([np.array(matrix) for matrix in matrices], axis=0)
-        summed = tuple(tuple(int(count) for count in line) for line in total)
-    return Breakdown(row, shift, tuple(record.seed for record in records), tuple(bars), n_classes, summed)
+        summed = tuple(tuple(int(count) for count in line) for line in fold_confusion(total, confused))
+    return Breakdown(
+        row=row,
+        shift=shift,
+        seeds=tuple(record.seed for record in records),
+        classes=tuple(bars[k] for k in shown),
+        n_classes=len(bars),
+        parts=tuple(parts),
+        confused=(*(bars[k].name for k in confused), *([OTHERS] if len(confused) < len(bars) else [])),
+        confusion=summed,
+    )
+
+
+def fold_confusion(counts: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """Keeps the rows and columns of some classes, and adds up those of all others, int64 [k + 1, k + 1] from [K, K].
+
+    All classes kept is the matrix itself.
+    """
+    if len(kept) == len(counts):
+        return counts
+    others = [k for k in range(len(counts)) if k not in set(kept)]
+    rows = np.concatenate([counts[kept], counts[others].sum(axis=0, keepdims=True)])
+    return np.concatenate([rows[:, kept], rows[:, others].sum(axis=1, keepdims=True)], axis=1)
+
+
+def _find_largest(bars: Sequence[ClassBar], n: int) -> list[int]:
+    """Finds the n classes with the most test segments, in the card's order."""
+    return sorted(sorted(range(len(bars)), key=lambda k: (-bars[k].n, k))[:n])
+
+
+def _average(name: str, values: Sequence[float | None], n: int) -> ClassBar:
+    there = [value * PERCENT for value in values if value is not None]
+    mean = float(np.mean(there)) if there else None
+    return ClassBar(name, mean, min(there, default=None), max(there, default=None), n)

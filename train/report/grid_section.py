@@ -23,7 +23,7 @@ from train.report.blocks import (
     number,
     percent,
 )
-from train.report.grid_facts import Breakdown, GridFacts, GridsFacts
+from train.report.grid_facts import Breakdown, ClassBar, GridFacts, GridsFacts
 from train.runs import RunKey, RunRecord
 from train.table_formats import lay_out
 from train.tables import Table, TableRow
@@ -183,28 +183,29 @@ def _find_value(table: Table, row: TableRow, column: str) -> float | None:
 
 
 def _make_breakdown(breakdown: Breakdown) -> tuple[Block, ...]:
-    bars = []
-    for found in breakdown.classes:
-        words = "no test segment" if found.mean is None else f"{found.mean:.1f} ({found.n:,})"
-        several = len(breakdown.seeds) > 1
-        low, high = (found.low, found.high) if several else (None, None)
-        bars.append(Bar(found.name, found.mean, low, high, words))
     n = len(breakdown.seeds)
     over = f"mean of {n} seeds, the thin line from the lowest to the highest" if n > 1 else f"seed {breakdown.seeds[0]}"
-    blocks: list[Block] = [BarsBlock(f"By class, %, and test segments: {over}", tuple(bars))]
+    blocks: list[Block] = [BarsBlock(f"By class, %, and test segments: {over}", _make_bars(breakdown.classes, n))]
     if len(breakdown.classes) < breakdown.n_classes:
         text = f"The {len(breakdown.classes)} of {breakdown.n_classes} classes with the most test segments are shown."
         blocks.append(TextBlock(text, "quiet"))
     if breakdown.confusion is not None:
         summed = f", summed over {n} seeds" if n > 1 else ""
-        names = tuple(found.name for found in breakdown.classes)
-        blocks.append(
-            ConfusionBlock(
-                f"Confusion of {breakdown.row}, {breakdown.shift}: test segments{summed}", names, breakdown.confusion
-            )
-        )
+        caption = f"Confusion of {breakdown.row}, {breakdown.shift}: test segments{summed}"
+        blocks.append(ConfusionBlock(caption, breakdown.confused, breakdown.confusion))
     else:
-        blocks.append(
-            TextBlock("There is no confusion matrix: several labels, several networks, or too many classes.", "quiet")
-        )
+        text = "There is no confusion matrix: segments have several labels, or the score is a mean of networks'."
+        blocks.append(TextBlock(text, "quiet"))
+    if breakdown.parts:
+        bars = _make_bars(breakdown.parts, n)
+        blocks.append(BarsBlock("By part of the test set, %, and its test segments", bars))
     return tuple(blocks)
+
+
+def _make_bars(found: Sequence[ClassBar], n_seeds: int) -> tuple[Bar, ...]:
+    bars = []
+    for part in found:
+        words = f"– ({part.n:,})" if part.mean is None else f"{part.mean:.1f} ({part.n:,})"
+        low, high = (part.low, part.high) if n_seeds > 1 else (None, None)
+        bars.append(Bar(part.name, part.mean, low, high, words))
+    return tuple(bars)

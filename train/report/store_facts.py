@@ -91,8 +91,7 @@ class StoreFacts:
 
 def list_dataset_stores(cache: Place, dataset: str) -> list[FeatureStore]:
     """Opens the stores of a dataset, by path."""
-    stores = [open_store(path) for path in list_stores(cache)]
-    return [store for store in stores if store.attributes["dataset"] == dataset]
+    return [open_store(path) for path in list_stores(cache) if str(path).rstrip("/").split("/")[-2] == dataset]
 
 
 def describe_store(

@@ -13,7 +13,7 @@ from pipeline.manifest_csv import read_manifest
 from pipeline.store.interface import Failure
 from pipeline.store.layout import FAILED
 from pipeline.store.ledger import write_failures
-from train.report.grid_facts import break_down
+from train.report.grid_facts import break_down, fold_confusion
 from train.report.stage1_facts import count_right_marks, read_stage1_facts
 from train.report.store_facts import describe_store, list_dataset_stores, read_silence
 from train.runs import RESULTS, keep_latest, read_runs
@@ -109,6 +109,15 @@ def test_steps_whose_folders_are_gone_are_named(copied: Any) -> None:
     assert facts.absent is not None and facts.absent.accuracy is None and "is gone" in facts.absent.fault
 
 
+def test_a_large_confusion_is_folded_and_loses_no_segment() -> None:
+    counts = np.random.default_rng(0).integers(0, 9, (5, 5))
+    folded = fold_confusion(counts, [1, 3])
+    assert folded[0, 0] == counts[1, 1] and folded[0, 1] == counts[1, 3]
+    assert folded[0, 2] == counts[1, [0, 2, 4]].sum() and folded[2, 1] == counts[[0, 2, 4], 3].sum()
+    assert folded[2, 2] == counts[np.ix_([0, 2, 4], [0, 2, 4])].sum() and folded.sum() == counts.sum()
+    assert (fold_confusion(counts, range(5)) == counts).all()
+
+
 def test_classes_are_averaged_and_confusions_summed_over_seeds(reported: Any, tiny_records: Any) -> None:
     records = reported.records
     planned = [tiny_records.PlannedRun(r.row, r.stage, r.shift, r.seed, (), r.config, r.config_hash) for r in records]
@@ -121,5 +130,10 @@ def test_classes_are_averaged_and_confusions_summed_over_seeds(reported: Any, ti
         (25.0, 0.0, 50.0, 2),
         (None, None, None, 0),
     ]
-    assert plain.confusion == ((2, 0, 2), (0, 1, 3), (0, 0, 0))
+    assert plain.confusion == ((2, 0, 2), (0, 1, 3), (0, 0, 0)) and plain.confused == ("low", "high", "never")
+    # The last of the 4 segments alone is silent, and wrong in both.
+    assert [(part.name, part.mean, part.n) for part in plain.parts] == [
+        ("silent", 0.0, 1),
+        ("audible", pytest.approx(50.0), 3),
+    ]
     assert break_down(planned, keep_latest(records), "last", "another manifest") == []
