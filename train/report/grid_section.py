@@ -35,16 +35,15 @@ MAX_RUNS = 2000
 def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: DatasetCard) -> Section:
     """Makes the section; `runs` are the latest of each configuration, shift, seed and rule."""
     blocks: list[Block] = []
-    compared = [grid for grid in facts.done if grid.n_rows_done > 1]
-    for i, grid in enumerate(compared):
+    whole = [grid for grid in facts.done if grid.n_rows_done == len(grid.table.rows)]
+    for i, grid in enumerate(whole):
         blocks += _make_grid_blocks(i, grid)
-    single = [grid for grid in facts.done if grid.n_rows_done == 1]
-    if single:
-        inner: list[Block] = []
-        for i, grid in enumerate(single, start=len(compared)):
-            table = _make_table_block(f"grid-table-{i}", grid.table, grid)
-            inner += [TextBlock(f"{grid.name}: what is missing is run by `{grid.command}`.", "quiet"), table]
-        blocks.append(DetailsBlock(f"{len(single)} more grids in which one row alone has runs", tuple(inner)))
+    partial = [grid for grid in facts.done if grid.n_rows_done < len(grid.table.rows)]
+    if partial:
+        blocks.append(HeadingBlock("Grids of which some rows have runs", "partial-grids"))
+    for i, grid in enumerate(partial, start=len(whole)):
+        summary = f"{grid.table.title}: {grid.name}, {grid.n_rows_done} of {len(grid.table.rows)} rows"
+        blocks.append(DetailsBlock(summary, tuple(_make_grid_blocks(i, grid)[1:])))
     if not facts.done:
         name = "a-table2" if card.task == "single-label" else "a-table3"
         text = "No grid has a run yet." if not runs else "The runs there are belong to no grid with these settings."
