@@ -159,6 +159,7 @@ def _gather_grid(
     """Plans a grid under each preset, and keeps the shifts and seeds of which there are runs."""
     admitted = [shift for shift in (grid.shifts or list_shifts(grid, card)) if shift in present_shifts]
     found: list[tuple[str, list[PlannedRun]]] = []
+    shown: set[RunKey] = set()
     for preset in presets:
         if not admitted:
             break
@@ -168,10 +169,9 @@ def _gather_grid(
         except EchoshiftError:
             continue  # a preset or a grid that this dataset's settings don't allow can have no runs either
         hashes = {(run.stage, run.config_hash) for run in planned}
-        if any({(run.stage, run.config_hash) for run in others} == hashes for _, others in found):
-            continue
-        done = [key for key in latest if key[:2] in hashes and key[2] in admitted]
-        if done:
+        done = {key for key in latest if key[:2] in hashes and key[2] in admitted}
+        if not done <= shown:  # presets share rows: one that adds none would only repeat a table with gaps
+            shown |= done
             shifts = [shift for shift in admitted if any(key[2] == shift for key in done)]
             seeds = sorted({*grid.seeds, *(key[3] for key in done)})
             found.append((preset, plan_runs(grid, card, of_preset, shifts=shifts, seeds=seeds)))

@@ -42,7 +42,8 @@ def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: Datase
     if partial:
         blocks.append(HeadingBlock("Grids of which some rows have runs", "partial-grids"))
     for i, grid in enumerate(partial, start=len(whole)):
-        summary = f"{grid.table.title}: {grid.name}, {grid.n_rows_done} of {len(grid.table.rows)} rows"
+        how = f"{grid.n_rows_done} of {len(grid.table.rows)} rows, preset {grid.preset}, rule {grid.selection}"
+        summary = f"{grid.table.title}: {grid.name} ({how})"
         blocks.append(DetailsBlock(summary, tuple(_make_grid_blocks(i, grid)[1:])))
     if not facts.done:
         name = "a-table2" if card.task == "single-label" else "a-table3"

@@ -11,12 +11,13 @@ from typing import Any
 from pipeline.store.location import locate
 from train.data_places import DataPlaces
 from train.grids import Stage, list_grids
-from train.report.blocks import Page, Section, Tile
+from train.report.blocks import Page, Tile
 from train.report.dataset_facts import DatasetFacts, count_dataset
 from train.report.dataset_section import make_dataset_section
 from train.report.grid_facts import PRESETS, GridsFacts, gather_grids
 from train.report.grid_section import make_grid_section, make_run_section
 from train.report.page import write_page
+from train.report.segment_section import make_segment_section
 from train.report.stage1_facts import read_stage1_facts
 from train.report.stage1_section import make_stage1_section
 from train.report.store_facts import StoreFacts, describe_store, list_dataset_stores, read_silence
@@ -93,7 +94,14 @@ def make_report(request: ReportRequest, path: Path, watcher: EpochWatcher) -> Re
         make_store_section(store_facts, card.name),
         make_stage1_section(stage1, card.name),
         make_grid_section(grids, latest, card),
-        *_make_more_sections(request, latest, watcher),
+        make_segment_section(
+            places,
+            request.runs_dir,
+            request.n_segments,
+            request.segment_ids,
+            start=lambda n: watcher.start("segments", n),
+            advance=watcher.advance,
+        ),
         make_run_section(latest, grids.shown, card.name),
     ]
     page = Page(
@@ -106,10 +114,6 @@ def make_report(request: ReportRequest, path: Path, watcher: EpochWatcher) -> Re
         footer=_make_footer(request, len(latest)),
     )
     return ReportOutcome(path, write_page(path, page), len(latest), len(stores))
-
-
-def _make_more_sections(request: ReportRequest, latest: Sequence[RunRecord], watcher: EpochWatcher) -> list[Section]:
-    return []
 
 
 def make_tiles(
