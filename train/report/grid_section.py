@@ -125,7 +125,7 @@ def _make_grid_blocks(i: int, grid: GridFacts) -> list[Block]:
     blocks.append(_make_table_block(f"grid-table-{i}", table, grid))
     panels = []
     for breakdown in grid.breakdowns:
-        panels.append((f"{breakdown.row}, {breakdown.shift}", _make_breakdown(breakdown)))
+        panels.append((f"{breakdown.row}, {breakdown.shift}", _make_breakdown(breakdown, grid)))
     if panels:
         blocks.append(ChoiceBlock(f"choice-{i}", "Class by class: row and shift", tuple(panels)))
     if grid.n_breakdowns > len(grid.breakdowns):
@@ -182,7 +182,7 @@ def _find_value(table: Table, row: TableRow, column: str) -> float | None:
     return row.difference.p_value if column == "p" else row.difference.difference
 
 
-def _make_breakdown(breakdown: Breakdown) -> tuple[Block, ...]:
+def _make_breakdown(breakdown: Breakdown, grid: GridFacts) -> tuple[Block, ...]:
     n = len(breakdown.seeds)
     over = f"mean of {n} seeds, the thin line from the lowest to the highest" if n > 1 else f"seed {breakdown.seeds[0]}"
     blocks: list[Block] = [BarsBlock(f"By class, %, and test segments: {over}", _make_bars(breakdown.classes, n))]
@@ -191,7 +191,7 @@ def _make_breakdown(breakdown: Breakdown) -> tuple[Block, ...]:
         blocks.append(TextBlock(text, "quiet"))
     if breakdown.confusion is not None:
         summed = f", summed over {n} seeds" if n > 1 else ""
-        caption = f"Confusion of {breakdown.row}, {breakdown.shift}: test segments{summed}"
+        caption = f"Confusion of {breakdown.row}, {breakdown.shift} ({grid.name}): test segments{summed}"
         blocks.append(ConfusionBlock(caption, breakdown.confused, breakdown.confusion))
     else:
         text = "There is no confusion matrix: segments have several labels, or the score is a mean of networks'."

@@ -53,8 +53,8 @@ def make_segment_section(
             cards.append(make_segment_card(views.read(segment.segment_id)))
             advance()
     lead = (
-        f"{len(chosen)} of {len(places.manifest):,} segments: {n_per_split} of each domain's split, of different classes "
-        f"where there are, chosen by a hash of their ids. `--segments N` shows more, `--segment ID` any one."
+        f"{len(chosen)} of {len(places.manifest):,} segments: {n_per_split} of each domain's split, of different "
+        f"classes where there are, chosen by a hash of their ids. `--segments N` shows more, `--segment ID` any one."
     )
     blocks: tuple[Block, ...] = (SegmentsBlock(tuple(cards)),)
     return Section("segments", title, lead, blocks)
