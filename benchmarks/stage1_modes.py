@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from extract.encoders.registry import find_encoder
 from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.freed_memory import keep_freed_memory
 from extract.media_survey import MediaSurvey, identify_segments
 from extract.run_options import RunOptions
 from extract.shard import process_shard
 from extract.weights.resolve import load_encoder, resolve_weights
 from pipeline.cards import MediaLayout
 from pipeline.execution import ShardTask, commit_report
+from pipeline.freed_memory import keep_freed_memory
 from pipeline.importers.folder import VIDEO_ENDINGS
 from pipeline.rows import compute_digests
 from pipeline.segments import Segment

@@ -9,10 +9,10 @@ import torch
 from extract.encoders.encoder_network import EncoderNetwork
 from extract.encoders.inference_form import Precision, prepare_for_inference
 from extract.extraction_plan import StoreTarget
-from extract.freed_memory import keep_freed_memory
 from extract.shard_rows import ShardRows
 from extract.weights.resolve import WeightsRecord, load_encoder
 from pipeline.errors import MediaMemoryError, SpecError
+from pipeline.freed_memory import keep_freed_memory
 from pipeline.specs import FeatureSpec
 
 

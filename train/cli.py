@@ -14,6 +14,7 @@ from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
 from train.commands.network_commands import align, stage2
 from train.commands.report_command import report
+from train.commands.show_command import show
 from train.commands.stage1_command import stage1
 
 EXIT_ERROR = 2
@@ -36,6 +37,7 @@ app.command("align")(align)
 app.command()(ablate)
 app.command()(table)
 app.command()(report)
+app.command()(show)
 
 
 def show_usage(error: TyperException) -> None:

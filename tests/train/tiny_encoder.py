@@ -71,6 +71,40 @@ class TinyNetwork(EncoderNetwork):
         return {**features, "logits": self.classifier(features["pooled"])}
 
 
+class TinySound(EncoderNetwork):
+    """Is a layer on the maps that stores hold, as layer4 is of ResNet-18."""
+
+    trunk_names = ("map",)
+    head_names = ("pooled", "logits")
+    stages = {"stem": ("stem",), "layer4": ("layer4",), "classifier": ("classifier",)}  # noqa: RUF012
+    split_stage = "layer4"
+    classified_output = "pooled"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, MAP[0], 3, padding=1)
+        self.layer4 = nn.Sequential(nn.Conv2d(MAP[0], N_POOLED, 1), nn.BatchNorm2d(N_POOLED), nn.ReLU())
+        self.classifier = nn.Linear(N_POOLED, 2)
+
+    @property
+    def trunk_channels(self) -> dict[str, int]:
+        """Gives the channels of a map."""
+        return {"map": MAP[0]}
+
+    def trunk(self, x: Tensor) -> dict[str, Tensor]:
+        """Computes the map."""
+        return {"map": self.stem(x)}
+
+    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes the pooled features."""
+        return {"pooled": self.layer4(trunk_outputs["map"]).mean(dim=(2, 3))}
+
+    def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes features and classifier."""
+        features = self.features(trunk_outputs)
+        return {**features, "logits": self.classifier(features["pooled"])}
+
+
 class MemoryInputs:
     """Gives clips of the shape a network wants, drawn from (segment, epoch): VisualInputs without media."""
 
@@ -231,7 +265,8 @@ def build(config: Stage1Config, network: str = "plain", seed: int = 0) -> AudioA
         torch.manual_seed(5)
         own = TinyNetwork(normed=network == "normed") if network in ("plain", "normed") else None
         own = own or find_encoder(network).build()
-    return build_encoder(own, MAP[0], len(CLASSES), config, seed=seed)
+        sound = TinySound()
+    return build_encoder(own, MAP[0], len(CLASSES), config, seed=seed, sound_network=sound, source_domains=("s",))
 
 
 def train(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import RunError
+from pipeline.freed_memory import keep_freed_memory
 from train.cached.batches import Domain, Method
 from train.cached.feature_bank import Rows, make_bank
 from train.cached.models import count_draws, make_models
@@ -128,6 +129,8 @@ def train_jobs(
     for i, job in enumerate(jobs):
         groups.setdefault(job.signature, []).append(i)
     found: dict[int, TrainedRun] = {}
+    if device.type == "cpu":
+        keep_freed_memory()
     watcher.start("steps", sum(job.schedule.n_steps for job in jobs))
     for members in groups.values():
         size = stack or len(members)

@@ -19,23 +19,36 @@ from train.batches import EncoderInputs
 from train.stage1.audio_attention import AudioAttention
 from train.stage1.config import Stage1Config
 from train.stage1.gated_encoder import GatedEncoder
+from train.stage1.objective import EncoderObjective, build_objective
 from train.stage1.sound_features import SoundFeatures
 from train.stage1.visual_inputs import ClipFacts
 
-_GATED, _ATTENTION = "visual.", "attention."
+_GATED, _ATTENTION, _OBJECTIVE = "visual.", "attention.", "objective."
 
 
 class AudioAdaptiveEncoder(nn.Module):
-    """Is E of Zhang et al., section 3.1: a visual encoder whose channels the sound gates."""
+    """Is E of Zhang et al., section 3.1: a visual encoder whose channels the sound gates.
 
-    def __init__(self, gated: GatedEncoder, attention: AudioAttention | None) -> None:
+    With an `objective`, a method stands on it in place of its own classifier, which isn't used then.
+    """
+
+    def __init__(
+        self, gated: GatedEncoder, attention: AudioAttention | None, objective: EncoderObjective | None = None
+    ) -> None:
         super().__init__()
         self.gated = gated
         self.attention = attention
+        self.objective = objective
+        if objective is not None:
+            gated.classifier.requires_grad_(False)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """Gives logits [B, K] of one clip of each of B segments."""
         return self.gated(inputs.visual, self.compute_gates(inputs.audio_map, inputs.has_audio))
+
+    def compute_pooled(self, inputs: EncoderInputs) -> Tensor:
+        """Gives what the classifier, or the objective, sees of one clip of each of B segments, [B, C]."""
+        return self.gated.compute_pooled(inputs.visual, self.compute_gates(inputs.audio_map, inputs.has_audio))
 
     def compute_gates(self, audio_map: Tensor, has_audio: Tensor) -> dict[str, Tensor] | None:
         """Gives a gate for each channel of each path, [B, channels], or None without attention."""
@@ -46,6 +59,8 @@ class AudioAdaptiveEncoder(nn.Module):
         tensors = {f"{_GATED}{name}": tensor for name, tensor in self.gated.trainable_state().items()}
         if self.attention is not None:
             tensors |= {f"{_ATTENTION}{name}": tensor for name, tensor in self.attention.state_dict().items()}
+        if self.objective is not None:
+            tensors |= {f"{_OBJECTIVE}{name}": tensor for name, tensor in self.objective.list_trained().items()}
         return tensors
 
     def load_trained_tensors(self, tensors: Mapping[str, Tensor], place: str) -> None:
@@ -55,6 +70,10 @@ class AudioAdaptiveEncoder(nn.Module):
         if self.attention is not None:
             own = {n.removeprefix(_ATTENTION): t for n, t in tensors.items() if n.startswith(_ATTENTION)}
             self.attention.load_state_dict(own, strict=True)
+        if self.objective is not None:
+            with torch.no_grad():
+                for name, tensor in self.objective.list_trained().items():
+                    tensor.copy_(tensors[f"{_OBJECTIVE}{name}"])
 
 
 def build_encoder(
@@ -64,10 +83,14 @@ def build_encoder(
     config: Stage1Config,
     *,
     seed: int,
+    sound_network: EncoderNetwork | None = None,
+    source_domains: Sequence[str] = (),
+    multi_label: bool = False,
 ) -> AudioAdaptiveEncoder:
     """Builds the encoder on a loaded network; what is new is drawn from the seed, the same whatever ran before.
 
-    The classifier is drawn before the attention, so that encoders with and without attention begin alike.
+    The classifier is drawn before the attention, so that encoders with and without attention begin alike. An objective
+    needs the audio network, and the source's domains.
     """
     training = config.training
     with torch.random.fork_rng(devices=[]):
@@ -76,7 +99,19 @@ def build_encoder(
         attention = None
         if config.attention.enabled:
             attention = AudioAttention(n_map_channels, gated.gate_channels, config.attention)
-    return AudioAdaptiveEncoder(gated, attention)
+    if not config.objective.enabled:
+        return AudioAdaptiveEncoder(gated, attention)
+    assert sound_network is not None, "an objective hears"
+    objective = build_objective(
+        config.objective,
+        sound_network,
+        network.n_classified,
+        n_classes,
+        source_domains,
+        multi_label=multi_label,
+        seed=seed,
+    )
+    return AudioAdaptiveEncoder(gated, attention, objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +219,22 @@ def predict_segments(
     for segment_id, visual, facts in clips:
         on_device = {name: value.to(device) for name, value in visual.items()}
         n_clips = len(next(iter(on_device.values())))
-        gates = None
-        if model.attention is not None:
+        gates, inputs = None, None
+        if model.attention is not None or model.objective is not None:
             has_audio = torch.from_numpy(sound.has_audio([segment_id]) & (not without_sound)).to(device)
-            gates = model.compute_gates(sound.read_maps([segment_id]).to(device), has_audio)
-            assert gates is not None, "there is attention"
-            gates = {name: gate.expand(n_clips, -1) for name, gate in gates.items()}
-        computed = model.gated.encode(on_device, gates, (*outputs, "logits"))
-        logits = computed["logits"].float()
-        p = logits.sigmoid().amax(dim=0) if multi_label else logits.softmax(dim=1).mean(dim=0)
+            inputs = EncoderInputs({}, sound.read_maps([segment_id]).to(device), has_audio)
+            gates = model.compute_gates(inputs.audio_map, has_audio)
+            if gates is not None:
+                gates = {name: gate.expand(n_clips, -1) for name, gate in gates.items()}
+        if model.objective is None:
+            computed = model.gated.encode(on_device, gates, (*outputs, "logits"))
+            logits = computed["logits"].float()
+            of_clips = logits.sigmoid() if multi_label else logits.softmax(dim=1)
+        else:
+            assert inputs is not None, "an objective hears"
+            classified = model.gated.network.classified_output
+            computed = model.gated.encode(on_device, gates, tuple(dict.fromkeys((*outputs, classified))))
+            of_clips = model.objective.predict_clips(computed[classified], inputs)
+        p = of_clips.amax(dim=0) if multi_label else of_clips.mean(dim=0)
         named = {name: computed[name].float().cpu().numpy() for name in outputs}
         yield SegmentPrediction(segment_id, p.cpu().numpy(), named, facts)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.specs import SpecModel
+from train.alignment.config import AlignmentConfig
 
 
 class VisualConfig(SpecModel):
@@ -159,6 +160,27 @@ class ExportConfig(SpecModel):
     label_preset: str = "zhang-stage2-test"
 
 
+class ObjectiveConfig(AlignmentConfig):
+    """Says which method of Planamente et al. trains the encoder end to end, in place of Eq. 4; fields as there.
+
+    The method's projections, classifiers and losses stand on the visual network's pooled feature and on the audio
+    network's, whose layer4 trains with it; predictions are the method's. `network.clips` says nothing here: training
+    sees one clip of a segment, at test each is predicted by itself.
+    """
+
+    enabled: bool = False
+
+    @model_validator(mode="after")
+    def _check_use(self) -> ObjectiveConfig:
+        if not self.enabled:
+            return self
+        if self.method in ("adabn", "planamente_rerun", "yang_rerun"):
+            raise ValueError(f"method {self.method} is one of cached features; run `echoshift align`")
+        if self.setting == "supervised":
+            raise ValueError("setting 'supervised' is one of `echoshift align`; use 'dg' or 'uda'")
+        return self
+
+
 class EvaluationConfig(SpecModel):
     """Says what the scores are of: `sound` = `missing` takes the sound away at test (METHODS 6; A: 50.7 on EPIC).
 
@@ -182,10 +204,21 @@ class Stage1Config(SpecModel):
     target_labels: TargetLabelsConfig = TargetLabelsConfig()
     export: ExportConfig = ExportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Stage1Config:
+        if self.objective.enabled and (self.absent.weight or self.balance.kind != "none"):
+            raise ValueError(
+                "an objective has losses of its own; set absent.weight=0 and balance.kind=none beside objective.enabled"
+            )
+        return self
 
     def describe(self) -> dict[str, Any]:
         """Gives as JSON everything that decides a result; how fast it comes isn't among it."""
         described = self.model_dump(mode="json")
         for name in ("n_readers", "n_cached_mb"):
             del described["visual"][name]
+        if not self.objective.enabled:
+            del described["objective"]  # what it would be decides nothing
         return described

@@ -12,6 +12,7 @@ import numpy as np
 
 from extract.encoders.registry import find_encoder
 from extract.weights.resolve import load_encoder
+from pipeline.errors import RunError
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec, OutputSpec, fingerprint
 from train.splits import LabelledSegments
@@ -53,8 +54,10 @@ def train(context: RunContext) -> StepResult:
         "labelled": name_labels(splits.target_labelled),
         "clips": inputs.name_clips(list_train_segments(splits)),
     }
-    if config.attention.enabled:
+    if config.attention.enabled or config.objective.enabled:
         named["sound"] = f"{inputs.sound_name} {inputs.name_sound(list_train_segments(splits))}"
+    if config.objective.enabled:
+        settings["objective"] = described["objective"]
     if clusters is not None:
         named["clusters"] = clusters.key
     if absent is not None:
@@ -69,6 +72,13 @@ def _train(
     context: RunContext, folder: Path, clusters: StepResult | None, absent: StepResult | None
 ) -> Mapping[str, Any]:
     config, splits = context.config, context.splits
+    if config.objective.enabled and len(splits.target_labelled):
+        raise RunError(
+            f"{context.request.shift.name}: an objective has no use for the target's labels; set "
+            f"target_labels.use_tags=false, and no target_labels.labelled_fraction"
+        )
+    sees_target = absent is not None or (config.objective.enabled and config.objective.setting == "uda")
+    target = splits.target_train if sees_target else ()
     model = _build(context)
     source_clusters, labelled_clusters = _read_clusters(context, clusters)
     task = EncoderTask(
@@ -76,8 +86,8 @@ def _train(
         source_weights=weight_segments(splits.source_train, source_clusters, config.balance),
         labelled=splits.target_labelled,
         labelled_weights=weight_segments(splits.target_labelled, labelled_clusters, config.balance),
-        target_ids=tuple(segment.segment_id for segment in splits.target_train) if absent is not None else (),
-        absent=_read_absent(context, absent),
+        target_ids=tuple(segment.segment_id for segment in target),
+        absent=_read_absent(context, absent, len(target)),
         source_val=splits.source_val,
         validation_spec=context.inputs.test.spec,
         classes=context.card.classes,
@@ -121,13 +131,17 @@ def _describe(record: EpochRecord) -> dict[str, Any]:
 
 
 def _build(context: RunContext) -> AudioAdaptiveEncoder:
-    choice = context.inputs.train
+    choice, sound = context.inputs.train, context.inputs.sound_choice
+    hears = context.config.objective.enabled
     return build_encoder(
         load_encoder(choice.spec.encoder, choice.weights),
         context.inputs.sound.map_shape[0],
         len(context.card.classes),
         context.config,
         seed=context.request.seed,
+        sound_network=load_encoder(sound.spec.encoder, sound.weights) if hears else None,
+        source_domains=sorted({segment.domain for segment in context.splits.source_train.segments}),
+        multi_label=context.multi_label,
     )
 
 
@@ -143,9 +157,9 @@ def _read_clusters(context: RunContext, clusters: StepResult | None) -> tuple[np
     return map_to_pairs(found, clustered.segments, source.segments), found
 
 
-def _read_absent(context: RunContext, absent: StepResult | None) -> np.ndarray:
+def _read_absent(context: RunContext, absent: StepResult | None, n_target: int) -> np.ndarray:
     if absent is None:
-        return np.zeros((0, len(context.card.classes)), dtype=bool)
+        return np.zeros((n_target, len(context.card.classes)), dtype=bool)
     found: np.ndarray = np.load(absent.folder / "absent.npy", allow_pickle=False)
     return found
 
@@ -208,7 +222,7 @@ def _name_seen(
 ) -> dict[str, str]:
     """Names what a trained encoder is shown: clips, and the sound that gates them."""
     named = {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
-    if context.config.attention.enabled:
+    if context.config.attention.enabled or context.config.objective.enabled:
         named["sound"] = "missing" if without_sound else context.inputs.name_sound(segments)
     return named
 

@@ -53,6 +53,11 @@ class EncoderTask:
     absent_weight: float
     multi_label: bool
 
+    @property
+    def source_domains(self) -> tuple[str, ...]:
+        """Lists the source's domains, in the order of their names."""
+        return tuple(sorted({segment.domain for segment in self.source.segments}))
+
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
@@ -90,6 +95,8 @@ def train_encoder(
             f"a batch of {size} source segments can't be shared among {ranks.n_ranks} processes; raise "
             f"training.n_source, or start fewer"
         )
+    if model.objective is not None and ranks.n_ranks > 1:
+        raise RunError("an objective trains in one process: its means are over whole batches; start without torchrun")
     model.to(device)
     module: Any = model.gated  # torch's stubs know no such layout
     module.to(memory_format=torch.channels_last_3d)  # 1.4 times as fast on a CPU, faster on GPUs under autocast
@@ -150,18 +157,22 @@ def _run_epoch(
     parts = [batch.split(config.n_accumulated) for batch in shares]
     ids = [_list_ids(task, part) for batch in parts for part in batch]
     loaded = visual.iterate_batches(ids, epoch)
-    totals = dict.fromkeys(("source", "absent", *(["labelled"] if len(task.labelled) else []), "total"), 0.0)
+    totals: dict[str, float] = {}
     for i_batch, batch in enumerate(parts):
         optimizer.zero_grad(set_to_none=True)
         for i_part, part in enumerate(batch):
-            with_sound = model.attention is not None
+            with_sound = model.attention is not None or model.objective is not None
             inputs = _gather_inputs(_list_ids(task, part), next(loaded), sound, device, with_sound=with_sound)
             is_last = i_part == len(batch) - 1
             with _sync_if(trained, is_last):
-                losses = _compute_losses(trained, part, inputs, task, config, device)
+                if model.objective is None:
+                    losses = _compute_losses(trained, part, inputs, task, config, device)
+                else:
+                    progress = (epoch + i_batch / len(parts)) / config.n_epochs
+                    losses = _compute_objective(model, part, inputs, task, config, device, progress)
                 losses["total"].backward()
             for name, value in losses.items():
-                totals[name] += float(value.detach()) / len(parts)
+                totals[name] = totals.get(name, 0.0) + float(value.detach()) / len(parts)
         if not np.isfinite(totals["total"]):
             raise RunError(
                 f"the loss is {totals['total']} in batch {i_batch} of epoch {epoch}; lower training.lr, or train with "
@@ -208,6 +219,28 @@ def _compute_losses(
         )
         losses["labelled"] = compute_source_loss(of_labelled, batch.labels, batch.weights) * labelled_share
         losses["total"] = losses["total"] + losses["labelled"]
+    return losses
+
+
+def _compute_objective(
+    model: AudioAdaptiveEncoder,
+    part: PlannedBatch,
+    inputs: EncoderInputs,
+    task: EncoderTask,
+    config: TrainingConfig,
+    device: torch.device,
+    progress: float,
+) -> dict[str, Tensor]:
+    """Computes a method's losses of the source's and the target's segments; of a part, its share of the batch's."""
+    assert model.objective is not None, "there is an objective"
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        pooled = model.compute_pooled(inputs)
+    labels = torch.from_numpy(task.source.labels[part.source]).to(device)
+    names = task.source_domains
+    domains = torch.tensor([names.index(task.source.segments[i].domain) for i in part.source], device=device)
+    terms = model.objective.compute_losses(pooled, inputs, labels, domains, progress)
+    losses = {name: value * part.shares[0] for name, value in terms.items()}
+    losses["total"] = torch.stack(list(losses.values())).sum()
     return losses
 
 

@@ -86,6 +86,10 @@ class GatedEncoder(nn.Module):
         """
         return self._classify(self._compute_features(visual, gates))
 
+    def compute_pooled(self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Computes what `forward` classifies, [B, n_classified]; inputs as there."""
+        return self._compute_features(visual, gates)[self.network.classified_output]
+
     def check_cached_trunk(self) -> None:
         """Raises SpecError where the trunk, or its statistics, are to train, so that it can't come from the cache."""
         split = self.network.split_stage

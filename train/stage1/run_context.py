@@ -13,6 +13,7 @@ import torch
 
 from pipeline.cards import DatasetCard, Shift
 from pipeline.devices import resolve_device
+from pipeline.freed_memory import keep_freed_memory
 from train.data_places import DataPlaces
 from train.ranks import Ranks
 from train.splits import ShiftSplits, count_labels, split_for_shift
@@ -146,6 +147,8 @@ def open_context(
     if inputs is None:
         inputs = open_run_inputs(places, splits, config, watcher, notify)
     device = resolve_device(ranks.choose_device(places.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     return RunContext(
         request=request,
         inputs=inputs,
