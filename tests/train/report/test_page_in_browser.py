@@ -187,3 +187,25 @@ def test_a_phone_scrolls_no_way_but_down(opened: Any) -> None:
     table = page.locator("[data-table] .scroll", has=page.locator("#all-runs"))
     assert table.evaluate("(box) => box.scrollWidth > box.clientWidth")
     page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_segments_are_seen_and_heard(opened: Any) -> None:
+    page, _, _ = opened
+    cards = page.locator(".segment")
+    assert cards.count() == 8  # two of each of two domains' two splits
+    widths = page.evaluate("Promise.all([...document.images].map(async (i) => (await i.decode(), i.naturalWidth)))")
+    assert len(widths) == 8 * 5 and all(width > 0 for width in widths)  # four frames and a spectrogram each
+    duration_s = page.evaluate(
+        """() => new Promise((resolve, reject) => {
+          const sound = document.querySelector(".segment audio");
+          sound.addEventListener("loadedmetadata", () => resolve(sound.duration));
+          sound.addEventListener("error", () => reject(sound.error.message));
+          sound.preload = "metadata";
+          sound.load();
+        })"""
+    )
+    assert duration_s == pytest.approx(1.0, abs=0.01)
+    page.fill("#segment-filter", "t-test high")
+    shown = [card.get_by_role("heading").inner_text() for card in cards.all() if card.is_visible()]
+    assert len(shown) == 1 and shown[0] in ("t-test-1", "t-test-3")
+    page.fill("#segment-filter", "")

@@ -66,7 +66,7 @@
     const input = block.querySelector(".filter input");
     if (!input) return;
     const count = block.querySelector(".filter-count");
-    const texts = items.map((item) => item.textContent.toLowerCase());
+    const texts = items.map((item) => (item.dataset.words ?? item.textContent).toLowerCase());
     input.addEventListener("input", () => {
       const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
       let n = 0;
