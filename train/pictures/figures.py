@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,27 @@ _STYLE: Mapping[str, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """Is a figure with what it says.
+
+    Attributes:
+        numbers: by name, what is drawn; JSON, but for NumPy's arrays.
+        description: in words, for who can't see it.
+    """
+
+    figure: Figure
+    numbers: Mapping[str, Any]
+    description: str
+
+
 @contextmanager
 def house_style() -> Iterator[None]:
     """Draws what is drawn in the block in the style of the house, and changes nothing outside of it."""
     from matplotlib import rc_context
 
-    with rc_context(dict(_STYLE)):
+    style: Any = dict(_STYLE)  # its stubs list every name there is
+    with rc_context(style):
         yield
 
 

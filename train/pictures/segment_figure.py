@@ -34,16 +34,17 @@ def draw_segment(view: SegmentView) -> Figure:
     """Draws a view; a part that isn't there is its sentence. Of more than 40 predictions the first 40 are drawn."""
     shown = view.predictions[:_MAX_ROWS]
     predictions_in = max(1.0, 0.5 + _ROW_IN * len(shown))
-    heights = [1.75, 1.6, 1.0, 1.55, predictions_in]
+    heights = [1.75, 2.9, 1.6, predictions_in]
     with house_style():
         figure = make_figure(_WIDTH_IN, sum(heights) + 0.9)
         figure.suptitle(_make_title(view), x=0.01, ha="left", fontsize=11)
-        rows = figure.subfigures(5, 1, height_ratios=heights)
+        rows: Any = figure.subfigures(4, 1, height_ratios=heights)
         _draw_frames(rows[0], view)
-        _draw_spectrogram(rows[1].subplots(), view)
-        _draw_waveform(rows[2].subplots(), view)
-        _draw_gates(rows[3], view)
-        _draw_predictions(rows[4].subplots(), view, shown)
+        of_sound = rows[1].subplots(2, 1, sharex=view.sound is not None, height_ratios=(3, 2))
+        _draw_spectrogram(of_sound[0], view)
+        _draw_waveform(of_sound[1], view)
+        _draw_gates(rows[2], view)
+        _draw_predictions(rows[3].subplots(), view, shown)
     return figure
 
 
@@ -51,8 +52,8 @@ def _make_title(view: SegmentView) -> str:
     segment = view.segment
     synthetic = " (synthetic)" if view.synthetic else ""
     return (
-        f"{segment.segment_id}: {', '.join(segment.labels) or 'no label'}\n{view.dataset}{synthetic}, {segment.domain}, "
-        f"{segment.split}; {segment.video_id}, {segment.start_s:g} to {segment.stop_s:g} s"
+        f"{segment.segment_id}: {', '.join(segment.labels) or 'no label'}\n{view.dataset}{synthetic}, "
+        f"{segment.domain}, {segment.split}; {segment.video_id}, {segment.start_s:g} to {segment.stop_s:g} s"
     )
 
 

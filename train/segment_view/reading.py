@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from extract.open_media import OpenMedia
-from pipeline.errors import EchoshiftError, ManifestError, MediaError, RunError
+from pipeline.errors import EchoshiftError, ManifestError, RunError
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec, fingerprint
 from pipeline.store.interface import FeatureStore

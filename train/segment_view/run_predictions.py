@@ -81,12 +81,13 @@ class PredictionReader:
             if path is None:
                 raise RunError(f"{describe_run(record)}: its predictions are no longer in {self._steps}")
             found = _read_arrays(path)["probabilities"]
-            parts.append(found if found.ndim == 2 else found.mean(axis=0))
+            parts.append(np.asarray(found if found.ndim == 2 else found.mean(axis=0)))
             ids = ids or self._identify(record, path.parent)
         if not parts or ids is None:
             raise RunError(f"{describe_run(record)}: it doesn't say of which segments its predictions are; run it anew")
         speaker: Literal["recogniser", "alignment"] = "recogniser" if record.stage == "stage2" else "alignment"
-        return StoredPredictions(speaker, _number(ids), np.mean(parts, axis=0, dtype=np.float64).astype(np.float32))
+        mean = np.asarray(np.mean(parts, axis=0, dtype=np.float64))
+        return StoredPredictions(speaker, _number(ids), mean.astype(np.float32))
 
     def _find(self, record: RunRecord, name: str) -> Path | None:
         """Finds the predictions of a step by its key, whatever the step is called."""
