@@ -1,11 +1,16 @@
-"""Draws the page's own charts: losses by epoch, and histograms."""
+"""Draws the page's own charts: losses by epoch, histograms, and points in the plane."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from train.report.inline_svg import INK, SERIES, inline_figure, page_style
+
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+_MAX_LEGEND = 24
 
 
 def draw_losses(name: str, title: str, runs: Sequence[Mapping[str, Sequence[float | None]]], y_label: str) -> str:
@@ -13,7 +18,6 @@ def draw_losses(name: str, title: str, runs: Sequence[Mapping[str, Sequence[floa
 
     `runs` map a loss's name to its values by epoch; None leaves a gap. Gives an `<svg>`.
     """
-    import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -83,6 +87,41 @@ def draw_histogram(
         return inline_figure(
             figure, name, f"{title}: histogram from {edges[0]:.3g} to {edges[-1]:.3g}, {x_label}; counted: {n}."
         )
+
+
+def draw_scatter(name: str, title: str, points: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> str:
+    """Draws points [n, 2] of groups, each a colour and a marker, in the order of their names; gives an `<svg>`.
+
+    Up to 24 groups are named in a legend. Axes of an embedding mean nothing and have no numbers.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [group for group in order if group in set(groups)]
+    of = np.array(groups)
+    with page_style():
+        figure = Figure(figsize=(4.4, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        for i, group in enumerate(shown):
+            chosen = points[of == group]
+            axes.scatter(
+                chosen[:, 0],
+                chosen[:, 1],
+                s=11,
+                color=SERIES[i % len(SERIES)],
+                marker=_MARKERS[(i + i // len(SERIES)) % len(_MARKERS)],
+                alpha=0.8,
+                linewidths=0,
+                label=group,
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+        if len(shown) <= _MAX_LEGEND:
+            figure.legend(loc="outside lower center", ncols=4, fontsize=8, handletextpad=0.1, columnspacing=1)
+        counts = ", ".join(f"{group} {(of == group).sum()}" for group in shown[:_MAX_LEGEND])
+        return inline_figure(figure, name, f"{title}: {len(points)} points; {counts}.")
 
 
 def _repeat(colours: Sequence[str], n: int) -> list[str]:

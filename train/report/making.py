@@ -14,6 +14,7 @@ from train.grids import Stage, list_grids
 from train.report.blocks import Page, Tile
 from train.report.dataset_facts import DatasetFacts, count_dataset
 from train.report.dataset_section import make_dataset_section
+from train.report.feature_section import make_feature_section
 from train.report.grid_facts import PRESETS, GridsFacts, gather_grids
 from train.report.grid_section import make_grid_section, make_run_section
 from train.report.page import write_page
@@ -94,6 +95,13 @@ def make_report(request: ReportRequest, path: Path, watcher: EpochWatcher) -> Re
         make_store_section(store_facts, card.name),
         make_stage1_section(stage1, card.name),
         make_grid_section(grids, latest, card),
+        make_feature_section(
+            places,
+            request.runs_dir,
+            latest,
+            start=lambda n: watcher.start("features", n),
+            advance=watcher.advance,
+        ),
         make_segment_section(
             places,
             request.runs_dir,

@@ -188,20 +188,13 @@ def _measure_norms(
     usable = np.flatnonzero((state == DONE) & (True if has_sound is None else has_sound))
     if not len(usable):
         return None
-    n_row_bytes = store.layout.n_clips * math.prod(shape) * np.dtype(store.spec.dtype).itemsize
-    n = min(len(usable), N_NORM_ROWS, max(N_NORM_BYTES // max(n_row_bytes, 1), 1))
-    chosen = usable[np.linspace(0, len(usable) - 1, n).round().astype(np.int64)]
-    ids = store.segment_ids
-    values = store.read([ids[row] for row in chosen.tolist()], output)
-    n_valid = np.asarray(store.read_array("n_valid"))[chosen]
-    vectors = values[np.arange(values.shape[1])[None] < n_valid[:, None]].reshape(-1, math.prod(shape))
-    norms = np.sqrt(np.square(vectors.astype(np.float64)).sum(axis=1))
+    norms, n_rows = sample_norms(store, output, shape, usable)
     finite = norms[np.isfinite(norms)]
     counts, edges = np.histogram(finite, N_NORM_BINS)
     return OutputNorms(
         output=output,
         shape=shape,
-        n_rows=n,
+        n_rows=n_rows,
         n_done=len(usable),
         n_vectors=len(finite),
         n_nonfinite=len(norms) - len(finite),
@@ -209,3 +202,19 @@ def _measure_norms(
         edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),
     )
+
+
+def sample_norms(store: FeatureStore, output: str, shape: tuple[int, ...], rows: np.ndarray) -> tuple[np.ndarray, int]:
+    """Computes the Euclidean norms of the clips of up to N_NORM_ROWS of the rows, spread evenly, float64 [n_clips].
+
+    Gives how many rows they are of. No more than N_NORM_BYTES are read; `rows` are done.
+    """
+    n_row_bytes = store.layout.n_clips * math.prod(shape) * np.dtype(store.spec.dtype).itemsize
+    n = min(len(rows), N_NORM_ROWS, max(N_NORM_BYTES // max(n_row_bytes, 1), 1))
+    chosen = rows[np.linspace(0, len(rows) - 1, n).round().astype(np.int64)]
+    ids = store.segment_ids
+    values = store.read([ids[row] for row in chosen.tolist()], output)
+    n_valid = np.asarray(store.read_array("n_valid"))[chosen]
+    vectors = values[np.arange(values.shape[1])[None] < n_valid[:, None]].reshape(-1, math.prod(shape))
+    norms: np.ndarray = np.sqrt(np.square(vectors.astype(np.float64)).sum(axis=1))
+    return norms, n
