@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +55,14 @@ def make_feature_section(
         text = "No run of Stage 1 has exported adapted features yet."
         blocks.append(MissingBlock(text, f"make stage1 DATASET={places.card.name}"))
     for i, shift in enumerate(adapted[:MAX_SHIFTS]):
-        blocks += _tell_faults(lambda i=i, shift=shift: _show_adaptation(i, shift, places, runs_dir))
+        blocks += _tell_faults(partial(_show_adaptation, i, shift, places, runs_dir))
         advance()
     blocks.append(HeadingBlock("Norms of both modalities, before and after alignment", "alignment"))
     if not aligned:
         text = "No method has aligned the modalities' norms yet."
         blocks.append(MissingBlock(text, f"make align METHOD=rna DATASET={places.card.name}"))
     for i, shift in enumerate(aligned[:MAX_SHIFTS]):
-        blocks += _tell_faults(lambda i=i, shift=shift: _show_alignment(i, shift, places, runs_dir))
+        blocks += _tell_faults(partial(_show_alignment, i, shift, places, runs_dir))
         advance()
     for what, shifts in (("Stage 1", adapted), ("alignment", aligned)):
         if len(shifts) > MAX_SHIFTS:
@@ -85,10 +86,9 @@ def _show_adaptation(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> 
     n, n_all = len(parts[0].segments), parts[0].n_all
     of_all = f"{n:,} of {n_all:,} test segments, drawn at random," if n < n_all else f"all {n:,} test segments"
     run = f"{record.row}, seed {record.seed}" if record.row else f"seed {record.seed}"
+    words = f"{shift}: t-SNE of {of_all} by the run {run}. Colour by class reads the target's labels."
     blocks: list[Block] = [
-        TextBlock(
-            f"{shift}: t-SNE of {of_all} by the run {run}. Colour by class reads the target's labels.", "analysis"
-        ),
+        TextBlock(words, "analysis"),
         FiguresBlock(tuple(_draw_parts(i, parts, places.card.domains, (*places.card.classes, NO_LABEL)))),
     ]
     after = open_adapted_store(runs_dir, record)
