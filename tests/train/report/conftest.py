@@ -17,6 +17,7 @@ from pipeline.manifest_csv import read_manifest
 from train.runs import RESULTS, RunRecord, append_run
 from train.stage_settings import resolve_settings
 
+SMALL = ("frame.short_side=36", "frame.crop=32", "clip.n_frames=4", "clip.n_clips=2")
 N_RIGHT = {("plain", 0): 1, ("plain", 1): 2, ("gated", 0): 4, ("gated", 1): 3}
 
 
@@ -37,6 +38,7 @@ class Reported:
     """Is a page, with what it was made of."""
 
     tiny: Any
+    cache: Path
     path: Path
     printed: str
     records: tuple[RunRecord, ...]
@@ -46,9 +48,10 @@ class Reported:
 def reported(
     finished: Any, tiny_shift: ModuleType, tiny_records: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> Reported:
-    """Adds a grid's records to the runs of a finished Stage 1, and makes the report."""
+    """Adds a grid's records, and features from before adaptation, to a finished Stage 1, and makes the report."""
     root = tmp_path_factory.mktemp("report")
     shutil.copytree(finished.runs, root / "runs")
+    shutil.copytree(finished.root / "cache", root / "cache")
     tiny = finished.with_runs(root / "runs")
     card = read_card(tiny.root / "tiny.toml")
     manifest = read_manifest(tiny.root / "tiny.csv", card)
@@ -63,7 +66,11 @@ def reported(
         record = tiny_records.make_record(run, card.classes, manifest.sha256, N_RIGHT[run.row, run.seed])
         append_run(tiny.runs / "tiny" / RESULTS, record)
         records.append(record)
-    places = ["--media", tiny.media, "--cache", tiny.root / "cache", "--manifests", tiny.root, "--runs", tiny.runs]
-    code, out, err = tiny_shift.run("report", "tiny", *places, "--grid", grid, "--reports", root / "reports")
+    places = ["--media", tiny.media, "--cache", root / "cache", "--manifests", tiny.root]
+    small = [part for setting in SMALL for part in ("--set", setting)]
+    code, _, err = tiny_shift.run("extract", "tiny", *places, "--encoders", "slowfast_demo", *small)
     assert code == 0, err
-    return Reported(tiny, root / "reports" / "tiny" / "index.html", out, tuple(records))
+    places += ["--runs", tiny.runs, "--reports", root / "reports"]
+    code, out, err = tiny_shift.run("report", "tiny", *places, "--grid", grid)
+    assert code == 0, err
+    return Reported(tiny, root / "cache", root / "reports" / "tiny" / "index.html", out, tuple(records))

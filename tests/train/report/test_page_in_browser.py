@@ -209,3 +209,14 @@ def test_segments_are_seen_and_heard(opened: Any) -> None:
     shown = [card.get_by_role("heading").inner_text() for card in cards.all() if card.is_visible()]
     assert len(shown) == 1 and shown[0] in ("t-test-1", "t-test-3")
     page.fill("#segment-filter", "")
+
+
+def test_features_are_drawn_before_and_after(opened: Any) -> None:
+    page, _, _ = opened
+    figures = page.locator("#features figure svg[role=img]")
+    labels = [figure.get_attribute("aria-label") for figure in figures.all()]
+    # Eight test segments, four of each domain; of each domain two of either class.
+    counted = [label.rpartition(": ")[2] for label in labels[:4]]
+    assert counted == ["8 points; s 4, t 4.", "8 points; low 4, high 4."] * 2
+    assert "before" in labels[0] and "after" in labels[2] and labels[4].startswith("Norms of pooled, s-t")
+    assert "make align METHOD=rna DATASET=tiny" in page.inner_text("#features")

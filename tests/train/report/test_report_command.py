@@ -14,7 +14,18 @@ def list_files(root: Path) -> dict[str, int]:
 
 
 def make(tiny_shift: ModuleType, tiny: Any, reports: Path, *arguments: object, cache: Path | None = None) -> str:
-    places = ["--media", tiny.media, "--manifests", tiny.root, "--runs", tiny.runs, "--reports", reports]
+    places = [
+        "--media",
+        tiny.media,
+        "--manifests",
+        tiny.root,
+        "--runs",
+        tiny.runs,
+        "--reports",
+        reports,
+        "--segments",
+        0,
+    ]
     places += ["--cache", cache or tiny.root / "cache"]
     code, out, err = tiny_shift.run("report", "tiny", *places, *arguments)
     assert code == 0, err
