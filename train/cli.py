@@ -18,6 +18,7 @@ from train.commands.doctor_command import doctor
 from train.commands.list_command import list_
 from train.commands.network_commands import align, stage2
 from train.commands.picture_command import picture
+from train.commands.report_command import report
 from train.commands.show_command import show
 from train.commands.stage1_command import stage1
 from train.commands.usage_errors import show_usage_error
@@ -45,6 +46,7 @@ app.command()(ablate)
 app.command()(table)
 app.command("list")(list_)
 app.command()(doctor)
+app.command()(report)
 app.command()(show)
 app.command()(picture)
 
