@@ -6,7 +6,6 @@ An encoder of another distribution is found by its entry point in the group `ech
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
 from pipeline.errors import PluginError, SpecError
 from pipeline.plugins import ENCODER_GROUP, Plugin, list_plugin_names, load_plugin
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+from pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from extract.encoders.encoder_network import EncoderNetwork
@@ -219,8 +219,7 @@ def find_encoder(name: str) -> EncoderEntry:
         return ENCODERS[name]
     except KeyError as error:
         names = (*ENCODERS, *list_plugin_names(ENCODER_GROUP))
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        hint = suggest(name, names, listed_by="echoshift list encoders")
         raise SpecError(f"there is no encoder {name!r}; {hint}") from error
 
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pipeline.errors import PluginError
 from pipeline.specs import SpecModel
+from pipeline.suggestions import suggest
 from train.alignment.outside_methods import find_outside_method, list_outside_methods
 
 METHOD_NAMES = (
@@ -172,8 +172,7 @@ class AlignmentConfig(SpecModel):
             names = (*METHOD_NAMES, *list_outside_methods())
             if method in names:
                 return method
-            near = difflib.get_close_matches(method, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            hint = suggest(method, names, listed_by="echoshift list methods")
             raise ValueError(f"there is no method {method!r}; {hint}")
         return method
 

@@ -1,0 +1,126 @@
+"""Reads what finished runs predicted, segment by segment, from what they stored; nothing is predicted anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.cards import DatasetCard
+from pipeline.errors import RunError
+from pipeline.segments import Manifest
+from train.prediction_table import PredictionTable, read_prediction_table
+from train.runs import RunRecord
+from train.scoring import read_hits
+from train.splits import find_shift
+from train.steps import RECORD, hash_json
+
+_TABLE, _PREDICTIONS = "table.parquet", "predictions.npz"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredPredictions:
+    """Is what one network, or the mean of a run's networks, says of n segments.
+
+    Attributes:
+        probabilities: float32 [n, K].
+        pseudo_labels: int64 [n], -1 where there is none; None where the run makes none.
+        is_heard: bool [n], of who hears alone: rows where it is False mean nothing.
+    """
+
+    speaker: Literal["sound", "pictures", "recogniser", "alignment"]
+    row_of: Mapping[str, int]
+    probabilities: np.ndarray
+    pseudo_labels: np.ndarray | None = None
+    is_heard: np.ndarray | None = None
+
+
+class PredictionReader:
+    """Reads the stored predictions of the runs of one dataset, each file once."""
+
+    def __init__(self, runs_dir: Path, card: DatasetCard, manifest: Manifest) -> None:
+        self._steps = runs_dir / "steps"
+        self._card, self._manifest = card, manifest
+        self._read_table = lru_cache(maxsize=None)(read_prediction_table)
+
+    def read(self, record: RunRecord) -> tuple[StoredPredictions, ...]:
+        """Reads a run's; raises RunError where its steps were deleted or don't say whose predictions they are."""
+        if record.stage == "stage1":
+            return tuple(self._read_stage1(record))
+        return (self._read_networks(record),)
+
+    def _read_stage1(self, record: RunRecord) -> Iterator[StoredPredictions]:
+        key = record.steps.get("table")
+        path = None if key is None else self._steps / f"table-{key}" / _TABLE
+        if path is not None and path.is_file():
+            table: PredictionTable = self._read_table(path)
+            row_of = _number(table.segment_ids)
+            yield StoredPredictions("sound", row_of, table.audio_probabilities, is_heard=table.has_audio)
+            yield StoredPredictions("pictures", row_of, table.visual_probabilities, table.pseudo_labels)
+            return
+        heard = self._find(record, "audio_predictions")
+        if heard is not None:
+            arrays = _read_arrays(heard)
+            ids = arrays["segment_ids"].tolist()
+            yield StoredPredictions("sound", _number(ids), arrays["probabilities"], is_heard=arrays["has_audio"])
+        seen = self._find(record, "predictions")
+        if seen is None:
+            raise RunError(f"{describe_run(record)}: its predictions are no longer in {self._steps}")
+        arrays = _read_arrays(seen)
+        yield StoredPredictions("pictures", _number(arrays["segment_ids"].tolist()), arrays["probabilities"])
+
+    def _read_networks(self, record: RunRecord) -> StoredPredictions:
+        parts, ids = [], None
+        for name in (name for name in record.steps if name.startswith("predictions_")):
+            path = self._find(record, name)
+            if path is None:
+                raise RunError(f"{describe_run(record)}: its predictions are no longer in {self._steps}")
+            found = _read_arrays(path)["probabilities"]
+            parts.append(np.asarray(found if found.ndim == 2 else found.mean(axis=0)))
+            ids = ids or self._identify(record, path.parent)
+        if not parts or ids is None:
+            raise RunError(f"{describe_run(record)}: it doesn't say of which segments its predictions are; run it anew")
+        speaker: Literal["recogniser", "alignment"] = "recogniser" if record.stage == "stage2" else "alignment"
+        mean = np.asarray(np.mean(parts, axis=0, dtype=np.float64))
+        return StoredPredictions(speaker, _number(ids), mean.astype(np.float32))
+
+    def _find(self, record: RunRecord, name: str) -> Path | None:
+        """Finds the predictions of a step by its key, whatever the step is called."""
+        key = record.steps.get(name)
+        folders = [] if key is None else sorted(self._steps.glob(f"*-{key}"))
+        return next((folder / _PREDICTIONS for folder in folders if (folder / _PREDICTIONS).is_file()), None)
+
+    def _identify(self, record: RunRecord, folder: Path) -> list[str] | None:
+        """Finds the ids of a run's test segments, in order: those whose hash the step of predictions was named by."""
+        try:
+            wanted = json.loads((folder / RECORD).read_text(encoding="utf-8"))["inputs"]["test"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{folder / RECORD} isn't a step's record; delete the folder and run again") from error
+        hits = read_hits(self._steps / f"scores-{record.steps.get('scores', '')}")
+        target = find_shift(self._card, record.shift).target
+        of_manifest = [s.segment_id for s in self._manifest if s.domain == target and s.split == "test"]
+        for ids in ([] if hits is None else hits[0], of_manifest):
+            if hash_json(ids) == wanted:
+                return ids
+        return None
+
+
+def describe_run(record: RunRecord) -> str:
+    """Names a run for people: stage, shift, seed, its grid's row where it has one, and the rule unless it is `last`."""
+    row = f", {record.row}" if record.row else ""
+    rule = "" if record.selection == "last" else f", rule {record.selection}"
+    return f"{record.stage} {record.shift}, seed {record.seed}{row}{rule}"
+
+
+def _number(segment_ids: Sequence[str]) -> dict[str, int]:
+    return {segment_id: row for row, segment_id in enumerate(segment_ids)}
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
