@@ -128,7 +128,7 @@ class _Rows:
 
 
 def find_level(output: str) -> Level:
-    """Gives the cache level of an output by its name (README: which outputs which stage trains on)."""
+    """Gives the cache level of an output by its name (docs/extraction.md)."""
     return "Stage 1" if output.startswith("trunk") else "Stage 2"
 
 

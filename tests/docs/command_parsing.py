@@ -31,10 +31,10 @@ _FOREIGN = {"git", "cd", "ln", "bash"}
 
 
 class CommandParser:
-    """Checks commands; `arriving` are names of commands that may not be there yet, `checkout` has a Makefile."""
+    """Checks commands; `checkout` has a Makefile."""
 
-    def __init__(self, checkout: Path, arriving: frozenset[str]) -> None:
-        self._checkout, self._arriving = checkout, arriving
+    def __init__(self, checkout: Path) -> None:
+        self._checkout = checkout
         self._command: Any = typer.main.get_command(app)
         makefile = (checkout / "Makefile").read_text(encoding="utf-8")
         self._variables = set(re.findall(r"^(\w+) \?=", makefile, re.M))
@@ -57,8 +57,6 @@ class CommandParser:
         return checks[words[0]](words[1:])
 
     def _check_echoshift(self, words: list[str]) -> int:
-        if words[0] in self._arriving and words[0] not in self._command.commands:
-            return 0
         eager = [word for word in words if word in _EAGER]
         command, context = self._command, None
         path: list[str] = []
@@ -81,11 +79,9 @@ class CommandParser:
     def _check_make(self, words: list[str]) -> int:
         variables = dict(word.split("=", 1) for word in words if "=" in word)
         targets = [word for word in words if "=" not in word]
-        missing = set(targets) - self._targets - self._arriving
+        missing = set(targets) - self._targets
         assert targets and not missing, f"make has no {missing}"
         assert set(variables) <= self._variables, f"the Makefile has no {set(variables) - self._variables}"
-        if not set(targets) <= self._targets:
-            return 0
         done = subprocess.run(
             ["make", "-n", *words],
             cwd=self._checkout,

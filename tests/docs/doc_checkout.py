@@ -40,7 +40,7 @@ class DocCheckout:
             "ECHOSHIFT_MANIFESTS": str(self.root / "data" / "manifests"),
             "OMP_NUM_THREADS": "1",
             "PIP_TARGET": str(self.site),
-            "PIP_NO_BUILD_ISOLATION": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",  # sets what --no-build-isolation sets, and so 0 means none
             "PIP_NO_DEPS": "1",
             "PIP_NO_INDEX": "1",
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,13 +41,14 @@ def little_demo(tiny_dataset: ModuleType, doc_checkout: ModuleType, tmp_path_fac
 
 
 def write_files(blocks: ModuleType, name: str, folder: Path) -> None:
-    """Writes what the page of a block tells its reader to write."""
-    page = Path(blocks.ROOT / name.partition("#")[0])
-    for block in blocks.read_blocks(page):
-        if block.file:
-            place = folder / {"pyproject.toml": page.stem, "": ""}.get(block.file, "")
-            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (place / block.file).write_text(block.text)
+    """Writes what the page of a block tells its reader to write, a distribution into a folder of its name."""
+    files = [block for block in blocks.read_blocks(blocks.ROOT / name.partition("#")[0]) if block.file]
+    for block in files:
+        if block.file == "pyproject.toml":
+            folder = folder / tomllib.loads(block.text)["project"]["name"]
+            folder.mkdir()
+    for block in files:
+        (folder / block.file).write_text(block.text)
 
 
 def test_cheap_commands_run(

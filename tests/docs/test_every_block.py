@@ -17,7 +17,6 @@ PLUGINS = (("docs/adding-an-encoder.md", "two_convolutions.py"), ("docs/adding-a
 @pytest.fixture(scope="module")
 def parser(
     parsing: ModuleType,
-    lists: ModuleType,
     doc_checkout: ModuleType,
     blocks: ModuleType,
     tmp_path_factory: pytest.TempPathFactory,
@@ -31,7 +30,7 @@ def parser(
             pyproject = blocks.find_file(page, "pyproject.toml")
             doc_checkout.write_distribution(checkout.site, pyproject, [(file, blocks.find_file(page, file))])
         patch.syspath_prepend(checkout.site)
-        yield parsing.CommandParser(root, lists.ARRIVING)
+        yield parsing.CommandParser(root)
 
 
 def test_each_command_exists_with_its_options(shell_block: Any, parser: Any, blocks: ModuleType) -> None:

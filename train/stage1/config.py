@@ -15,7 +15,7 @@ class VisualConfig(SpecModel):
     """Says which network sees the pictures, and in which form they come.
 
     `mode`: `frames` decodes and augments in every epoch (the reference); `trunk` trains from level-2 stores of
-    `n_views` augmented views, made once. `train_preset` and `test_preset` are extraction presets (README); `overrides`
+    `n_views` augmented views, made once. `train_preset` and `test_preset` are extraction presets; `overrides`
     are those of `echoshift extract --set`, applied to both. `weights` is a reference of `echoshift weights ls`, a file
     or `random:SEED`; "" takes the catalogue's preferred ones. `n_readers` is how many processes decode (None: the
     device's own number), `n_cached_mb` how many MB of decoded pictures are kept from epoch to epoch.
