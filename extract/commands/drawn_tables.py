@@ -1,4 +1,4 @@
-"""Draws tables on a terminal: framed where their words fit, else row by row, so that no name or path is broken into pieces."""
+"""Draws tables on a terminal: framed where their words fit, else row by row, so that no name or path is broken up."""
 
 from __future__ import annotations
 
