@@ -1,4 +1,4 @@
-"""Draws tables on a terminal: framed where their words fit, else row by row, so that no name or path is broken up."""
+"""Draws tables on a terminal: framed where their words fit, else row by row, so that no name is broken into pieces."""
 
 from __future__ import annotations
 
