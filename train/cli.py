@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 from typer.exceptions import TyperException
 
 from extract.commands import demo_commands, manifest_commands, store_commands, weights_commands
+from extract.commands.bash_words import joining_bash_words
 from extract.commands.command_group import SuggestingGroup
 from extract.commands.extract_command import extract
 from extract.commands.plan_command import plan
@@ -58,7 +60,8 @@ def main() -> None:
     130 interrupted.
     """
     try:
-        code = app(prog_name="echoshift", standalone_mode=False)
+        with joining_bash_words(os.environ):
+            code = app(prog_name="echoshift", standalone_mode=False)
     except EchoshiftError as error:
         print(f"error: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):

@@ -21,7 +21,7 @@ def read_settings(path: Path) -> Settings:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"there is no configuration {path}") from error
+        raise RunError(f"there is no configuration {path}; write one, or leave out --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} isn't valid TOML: {error}") from error
 
@@ -60,7 +60,7 @@ def make_config(kind: type[Config], settings: Mapping[str, Any], place: str) -> 
 def _describe_fault(kind: type[BaseModel], fault: str, place: tuple[int | str, ...], message: str) -> str:
     key = ".".join(map(str, place)) or "configuration"
     if fault != "extra_forbidden":
-        return f"{key}: {message}"
+        return f"{key}: {message.removeprefix('Value error, ')}"
     model: Any = kind
     for name in place[:-1]:
         model = getattr(model.model_fields.get(name), "annotation", None)

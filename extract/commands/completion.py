@@ -107,8 +107,13 @@ def offer_settings(keys: Sequence[SettingKey], incomplete: str) -> Offers:
     name, equals, value = incomplete.partition("=")
     if equals:
         choices = next((key.choices for key in keys if key.key == name), ())
-        return [(f"{name}={choice}", "") for choice in choices if choice.startswith(value)]
+        return offer_values(name, ((choice, "") for choice in choices), value)
     return keep_begun(((f"{key.key}=", key.kind) for key in keys), incomplete)
+
+
+def offer_values(name: str, values: Iterable[tuple[str, str]], incomplete: str) -> Offers:
+    """Offers NAME=VALUE for the values that begin as what is typed behind the `=`."""
+    return [(f"{name}={value}", help_) for value, help_ in keep_begun(values, incomplete)]
 
 
 def keep_begun(offers: Iterable[tuple[str, str]], incomplete: str) -> Offers:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from pipeline.store.interface import Backend
+from pipeline.store.opening import create_store, name_store
 
 HEAVY = ("torch", "torchvision", "torchaudio", "timm", "pytorchvideo", "pandas", "sklearn", "scipy", "matplotlib")
 LIGHT = (*HEAVY, "numpy", "zarr", "h5py", "av", "cv2", "distributed")
@@ -29,17 +35,50 @@ def run_blocked(blocked: tuple[str, ...], *arguments: object, **environment: str
     )
 
 
-def complete(words: str, **environment: str) -> list[str]:
-    """Completes the last of some words as bash asks for it, where nothing that computes can be imported."""
-    done = run_blocked(
-        LIGHT,
-        _ECHOSHIFT_COMPLETE="complete_bash",
-        COMP_WORDS=words,
-        COMP_CWORD=str(len(words.split(" ")) - 1),
-        **environment,
+MANY = """
+import contextlib, io, json, os, sys
+sys.modules.update(dict.fromkeys(BLOCKED))
+from train.cli import main
+answers = []
+for environment in json.load(sys.stdin):
+    os.environ.update(environment)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main()
+    answers.append(printed.getvalue())
+print(json.dumps(answers))
+"""
+
+
+def answer_shells(questions: list[dict[str, str]]) -> list[str]:
+    """Answers what shells ask, one after the other, in a process where nothing that computes can be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY.replace("BLOCKED", repr(LIGHT))],
+        input=json.dumps(questions),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    answers: list[str] = json.loads(done.stdout)
+    return answers
+
+
+def complete(lines: Iterable[str], **environment: str) -> dict[str, list[str]]:
+    """Completes the last word of each line as bash asks for it."""
+    lines = list(lines)
+    questions = [
+        {
+            "_ECHOSHIFT_COMPLETE": "complete_bash",
+            "COMP_WORDS": line.replace(" ", "\n"),
+            "COMP_CWORD": str(line.count(" ")),
+            **environment,
+        }
+        for line in lines
+    ]
+    return {line: answer.split() for line, answer in zip(lines, answer_shells(questions), strict=True)}
 
 
 def test_help_imports_nothing_that_computes() -> None:
@@ -50,59 +89,99 @@ def test_help_imports_nothing_that_computes() -> None:
         assert f"\n  {name} " in done.stdout, "plain where it is no terminal"
 
 
-def test_stores_are_listed_without_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
+def test_stores_are_listed_without_torch(tmp_path: Path, backend: Backend) -> None:
+    spec = FeatureSpec(
+        encoder="toy",
+        weights="0" * 64,
+        clip=ClipSpec(n_frames=4),
+        frame=FrameSpec(short_side=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1)),
+        outputs=(OutputSpec(name="pooled", shape=(5,)),),
+    )
+    path = name_store(tmp_path, "tiny", spec, backend)
+    sizes = {"n_clips": 1, "n_rows_per_shard": 2}
+    create_store(path, "tiny", spec, ["a", "b", "c"], manifest_sha256="m", weights_source="none", **sizes)
     done = run_blocked(HEAVY, "store", "ls", "--cache", tmp_path, "--json")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = json.loads(done.stdout)
+    assert (row["store"], row["n_rows"], row["n_done"], row["outputs"]) == (str(path), 3, 0, {"pooled": [5]})
+
+
+OFFERED = {
+    "echoshift ext": ["extract"],
+    "echoshift store ver": ["verify"],
+    "echoshift extract hac --backend z": ["zarr"],
+    "echoshift extract cha": ["charades_ego"],
+    "echoshift extract hac --encoders i3d_": ["i3d_rgb", "i3d_flow"],
+    "echoshift extract hac --preset rna": ["rna-train", "rna-test"],
+    "echoshift plan hac --set clip.n_": ["clip.n_frames=", "clip.n_clips=", "clip.n_views="],
+    "echoshift weights get i3d-rgb-k": ["i3d-rgb-kinetics400"],
+    "echoshift stage1 hac --set training.n_e": ["training.n_epochs="],
+    "echoshift stage2 hac --set recogniser.n_l": ["recogniser.n_layers="],
+    "echoshift align hac --set alignment.method=mm": ["alignment.method=mmd", "alignment.method=mm_sada"],
+    "echoshift align hac --preset ": ["paper", "quick", "released"],
+    "echoshift stage2 epic --shift D1-": ["D1-D2", "D1-D3"],
+    "echoshift ablate epic --grid b-table2": ["b-table2"],
+    "echoshift list sh": ["shifts"],
+    "echoshift extract zzz": [],
+}
+
+
+def test_the_shell_completes_without_what_computes() -> None:
+    assert complete(OFFERED) == OFFERED
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"),
+    ("line", "offered"),
     [
-        ("echoshift ext", ["extract"]),
-        ("echoshift store ver", ["verify"]),
-        ("echoshift extract hac --backend z", ["zarr"]),
-        ("echoshift extract cha", ["charades_ego"]),
-        ("echoshift extract hac --encoders i3d_", ["i3d_rgb", "i3d_flow"]),
-        ("echoshift extract hac --preset rna", ["rna-train", "rna-test"]),
-        ("echoshift plan hac --set clip.n_", ["clip.n_frames=", "clip.n_clips=", "clip.n_views="]),
-        ("echoshift weights get i3d-rgb-k", ["i3d-rgb-kinetics400"]),
-        ("echoshift stage1 hac --set training.n_e", ["training.n_epochs="]),
-        ("echoshift stage2 hac --set recogniser.n_l", ["recogniser.n_layers="]),
-        ("echoshift align hac --set alignment.method=mm", ["alignment.method=mmd", "alignment.method=mm_sada"]),
-        ("echoshift align hac --preset ", ["paper", "quick", "released"]),
-        ("echoshift stage2 epic --shift D1-", ["D1-D2", "D1-D3"]),
-        ("echoshift ablate epic --grid b-table2", ["b-table2"]),
-        ("echoshift list sh", ["shifts"]),
-        ("echoshift extract zzz", []),
+        ("echoshift align hac --set alignment.method=rn", ["rna", "rna_grl"]),
+        ("echoshift align hac --set alignment.setting=", ["dg", "uda", "supervised"]),
+        ("echoshift stage1 hac --set training.lr=1e-3 --set training.n_ep", ["training.n_epochs="]),
     ],
 )
-def test_the_shell_completes(words: str, offered: list[str]) -> None:
-    assert complete(words) == offered
+def test_bash_itself_completes_behind_an_equals_sign(line: str, offered: list[str], tmp_path: Path) -> None:
+    # Bash takes words apart at `=` and asks for the last piece; its own reader of lines is what does so.
+    command = tmp_path / "echoshift"
+    code = "from train.cli import main; main()"
+    command.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
+    command.chmod(0o755)
+    words = [piece for word in line.split(" ") for piece in re.findall(r"=|[^=]+", word)]
+    script = (
+        f'eval "$(_ECHOSHIFT_COMPLETE=source_bash {command})"\n'
+        f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        f"_echoshift_completion {command}\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == offered, done.stderr
 
 
 def test_segments_complete_from_the_named_folder_of_manifests(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text('title = "Tiny"\n')
+    (tmp_path / "torn.toml").write_text("title = ")
     (tmp_path / "tiny.csv").write_text("segment_id,video_id\nkitchen-1,k\nkitchen-2,k\nstudio-1,s\n")
-    assert complete("echoshift store explain kit", ECHOSHIFT_MANIFESTS=str(tmp_path)) == ["kitchen-1", "kitchen-2"]
-    assert complete("echoshift manifest show t", ECHOSHIFT_MANIFESTS=str(tmp_path)) == ["tiny"]
-    (tmp_path / "tiny.toml").write_text("title = ")
-    assert complete("echoshift manifest show t", ECHOSHIFT_MANIFESTS=str(tmp_path)) == ["tiny"], "torn cards too"
+    segments, datasets = "echoshift store explain kit", "echoshift manifest show t"
+    assert complete([segments, datasets], ECHOSHIFT_MANIFESTS=str(tmp_path)) == {
+        segments: ["kitchen-1", "kitchen-2"],
+        datasets: ["tiny", "torn"],
+    }
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_gets_a_script_that_asks_for_completions(shell: str) -> None:
-    done = run_blocked(LIGHT, _ECHOSHIFT_COMPLETE=f"source_{shell}")
-    assert done.returncode == 0, done.stderr
-    assert f"_ECHOSHIFT_COMPLETE=complete_{shell}" in done.stdout
-    asked = run_blocked(
-        LIGHT,
-        _ECHOSHIFT_COMPLETE=f"complete_{shell}",
-        _TYPER_COMPLETE_ARGS="echoshift extr",
-        _TYPER_COMPLETE_FISH_ACTION="get-args",
-        COMP_WORDS="echoshift extr",
-        COMP_CWORD="1",
-    )
-    assert "extract" in asked.stdout
+def test_each_shell_gets_a_script_and_its_answers() -> None:
+    shells = ("bash", "zsh", "fish")
+    scripts = answer_shells([{"_ECHOSHIFT_COMPLETE": f"source_{shell}"} for shell in shells])
+    for shell, script in zip(shells, scripts, strict=True):
+        assert f"_ECHOSHIFT_COMPLETE=complete_{shell}" in script
+    asked = {"_TYPER_COMPLETE_ARGS": "echoshift extr", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    words = {"COMP_WORDS": "echoshift\nextr", "COMP_CWORD": "1"}
+    answers = answer_shells([{"_ECHOSHIFT_COMPLETE": f"complete_{shell}", **asked, **words} for shell in shells])
+    assert all("extract" in answer and "stage1" not in answer for answer in answers), answers
 
 
 @pytest.mark.parametrize(

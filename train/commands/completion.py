@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from extract.commands.completion import Offers, complete_encoders, keep_begun, offer_settings
+from extract.commands.completion import Offers, complete_encoders, keep_begun, offer_settings, offer_values
 from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
@@ -47,14 +47,12 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> Offers:
     """Offers the keys of `--set` of the command's stage, and what a key may be once `=` is there."""
     name, equals, value = incomplete.partition("=")
     if equals and name in ("visual.encoder", "sound.encoder"):
-        return [(f"{name}={encoder}", help_) for encoder, help_ in complete_encoders(value)]
+        return offer_values(name, complete_encoders(value), value)
     if equals and name == "alignment.method":
         from train.alignment.config import METHOD_NAMES
         from train.alignment.outside_methods import list_outside_methods
 
-        return [
-            (f"{name}={method}", "") for method in (*METHOD_NAMES, *list_outside_methods()) if method.startswith(value)
-        ]
+        return offer_values(name, ((method, "") for method in (*METHOD_NAMES, *list_outside_methods())), value)
     stages = _STAGE_OF_COMMAND.get(ctx.info_name or "", STAGES)
     return offer_settings([key for stage in stages for key in list_stage_settings(stage)], incomplete)
 
