@@ -14,19 +14,8 @@ def list_files(root: Path) -> dict[str, int]:
 
 
 def make(tiny_shift: ModuleType, tiny: Any, reports: Path, *arguments: object, cache: Path | None = None) -> str:
-    places = [
-        "--media",
-        tiny.media,
-        "--manifests",
-        tiny.root,
-        "--runs",
-        tiny.runs,
-        "--reports",
-        reports,
-        "--segments",
-        0,
-    ]
-    places += ["--cache", cache or tiny.root / "cache"]
+    places = ["--media", tiny.media, "--manifests", tiny.root, "--runs", tiny.runs]
+    places += ["--cache", cache or tiny.root / "cache", "--reports", reports, "--segments", 0]
     code, out, err = tiny_shift.run("report", "tiny", *places, *arguments)
     assert code == 0, err
     assert f"{reports / 'tiny' / 'index.html'}: " in out
