@@ -40,11 +40,15 @@ def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: Datase
         blocks += _make_grid_blocks(i, grid)
     partial = [grid for grid in facts.done if grid.n_rows_done < len(grid.table.rows)]
     if partial:
-        blocks.append(HeadingBlock("Grids of which some rows have runs", "partial-grids"))
-    for i, grid in enumerate(partial, start=len(whole)):
-        how = f"{grid.n_rows_done} of {len(grid.table.rows)} rows, preset {grid.preset}, rule {grid.selection}"
-        summary = f"{grid.table.title}: {grid.name} ({how})"
-        blocks.append(DetailsBlock(summary, tuple(_make_grid_blocks(i, grid)[1:])))
+        inner = tuple(
+            DetailsBlock(
+                f"{grid.table.title}: {grid.name} ({grid.n_rows_done} of {len(grid.table.rows)} rows, "
+                f"preset {grid.preset}, rule {grid.selection})",
+                tuple(_make_grid_blocks(i, grid)[1:]),
+            )
+            for i, grid in enumerate(partial, start=len(whole))
+        )
+        blocks.append(DetailsBlock(f"{len(partial)} tables of which some rows have runs", inner, is_open=not whole))
     if not facts.done:
         name = "a-table2" if card.task == "single-label" else "a-table3"
         text = "No grid has a run yet." if not runs else "The runs there are belong to no grid with these settings."

@@ -80,7 +80,7 @@ def find_column(page: Any, table: str, name: str) -> int:
     headers: list[str] = page.evaluate(
         "(id) => [...document.getElementById(id).tHead.rows[0].cells].map((cell) => cell.innerText.trim())", table
     )
-    return headers.index(name)
+    return [header.replace("\u00a0", " ") for header in headers].index(name)
 
 
 def test_it_asks_for_nothing_and_complains_of_nothing(opened: Any, reported: Any) -> None:

@@ -51,6 +51,13 @@ def test_a_run_of_no_grid_is_listed_all_the_same(tiny_shift: ModuleType, copied:
     assert "1 runs are in no table above" in page
 
 
+def test_a_segment_that_is_not_there_is_an_error(tiny_shift: ModuleType, finished: Any, tmp_path: Path) -> None:
+    places = ["--manifests", finished.root, "--cache", tmp_path, "--runs", finished.runs, "--reports", tmp_path]
+    code, _, err = tiny_shift.run("report", "tiny", *places, "--segment", "s-test-9")
+    assert code == 2 and "no segment 's-test-9'; did you mean s-test-" in err
+    assert not (tmp_path / "tiny").exists()
+
+
 def test_a_grid_that_is_no_file_is_an_error(tiny_shift: ModuleType, finished: Any, tmp_path: Path) -> None:
     places = ["--manifests", finished.root, "--cache", tmp_path, "--runs", finished.runs, "--reports", tmp_path]
     code, _, err = tiny_shift.run("report", "tiny", *places, "--grid", tmp_path / "none.toml")
