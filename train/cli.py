@@ -13,6 +13,7 @@ from extract.commands.plan_command import plan
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
 from train.commands.network_commands import align, stage2
+from train.commands.picture_command import picture
 from train.commands.report_command import report
 from train.commands.show_command import show
 from train.commands.stage1_command import stage1
@@ -38,6 +39,7 @@ app.command()(ablate)
 app.command()(table)
 app.command()(report)
 app.command()(show)
+app.command()(picture)
 
 
 def show_usage(error: TyperException) -> None:

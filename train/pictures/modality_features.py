@@ -81,8 +81,8 @@ def read_projected_features(
 ) -> ModalityFeatures:
     """Computes f^v and f^a, what a run's classifiers see, of every test segment of its shift.
 
-    With `network.clips` `one` each clip has features of its own. Raises RunError where the run's checkpoint is gone, or
-    the features that it was trained on.
+    Of several views the first is projected. With `network.clips` `one` each clip has features of its own. Raises
+    RunError where the run's checkpoint is gone, or the features that it was trained on.
     """
     name = _list_networks(record)[network]
     path = runs_dir / "steps" / _name_step(record, name) / _CHECKPOINT

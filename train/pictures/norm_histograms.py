@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,13 @@ class ModalityNorms:
     Attributes:
         visual: float64 [n]: of each segment the mean over its clips of the L2 norm, h(x^v) of RNA.
         audio: float64 [n_heard]: of those with sound.
+        ratios: by domain, mean h(x^v) / mean h(x^a), both over the domain's segments, of sound those that have it.
     """
 
     title: str
     visual: np.ndarray
     audio: np.ndarray
+    ratios: Mapping[str, float]
 
     @property
     def ratio(self) -> float:
@@ -35,10 +37,17 @@ class ModalityNorms:
 
 def compute_norms(features: ModalityFeatures) -> ModalityNorms:
     """Computes the norms of both modalities; raises RunError where no segment has sound or its features are zero."""
-    audio = measure_norms(features.audio[features.heard])
-    if not audio.any():
+    visual, audio = measure_norms(features.visual), measure_norms(features.audio)
+    if not audio[features.heard].any():
         raise RunError(f"{features.title}: no segment has sound whose norm could be compared")
-    return ModalityNorms(features.title, measure_norms(features.visual), audio)
+    domains = np.array([segment.domain for segment in features.segments])
+    ratios = {}
+    for domain in dict.fromkeys(domains.tolist()):
+        is_own = domains == domain
+        heard = audio[is_own & features.heard]
+        if heard.any():
+            ratios[domain] = float(visual[is_own].mean() / heard.mean())
+    return ModalityNorms(features.title, visual, audio[features.heard], ratios)
 
 
 def measure_norms(values: np.ndarray) -> np.ndarray:
@@ -54,7 +63,7 @@ def draw_norm_histograms(norms: Sequence[ModalityNorms], what: str) -> Picture:
     numbers: dict[str, object] = {"edges": edges}
     words = []
     with house_style():
-        figure = make_figure(4.2 * len(norms), 2.9)
+        figure = make_figure(4.2 * len(norms), 3.0)
         figure.suptitle(f"feature norms, {what}", x=0.01, ha="left", fontsize=10)
         axes = np.atleast_1d(figure.subplots(1, len(norms), sharex=True, sharey=True))
         for axis, each in zip(axes, norms, strict=True):
@@ -64,12 +73,14 @@ def draw_norm_histograms(norms: Sequence[ModalityNorms], what: str) -> Picture:
                 counts[name], _ = np.histogram(values, bins=edges)
                 axis.stairs(counts[name], edges, fill=True, alpha=0.55, color=colour, label=name)
                 axis.axvline(values.mean(), color=colour, linewidth=1.4, linestyle="--")
-            axis.set_title(f"{each.title}: pictures / sound = {each.ratio:.2f}")
+            of_domains = ", ".join(f"{domain} {ratio:.2f}" for domain, ratio in each.ratios.items())
+            axis.set_title(f"{each.title}: pictures / sound = {each.ratio:.2f}\n({of_domains})")
             axis.set_xlabel("L2 norm of a segment's feature; dashed: mean")
             numbers[each.title] = {
                 "visual": each.visual,
                 "audio": each.audio,
                 "ratio": each.ratio,
+                "ratios": dict(each.ratios),
                 "counts_visual": counts["pictures"],
                 "counts_audio": counts["sound"],
             }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _WIDTH_IN = 11.0
 _ROW_IN = 0.21
+_SENTENCE_IN = 0.4
 _N_GATE_BINS = 25
 _N_DRAWN_SAMPLES = 2000
 _MAX_ROWS = 40
@@ -33,14 +34,20 @@ _MAX_ROWS = 40
 def draw_segment(view: SegmentView) -> Figure:
     """Draws a view; a part that isn't there is its sentence. Of more than 40 predictions the first 40 are drawn."""
     shown = view.predictions[:_MAX_ROWS]
-    predictions_in = max(1.0, 0.5 + _ROW_IN * len(shown))
-    heights = [1.75, 2.9, 1.6, predictions_in]
+    of_sound_in = [1.75 if view.spectrogram else _SENTENCE_IN, 1.15 if view.sound else _SENTENCE_IN]
+    heights = [
+        1.75 if view.frames else _SENTENCE_IN,
+        sum(of_sound_in),
+        1.6 if view.gate else _SENTENCE_IN,
+        max(1.0, 0.5 + _ROW_IN * len(shown)) if shown else _SENTENCE_IN,
+    ]
     with house_style():
         figure = make_figure(_WIDTH_IN, sum(heights) + 0.9)
         figure.suptitle(_make_title(view), x=0.01, ha="left", fontsize=11)
         rows: Any = figure.subfigures(4, 1, height_ratios=heights)
         _draw_frames(rows[0], view)
-        of_sound = rows[1].subplots(2, 1, sharex=view.sound is not None, height_ratios=(3, 2))
+        is_shared = view.sound is not None and view.spectrogram is not None
+        of_sound = rows[1].subplots(2, 1, sharex=is_shared, height_ratios=of_sound_in)
         _draw_spectrogram(of_sound[0], view)
         _draw_waveform(of_sound[1], view)
         _draw_gates(rows[2], view)

@@ -89,7 +89,7 @@ def list_facts(view: SegmentView) -> list[str]:
     if view.spectrogram is not None:
         n_bands, n_frames = view.spectrogram.values.shape
         lines.append(f"  spectrogram: {n_bands} x {n_frames}, {describe_hearer(view)}")
-    lines += [f"  {view.missing[part]}" for part in ("frames", "sound", "spectrogram") if part in view.missing]
+    lines += [f"  {part}: {view.missing[part]}" for part in ("frames", "sound", "spectrogram") if part in view.missing]
     return lines
 
 
