@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from train.grids import PlannedRun
-from train.report.grid_facts import MAX_SHOWN_CLASSES, break_down
+from train.report.breakdowns import MAX_SHOWN_CLASSES, break_down
 from train.report.grid_section import make_run_section
 from train.runs import RunRecord, keep_latest
 from train.scores import compute_scores
