@@ -157,7 +157,9 @@ def gather_loose(
         key = (record.stage, record.config_hash, record.shift, record.selection)
         grouped.setdefault(key, []).append(record)
     loose = []
-    for (stage, config_hash, shift, rule), found in grouped.items():
+    order = list(dict.fromkeys(key[:2] for key in grouped))
+    for key in sorted(grouped, key=lambda key: (key[0], order.index(key[:2]), key[2:])):
+        (stage, config_hash, shift, rule), found = key, grouped[key]
         scores = [value * PERCENT for record in found if (value := record.scores.main.value) is not None]
         name = rows.get(config_hash, f"settings {config_hash}")
         interval = compute_interval(scores) if scores else None

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from threadpoolctl import threadpool_limits
 
-from pipeline.errors import RunError
+from pipeline.errors import EchoshiftError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE
 from train.data_places import DataPlaces
@@ -76,7 +76,7 @@ def _tell_faults(show: Callable[[], list[Block]]) -> list[Block]:
     """Shows something, or says why it can't be."""
     try:
         return show()
-    except RunError as error:
+    except EchoshiftError as error:
         words = " ".join(str(error).split())
         return [MissingBlock(f"{words[:1].upper()}{words[1:].rstrip('.')}.")]
 

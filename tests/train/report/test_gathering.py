@@ -109,6 +109,16 @@ def test_steps_whose_folders_are_gone_are_named(copied: Any) -> None:
     assert facts.absent is not None and facts.absent.accuracy is None and "is gone" in facts.absent.fault
 
 
+def test_a_shift_that_the_card_has_no_more_is_said(finished: Any) -> None:
+    card = read_card(finished.root / "tiny.toml")
+    manifest = read_manifest(finished.root / "tiny.csv", card)
+    records = read_runs(finished.runs / "tiny" / RESULTS)
+    other = card.model_copy(update={"shifts": card.shifts[1:]})
+    (facts,) = read_stage1_facts(records, finished.runs / "tiny", manifest, other)
+    assert facts.absent is not None and facts.absent.fault.startswith("the card has this shift no more")
+    assert facts.losses and facts.absent.accuracy is None
+
+
 def test_runs_of_no_grid_are_averaged_over_seeds(reported: Any) -> None:
     records = reported.records
     shown = frozenset(record.key for record in records if record.row == "gated")
