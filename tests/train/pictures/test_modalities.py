@@ -106,7 +106,7 @@ def test_features_are_those_that_the_trained_network_classifies(compared: Any, o
     (path,) = folder.glob("*.zarr")
     ids = [segment.segment_id for segment in found.segments]
     assert sorted(ids) == sorted(f"{domain}-test-{i}" for domain in "st" for i in range(4))
-    # Three crops of a clip: views, of which the first is projected.
+    # Entry 0 is the first clip's first crop; crops are views, of which the first is projected.
     pooled = open_store(path).read(ids, "pooled")[:, 0].astype(np.float32)
     table = read_prediction_table(compared.steps / f"table-{stage1.steps['table']}" / "table.parquet")
     heard = table.audio_features[table.find(ids)]
