@@ -16,7 +16,6 @@ from train.cached.feature_rows import read_visual
 from train.data_places import DataPlaces
 from train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segments, embed
 from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
-from train.pictures.run_choice import find_method
 from train.runs import RunRecord
 from train.segment_view.run_predictions import describe_run
 from train.splits import find_shift
@@ -54,7 +53,7 @@ def embed_alignment(
     before = read_cached_features(places, runs_dir, record)
     after = read_projected_features(places, runs_dir, record)
     chosen = choose_segments(before.segments, max_points, seed)
-    titles = ("before: the features of both modalities", f"after: {find_method(record)}, {describe_run(record)}")
+    titles = ("before: the features of both modalities", f"after: {describe_run(record)}")
     first, second = (
         EmbeddedFeatures(
             title,

@@ -14,8 +14,9 @@ from train.pictures.figures import Picture
 from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
 from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
 from train.pictures.norm_shares import N_TOP, compute_shares, draw_shares
-from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run, find_method, find_source_only
+from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run, find_source_only
 from train.runs import RunRecord
+from train.segment_view.run_predictions import find_method
 
 KINDS = ("norms", "shares", "embedding", "cam")
 

@@ -19,9 +19,10 @@ from train.pictures.modality_features import (
 )
 from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
 from train.pictures.norm_shares import compute_shares, draw_shares, share_norm
-from train.pictures.run_choice import RunChoice, choose_alignment_run, find_method, find_source_only
+from train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
 from train.prediction_table import read_prediction_table
 from train.runs import RESULTS, read_runs
+from train.segment_view.run_predictions import find_method
 
 
 def make_features(*, visual: np.ndarray, audio: np.ndarray, heard: np.ndarray, **more: Any) -> ModalityFeatures:
