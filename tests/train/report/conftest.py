@@ -1,0 +1,76 @@
+"""Gives the tests of the report a page of a small data set: a finished Stage 1, and a grid of made-up scores."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pipeline.cards import read_card
+from pipeline.manifest_csv import read_manifest
+from train.runs import RESULTS, RunRecord, append_run
+from train.stage_settings import resolve_settings
+
+SMALL = ("frame.short_side=36", "frame.crop=32", "clip.n_frames=4", "clip.n_clips=2")
+N_RIGHT = {("plain", 0): 1, ("plain", 1): 2, ("gated", 0): 4, ("gated", 1): 3}
+
+
+@pytest.fixture(scope="session")
+def tiny_records() -> ModuleType:
+    """Gives tiny_records.py (importlib mode puts no test folder on the path)."""
+    path = Path(__file__).with_name("tiny_records.py")
+    spec = importlib.util.spec_from_file_location("tiny_records", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_records"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """Is a page, with what it was made of."""
+
+    tiny: Any
+    cache: Path
+    path: Path
+    printed: str
+    records: tuple[RunRecord, ...]
+
+
+@pytest.fixture(scope="session")
+def reported(
+    finished: Any, tiny_shift: ModuleType, tiny_records: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Reported:
+    """Adds a grid's records, and features from before adaptation, to a finished Stage 1, and makes the report."""
+    root = tmp_path_factory.mktemp("report")
+    shutil.copytree(finished.runs, root / "runs")
+    shutil.copytree(finished.root / "cache", root / "cache")
+    tiny = finished.with_runs(root / "runs")
+    card = read_card(tiny.root / "tiny.toml")
+    manifest = read_manifest(tiny.root / "tiny.csv", card)
+    grid = root / "two.toml"
+    planned = tiny_records.plan_grid(
+        grid,
+        card,
+        lambda stage, overrides: resolve_settings(stage, card, "paper", None, list(overrides)).describe(),
+    )
+    records = []
+    for run in planned:
+        record = tiny_records.make_record(run, card.classes, manifest.sha256, N_RIGHT[run.row, run.seed])
+        append_run(tiny.runs / "tiny" / RESULTS, record)
+        records.append(record)
+    places = ["--media", tiny.media, "--cache", root / "cache", "--manifests", tiny.root]
+    small = [part for setting in SMALL for part in ("--set", setting)]
+    code, _, err = tiny_shift.run("extract", "tiny", *places, "--encoders", "slowfast_demo", *small)
+    assert code == 0, err
+    places += ["--runs", tiny.runs, "--reports", root / "reports"]
+    code, out, err = tiny_shift.run("report", "tiny", *places, "--grid", grid)
+    assert code == 0, err
+    return Reported(tiny, root / "cache", root / "reports" / "tiny" / "index.html", out, tuple(records))

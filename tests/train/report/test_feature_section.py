@@ -1,0 +1,52 @@
+"""Checks what the section on features says of where there is nothing to draw, and how large features are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from pipeline.cards import read_card
+from pipeline.manifest_csv import read_manifest
+from pipeline.store.opening import list_stores, open_store
+from train.data_places import DataPlaces
+from train.pictures.adapted_features import open_adapted_store
+from train.report.feature_section import make_feature_section
+from train.runs import RESULTS, read_runs
+
+
+def open_places(finished: Any, cache: Any) -> DataPlaces:
+    card = read_card(finished.root / "tiny.toml")
+    return DataPlaces(card, read_manifest(finished.root / "tiny.csv", card), finished.media, cache)
+
+
+def test_medians_of_norms_are_those_of_the_stores(reported: Any) -> None:
+    runs_dir = reported.tiny.runs / "tiny"
+    records = read_runs(runs_dir / RESULTS)
+    section = make_feature_section(open_places(reported.tiny, reported.cache), runs_dir, records)
+    caption = [block for block in section.blocks if block.kind == "figures"][-1].figures[0].caption
+    pooled = [
+        store
+        for store in map(open_store, list_stores(reported.cache))
+        if [output.name for output in store.spec.outputs] == ["pooled"]
+    ]
+    medians = []
+    for store in (pooled[0], open_adapted_store(runs_dir, records[0])):
+        values = store.read(list(store.segment_ids), "pooled").astype(np.float64)
+        medians.append(float(np.median(np.linalg.norm(values.reshape(-1, values.shape[-1]), axis=1))))
+    told = re.search(r"as extracted (\S+), adapted (\S+)\.", caption)
+    assert told is not None
+    assert told.groups() == (f"{medians[0]:.3g}", f"{medians[1]:.3g}")
+
+
+def test_without_runs_or_features_a_sentence_says_so(finished: Any, tmp_path: Any) -> None:
+    section = make_feature_section(open_places(finished, tmp_path), finished.runs / "tiny", [])
+    assert [block.command for block in section.blocks if block.kind == "missing"] == [
+        "make stage1 DATASET=tiny",
+        "make align METHOD=rna DATASET=tiny",
+    ]
+    records = read_runs(finished.runs / "tiny" / RESULTS)
+    section = make_feature_section(open_places(finished, tmp_path), finished.runs / "tiny", records)
+    (first, _) = [block for block in section.blocks if block.kind == "missing"]
+    assert "has no pooled features of tiny by slowfast_demo" in first.text
