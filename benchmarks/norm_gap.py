@@ -1,7 +1,7 @@
 """Trains on generated features whose modality norms differ by 10 x; shows what becomes of norms and accuracy.
 
     python -m benchmarks.norm_gap [--methods "source_only rna hna"] [--settings "dg uda"] [--gap 10] [--seeds 3]
-        [--steps 9000] [--width 1024] [--curves FILE.csv]
+        [--steps 9000] [--width 1024] [--curves FILE.csv] [--picture FILE.png]
 
 Targets: RNA's ratio of mean norms within 5 % of 1, and its accuracy on the target no worse than source-only's.
 
@@ -156,6 +156,28 @@ def write_curves(curves: dict[str, np.ndarray], path: Path) -> None:
             writer.writerows([title, epoch, *map("{:.4f}".format, pair)] for epoch, pair in enumerate(norms.tolist()))
 
 
+def draw_curves(curves: dict[str, np.ndarray], path: Path) -> None:
+    """Draws the first seed's norms by epoch: a panel a setting and direction, a line a method and modality."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys(" ".join(title.split()[:2]) for title in curves))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), sharey=True, squeeze=False)
+    for panel, ax in zip(panels, axes[0], strict=True):
+        runs = {title.split()[2]: norms for title, norms in curves.items() if title.startswith(f"{panel} ")}
+        for i, (method, norms) in enumerate(runs.items()):
+            for norm, modality, style in zip(norms.T, ("pictures", "sound"), ("-", "--"), strict=True):
+                ax.plot(np.arange(len(norm)), norm, style, color=f"C{i}", label=f"{method}, {modality}")
+        setting, larger = panel.split()
+        ax.set(title=f"{setting}: {larger} features larger", xlabel="epoch", yscale="log")
+    axes[0, 0].set_ylabel("mean feature norm, source")
+    axes[0, -1].legend(fontsize="small", frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def shorten(schedule: AlignmentScheduleConfig, n_steps: int) -> AlignmentScheduleConfig:
     """Shortens a schedule in proportion."""
     share = n_steps / schedule.n_steps
@@ -179,6 +201,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--weight", type=float, help="of RNA, in place of the default")
     parser.add_argument("--curves", type=Path)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     schedule = shorten(AlignmentScheduleConfig(), options.steps)
@@ -208,6 +231,8 @@ def main() -> None:
                 curves[f"{setting} {larger} {method}"] = runs[0].losses[:, -2:]
     if options.curves is not None:
         write_curves(curves, options.curves)
+    if options.picture is not None:
+        draw_curves(curves, options.picture)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import read_failures
 from pipeline.store.location import Place, locate
 from pipeline.store.opening import open_store
+from pipeline.suggestions import suggest
 
 Status = Literal["done", "stale", "failed", "pending", "absent", "unknown"]
 N_CLIPS_SHOWN = 10
@@ -88,9 +88,8 @@ def explain_everywhere(
     if not n_stores:
         raise StoreError("there is no store to look at; give --cache or a store's path")
     if not any(explanation.status != "unknown" for explanation in explanations) and segment_id not in known_ids:
-        near = difflib.get_close_matches(segment_id, known_ids, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise StoreError(f"no segment {segment_id} in {n_stores} stores, nor in their manifests{hint}")
+        hint = suggest(segment_id, sorted(known_ids), there="they have")
+        raise StoreError(f"no segment {segment_id!r} in {n_stores} stores, nor in their manifests; {hint}")
     return explanations
 
 

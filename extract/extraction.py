@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from extract.encoders.registry import find_encoder
 from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
 from extract.run_options import RunOptions
@@ -149,6 +150,9 @@ def extract_features(
             work = _open_work(request, survey, path, spec, weights, segments, progress.advance, refusal)
             work.hold = hold
             works.append(work)
+            made_by, source = work.store.attributes.get("encoder_source", ""), find_encoder(spec.encoder).source
+            if made_by != source:  # the fingerprint knows an encoder's revision, not its code
+                notify_waiting(f"{path} was begun with {made_by or 'echoshift itself'}, and goes on with {source}")
         if not request.allow_full_disk:
             check_space([(work.store.path, count_needed_bytes(work.store, work.wanted)) for work in works])
         jobs = _plan_jobs(request, works)
@@ -208,6 +212,7 @@ def _open_work(
             manifest_sha256=request.manifest.sha256,
             weights_source=f"{weights.ref}: {weights.source}",
             n_rows_per_shard=choose_rows_per_shard(request, survey),
+            encoder_source=find_encoder(spec.encoder).source,
         )
     rows = [segments.get(segment_id) for segment_id in store.segment_ids]
     rows_sha256 = hashlib.sha256(store.read_array("segment_id").tobytes()).digest()

@@ -13,6 +13,7 @@ from extract.presets import apply_preset, find_preset
 from extract.weights.resolve import WeightsRecord
 from pipeline.errors import SpecError
 from pipeline.specs import FeatureSpec, OutputSpec
+from pipeline.suggestions import suggest
 
 SPEC_PARTS = ("clip", "frame", "audio")
 
@@ -59,7 +60,7 @@ def make_feature_spec(
     chosen = _expand_outputs(outputs or ("default",), entry, tuple(shapes))
     for name in chosen:
         if name not in shapes:
-            raise SpecError(f"{encoder} has no output {name!r}; it has {', '.join(shapes)}")
+            raise SpecError(f"{encoder} has no output {name!r}; {suggest(name, shapes, there='it has')}")
     return FeatureSpec(
         encoder=encoder,
         weights=weights.sha256,
@@ -94,11 +95,12 @@ def _apply_override(entry: EncoderEntry, parts: dict[str, dict[str, Any]], overr
     if part == "clip" and len(names) == 2 and parts.get("audio", {}).get("span") == "segment":
         return
     if part not in SPEC_PARTS:
-        raise SpecError(f"override {override!r}: no part {part!r}; there are {', '.join(SPEC_PARTS)}")
+        raise SpecError(f"override {override!r}: no part {part!r}; {suggest(part, SPEC_PARTS)}")
     if part not in parts:
         if len(names) == 3:
             raise SpecError(f"override {override!r}: {entry.name} has no {part!r}")
         return
     if field not in parts[part]:
-        raise SpecError(f"override {override!r}: {part} has no field {field!r}; it has {', '.join(parts[part])}")
+        hint = suggest(field, parts[part], there="it has")
+        raise SpecError(f"override {override!r}: {part} has no field {field!r}; {hint}")
     parts[part][field] = None if text.strip().lower() == "none" else text.strip()

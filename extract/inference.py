@@ -88,7 +88,14 @@ class ShardEncoder:
             torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False),
         ):
             outputs = self._network(batch, names)
-            return {name: outputs[name].float() for name in names}
+            found = {name: outputs[name].float() for name in names}
+        for output in self._spec.outputs:
+            if tuple(found[output.name].shape) != (len(batch), *output.shape):
+                raise SpecError(
+                    f"{self._spec.encoder} computes {output.name} of shape {list(found[output.name].shape[1:])}, its "
+                    f"entry plans {list(output.shape)}; mend its output_shapes"
+                )
+        return found
 
     def _fetch(self) -> None:
         """Hands out the outputs of the batch that was started before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from extract.encoders.registry import EncoderEntry
 from extract.sound.recipes import PLANAMENTE2021
 from pipeline.errors import SpecError
+from pipeline.suggestions import suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,7 @@ def find_preset(name: str) -> Preset:
     try:
         return PRESETS[name]
     except KeyError as error:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
+        hint = suggest(name, PRESETS, listed_by="echoshift list recipes")
         raise SpecError(f"there is no preset {name!r}; {hint}") from error
 
 

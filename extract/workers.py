@@ -122,7 +122,10 @@ def _check_files(ticket: RunTicket, plan: ExtractionPlan, work: ShardWork, addre
         if (ticket.topic, path) in _checked:
             continue
         spec, weights = plan.targets[path].spec, plan.targets[path].weights
-        revision = find_encoder(spec.encoder).revision
+        try:
+            revision = find_encoder(spec.encoder).revision
+        except EchoshiftError as error:
+            raise ClusterError(f"the worker {address}: {error}; install the same encoders there") from error
         if revision != spec.revision:
             raise ClusterError(
                 f"the worker {address} has revision {revision} of {spec.encoder}, the driver {spec.revision}; install "

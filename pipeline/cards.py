@@ -13,8 +13,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import CardError
-
-MANIFESTS_DIR = Path(__file__).resolve().parent.parent / "data" / "manifests"
+from pipeline.places import MANIFESTS_DIR, list_cards
+from pipeline.suggestions import suggest
 
 
 class CardModel(BaseModel):
@@ -135,7 +135,8 @@ class DatasetCard(CardModel):
         for shift in self.shifts:
             unknown = {*shift.source, shift.target} - set(self.domains)
             if unknown:
-                raise ValueError(f"shift {shift.name} names unknown domain {sorted(unknown)[0]!r}")
+                domain = sorted(unknown)[0]
+                raise ValueError(f"shift {shift.name} names unknown domain {domain!r}; {suggest(domain, self.domains)}")
         for count in self.counts:
             if count.domain not in self.domains or count.split not in self.splits:
                 raise ValueError(f"counts name unknown {count.domain}/{count.split}")
@@ -156,8 +157,8 @@ def read_card(path: Path) -> DatasetCard:
     try:
         return DatasetCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml"))) or "none"
-        raise CardError(f"no dataset card {path}; cards there: {known}") from error
+        hint = suggest(path.stem, list_cards(path.parent), listed_by="echoshift list datasets", there="cards there:")
+        raise CardError(f"no dataset card {path}; {hint}") from error
     except tomllib.TOMLDecodeError as error:
         raise CardError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:

@@ -61,6 +61,10 @@ class SegmentOutsideVideoError(MediaError):
     """A segment begins after its video has ended, or reaches further beyond the end than is tolerated."""
 
 
+class PluginError(EchoshiftError):
+    """An encoder or a method of another distribution can't be loaded, or isn't what it must be."""
+
+
 class WeightsError(EchoshiftError):
     """Weights are missing, have another checksum, or don't match the network key by key."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Literal, Protocol
 from pipeline.cards import DatasetCard
 from pipeline.errors import ManifestError, MediaError, MediaNotFoundError
 from pipeline.segments import END_TOLERANCE_S, Segment
+from pipeline.suggestions import suggest
 
 
 class MediaProbe(Protocol):
@@ -102,9 +102,7 @@ def _find_name_faults(segment: Segment, card: DatasetCard) -> Iterator[tuple[str
 def _find_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            listed = ", ".join(known) if len(known) <= 20 else f"{known[0]} ... {known[-1]}"
-            yield f"unknown {what} {name!r}", f"did you mean {close[0]!r}?" if close else f"the card has {listed}"
+            yield f"unknown {what} {name!r}", suggest(name, known, there="the card has")
 
 
 def _find_time_faults(segment: Segment) -> Iterator[tuple[str, str]]:

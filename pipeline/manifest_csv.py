@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cards import MANIFESTS_DIR, DatasetCard
+from pipeline.cards import DatasetCard
 from pipeline.errors import ManifestError
 from pipeline.manifest_check import (
     Fault,
@@ -28,7 +28,9 @@ from pipeline.manifest_check import (
     find_media_faults,
     find_segment_faults,
 )
+from pipeline.places import MANIFESTS_DIR
 from pipeline.segments import Manifest, Segment, TimedLabel
+from pipeline.suggestions import suggest
 
 REQUIRED_COLUMNS = ("segment_id", "video_id", "start_s", "stop_s", "labels", "domain", "split")
 OPTIONAL_COLUMNS = ("noun", "pair_id", "tags", "timed_labels")
@@ -169,7 +171,7 @@ def _require_columns(path: Path, names: Sequence[str]) -> None:
     place = f"{path}:1" if path.suffix == ".csv" else str(path)
     for name in names:
         if name not in COLUMNS:
-            raise ManifestError(f"{place}: unknown column {name!r}; a manifest has {', '.join(COLUMNS)}")
+            raise ManifestError(f"{place}: unknown column {name!r}; {suggest(name, COLUMNS, there='a manifest has')}")
         if names.count(name) > 1:
             raise ManifestError(f"{place}: column {name!r} is there twice; drop one")
     missing = [name for name in REQUIRED_COLUMNS if name not in names]

@@ -8,21 +8,28 @@ import typer
 from typer.exceptions import TyperException
 
 from extract.commands import demo_commands, manifest_commands, store_commands, weights_commands
+from extract.commands.command_group import SuggestingGroup
 from extract.commands.extract_command import extract
 from extract.commands.plan_command import plan
+from extract.commands.terminal import is_plain
 from pipeline.errors import EchoshiftError
 from train.commands.ablate_command import ablate, table
+from train.commands.doctor_command import doctor
+from train.commands.list_command import list_
 from train.commands.network_commands import align, stage2
 from train.commands.picture_command import picture
 from train.commands.report_command import report
 from train.commands.show_command import show
 from train.commands.stage1_command import stage1
+from train.commands.usage_errors import show_usage_error
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
+    cls=SuggestingGroup,
     no_args_is_help=True,
+    rich_markup_mode=None if is_plain(sys.stdout) else "rich",
     pretty_exceptions_enable=False,
     help="Activity recognition in video under domain shift, bridged by sound.",
 )
@@ -37,18 +44,11 @@ app.command("stage2")(stage2)
 app.command("align")(align)
 app.command()(ablate)
 app.command()(table)
+app.command("list")(list_)
+app.command()(doctor)
 app.command()(report)
 app.command()(show)
 app.command()(picture)
-
-
-def show_usage(error: TyperException) -> None:
-    """Prints what is wrong with a command line; usage errors know how to show the command they are about."""
-    show = getattr(error, "show", None)
-    if show is not None:
-        show()
-    else:
-        print(f"error: {error}", file=sys.stderr)
 
 
 def main() -> None:
@@ -58,14 +58,14 @@ def main() -> None:
     130 interrupted.
     """
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="echoshift", standalone_mode=False)
     except EchoshiftError as error:
         print(f"error: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except TyperException as error:
-        show_usage(error)
+        show_usage_error(error)
         sys.exit(EXIT_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.cards import DatasetCard
 from pipeline.errors import EchoshiftError, RunError
+from pipeline.suggestions import suggest
 from train.runs import hash_config
 
 GRIDS_DIR = Path(__file__).resolve().parent / "grids"
@@ -88,7 +88,7 @@ class Grid(GridModel):
         names = [row.name for row in self.rows]
         _require_distinct("row", names)
         if self.baseline and self.baseline not in names:
-            raise ValueError(f"baseline {self.baseline!r} is no row; {_suggest(self.baseline, names)}")
+            raise ValueError(f"baseline {self.baseline!r} is no row; {suggest(self.baseline, names)}")
         if self.published is None and any(row.published for row in self.rows):
             raise ValueError("rows name published methods, but `published` names no paper and table")
         return self
@@ -118,11 +118,11 @@ def read_grid(name_or_path: str | Path) -> Grid:
     if path.suffix != ".toml":
         path = GRIDS_DIR / f"{name_or_path}.toml"
         if str(name_or_path) not in list_grids():
-            raise RunError(f"there is no grid {str(name_or_path)!r}; {_suggest(str(name_or_path), list_grids())}")
+            raise RunError(f"there is no grid {str(name_or_path)!r}; {_suggest_grid(str(name_or_path))}")
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"no grid file {path}; {_suggest(path.stem, list_grids())}") from error
+        raise RunError(f"no grid file {path}; {_suggest_grid(path.stem)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid TOML: {error}") from error
     if "name" in fields:
@@ -161,7 +161,8 @@ def plan_runs(
         raise RunError(f"{card.name} has no shift for grid {grid.name} (sources: {grid.sources}); add it to the card")
     for shift in shifts:
         if shift not in known:
-            raise RunError(f"{card.name} has no shift {shift!r}; {_suggest(shift, known)}")
+            hint = suggest(shift, known, listed_by=f"echoshift list shifts {card.name}")
+            raise RunError(f"{card.name} has no shift {shift!r}; {hint}")
     seeds = tuple(seeds or grid.seeds)
     for what, values in (("shift", shifts), ("seed", seeds)):
         try:
@@ -208,10 +209,8 @@ def _require_distinct(what: str, values: Sequence[object]) -> None:
             raise ValueError(f"{what} {value!r} is listed twice")
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+def _suggest_grid(name: str) -> str:
+    return suggest(name, list_grids(), listed_by="echoshift list grids")
 
 
 def _describe_fault(fault: Mapping[str, Any]) -> str:
@@ -219,5 +218,5 @@ def _describe_fault(fault: Mapping[str, Any]) -> str:
     words = fault["msg"]
     if fault["type"] == "extra_forbidden":
         model: type[GridModel] = GridRow if place[:1] == ["rows"] else PublishedTable if place else Grid
-        words = f"no such key; {_suggest(str(key), (name for name in model.model_fields if name != 'name' or place))}"
+        words = f"no such key; {suggest(str(key), (name for name in model.model_fields if name != 'name' or place))}"
     return f"{'.'.join(map(str, (*place, key)))}: {words}"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from train.grids import PlannedRun
-from train.runs import RunRecord, SelectionRule, keep_latest
+from train.runs import RunRecord, keep_latest
 from train.scoring import read_hits
+from train.selection_rules import SelectionRule
 
 
 def average_hits(

@@ -16,9 +16,9 @@ from train.cached.feature_bank import Rows
 from train.cached.predicting import predict_rows
 from train.cached.training import TrainedRun
 from train.planned_training import MethodRun, PlannedTraining
-from train.runs import SelectionRule
 from train.scores import compute_scores
 from train.scoring import TestSplit
+from train.selection_rules import SelectionRule
 from train.steps import Step, StepResult, hash_json
 
 CHECKPOINT, EPOCHS, PREDICTIONS = "trained.safetensors", "epochs.npz", "predictions.npz"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import RunError
+from pipeline.suggestions import suggest
 
 Settings = dict[str, Any]
 Config = TypeVar("Config", bound=BaseModel)
@@ -66,9 +66,7 @@ def _describe_fault(kind: type[BaseModel], fault: str, place: tuple[int | str, .
         model = getattr(model.model_fields.get(name), "annotation", None)
         if model is None or not hasattr(model, "model_fields"):
             return f"{key}: no such key"
-    near = difflib.get_close_matches(str(place[-1]), model.model_fields, n=1)
-    there = f"did you mean {near[0]}?" if near else f"there are {', '.join(model.model_fields)}"
-    return f"{key}: no such key; {there}"
+    return f"{key}: no such key; {suggest(str(place[-1]), model.model_fields, listed_by='echoshift list settings')}"
 
 
 def _parse_value(text: str) -> Any:

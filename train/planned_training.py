@@ -16,7 +16,7 @@ from train.cached.batches import Domain
 from train.cached.feature_bank import Rows
 from train.cached.training import TrainingJob
 from train.grids import Stage
-from train.runs import SelectionRule
+from train.selection_rules import SelectionRule
 from train.splits import ShiftSplits
 from train.steps import Step, StepRunner
 

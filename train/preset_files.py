@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 
 from pipeline.cards import DatasetCard
 from pipeline.errors import RunError
+from pipeline.suggestions import suggest
 from train.overrides import Settings, make_config, merge_settings, parse_override, read_settings
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -64,8 +64,7 @@ class PresetFiles(Generic[Config]):
 
     def _find_preset(self, name: str) -> Path:
         if name not in self.list_presets():
-            near = difflib.get_close_matches(name, self.list_presets(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.list_presets())}"
+            hint = suggest(name, self.list_presets(), listed_by="echoshift list presets")
             raise RunError(f"there is no preset {name!r} of {self.stage}; {hint}")
         return self.folder / "presets" / f"{name}.toml"
 
@@ -76,7 +75,8 @@ class PresetFiles(Generic[Config]):
         tables = read_settings(path)
         presets = self.list_presets()
         combined = {f"{preset}-{table}" for preset in presets for table in self.other_tables}
-        unknown = set(tables) - {"any", *self.other_tables, *presets, *combined}
-        if unknown:
-            raise RunError(f"{path}: unknown table {sorted(unknown)[0]}")
+        known = ("any", *sorted(self.other_tables), *presets, *sorted(combined))
+        for name in tables:
+            if name not in known:
+                raise RunError(f"{path}: unknown table {name!r}; {suggest(name, known)}")
         return [tables[name] for name in wanted if name in tables]

@@ -11,17 +11,17 @@ from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import RunError
 from train.scores import Scores
+from train.selection_rules import SelectionRule
 from train.steps import hash_json
 
 RESULTS = "results.jsonl"
-SelectionRule = Literal["last", "mean_last", "source_val", "target_oracle"]
 _LOCK_TIMEOUT_S = 60.0
 _GIT_TIMEOUT_S = 10.0
 

@@ -12,6 +12,7 @@ from pipeline.cards import DatasetCard, Shift
 from pipeline.errors import ManifestError
 from pipeline.importers.charades_ego import tag_labelled, thin_pairs
 from pipeline.segments import Manifest, Segment
+from pipeline.suggestions import suggest
 
 TRAIN, TEST = "train", "test"
 
@@ -50,7 +51,8 @@ def find_shift(card: DatasetCard, name: str) -> Shift:
     for shift in card.shifts:
         if shift.name == name:
             return shift
-    raise ManifestError(f"{card.name} has no shift {name!r}; it has {', '.join(s.name for s in card.shifts) or 'none'}")
+    hint = suggest(name, (s.name for s in card.shifts), listed_by=f"echoshift list shifts {card.name}", there="it has")
+    raise ManifestError(f"{card.name} has no shift {name!r}; {hint}")
 
 
 def split_for_shift(

@@ -6,7 +6,6 @@ overrides, holds the settings of all of them.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from extract.encoders.registry import find_encoder
 from pipeline.cards import DatasetCard
 from pipeline.errors import EchoshiftError, RunError
+from pipeline.suggestions import suggest
 from train.alignment.config_files import FILES as ALIGNMENT
 from train.alignment.stage_config import AlignmentStageConfig
 from train.grids import Stage
@@ -93,9 +93,7 @@ def resolve_settings(
     }
     known = sorted({name for names in presets.values() for name in names})
     if preset not in known:
-        near = difflib.get_close_matches(preset, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise RunError(f"there is no preset {preset!r}; {hint}")
+        raise RunError(f"there is no preset {preset!r}; {suggest(preset, known, listed_by='echoshift list presets')}")
     chosen = {name: preset if preset in names else _OTHERWISE for name, names in presets.items()}
     foreign = _list_foreign("stage1")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.cards import DatasetCard, PublishedNumber
-from train.runs import RunRecord, SelectionRule
+from train.runs import RunRecord
+from train.selection_rules import SelectionRule
 
 NO_BENCHMARK = "The dataset is synthetic: these numbers are no benchmark."
 _METRICS = {

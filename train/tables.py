@@ -19,8 +19,9 @@ from train.intervals import (
     compare_segments,
     compute_interval,
 )
-from train.runs import RunRecord, SelectionRule, keep_latest
+from train.runs import RunRecord, keep_latest
 from train.scores import Score
+from train.selection_rules import SelectionRule
 from train.table_notes import write_notes
 
 MEAN = "mean"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
+
+from extract.commands.json_answers import make_jsonable, print_json
 
 if TYPE_CHECKING:
     from extract.reextraction import ReextractionReport
@@ -21,7 +20,7 @@ N_STALE_NAMED = 10
 def print_check(check: StoreCheck, repaired: RepairReport | None, *, as_json: bool) -> None:
     """Prints a line for every fault, what is stale, what a sample says, and what was re-queued."""
     if as_json:
-        typer.echo(json.dumps(describe_check(check, repaired), ensure_ascii=False))
+        print_json({**make_jsonable(check), "repaired": repaired})
         return
     for fault in check.faults:
         where = f"segment {fault.segment_id}: " if fault.segment_id else ""
@@ -45,15 +44,6 @@ def print_check(check: StoreCheck, repaired: RepairReport | None, *, as_json: bo
             f"{len(check.faults)} faults; {repaired.n_rows} rows in {repaired.n_shards} shards are re-queued, "
             f"`echoshift extract` with the same options computes them anew{restored}"
         )
-
-
-def describe_check(check: StoreCheck, repaired: RepairReport | None) -> dict[str, Any]:
-    """Puts a check into what JSON can hold; what has no finite number is null."""
-    described = asdict(check)
-    for comparison in (described["sample"] or {}).get("comparisons", ()):
-        for name in ("max_abs", "relative", "cosine"):
-            comparison[name] = comparison[name] if math.isfinite(comparison[name]) else None
-    return {**described, "repaired": asdict(repaired) if repaired is not None else None}
 
 
 def _print_sample(sample: ReextractionReport) -> None:

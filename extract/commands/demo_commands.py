@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cards import MANIFESTS_DIR
+from extract.commands.command_group import SuggestingGroup
+from extract.commands.json_answers import JsonOption, print_json
+from extract.commands.terminal import QuietOption
+from pipeline.places import MANIFESTS_DIR
 
-app = typer.Typer(no_args_is_help=True, help="Generate the synthetic demo data set.")
+app = typer.Typer(cls=SuggestingGroup, no_args_is_help=True, help="Generate the synthetic demo data set.")
 
 
 @app.command()
@@ -19,13 +22,15 @@ def generate(
     manifests: Annotated[
         Path, typer.Option(help="Where the manifest is written.", envvar="ECHOSHIFT_MANIFESTS")
     ] = MANIFESTS_DIR,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the demo's videos and its manifest; does nothing when they are there already."""
     from extract.commands.terminal import show_progress
     from extract.demo.generating import generate_demo
     from pipeline.manifest_csv import locate_manifest, write_manifest
 
-    with show_progress("videos") as progress:
+    with show_progress("videos", quiet=quiet) as progress:
 
         def show(n_written: int, n_total: int) -> None:
             if n_written == 1:
@@ -35,4 +40,7 @@ def generate(
         segments = generate_demo(to, seed, progress=show)
     path = locate_manifest("demo", manifests)
     write_manifest(path, segments)
+    if as_json:
+        print_json({"media": to, "manifest": path, "n_segments": len(segments), "seed": seed, "synthetic": True})
+        return
     typer.echo(f"{len(segments)} segments of synthetic video in {to}, listed in {path}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import (
     DEFAULT_CACHE,
     BackendName,
@@ -35,8 +36,9 @@ from extract.commands.spec_options import (
     find_media_root,
     resolve_specs,
 )
+from extract.commands.terminal import QuietOption
 from extract.run_options import RunOptions
-from pipeline.cards import MANIFESTS_DIR
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.extraction import ExtractionSummary
@@ -95,10 +97,12 @@ def extract(
     allow_full_disk: Annotated[
         bool, typer.Option("--allow-full-disk", help="Begin even where the disk has no room for all rows.")
     ] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Extract features into stores; resumes, skips what is done, ends with 3 if any segment failed."""
     from extract.commands.cluster_options import end_on_sigterm, plan_cluster
-    from extract.commands.terminal import show_progress
+    from extract.commands.terminal import make_notifier, show_progress
     from extract.extraction import ExtractionRequest, extract_features
     from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import locate_manifest, read_manifest
@@ -122,11 +126,35 @@ def extract(
         wait_s=wait,
         allow_full_disk=allow_full_disk,
     )
-    with end_on_sigterm(), show_progress("segments") as progress:
-        summary = extract_features(request, progress, lambda message: typer.echo(message, err=True))
-    print_summary(summary)
+    with end_on_sigterm(), show_progress("segments", quiet=quiet) as progress:
+        summary = extract_features(request, progress, make_notifier(quiet=quiet))
+    if as_json:
+        print_json({"dataset": dataset, "n_failed": summary.n_failed, **describe_summary(summary)})
+    else:
+        print_summary(summary)
     if summary.n_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def describe_summary(summary: ExtractionSummary) -> dict[str, object]:
+    """Gives what each store holds, with all failures, and how long the run took."""
+    from pipeline.specs import fingerprint
+
+    stores = [
+        {
+            "encoder": store.spec.encoder,
+            "fingerprint": fingerprint(store.spec),
+            "path": store.path,
+            "n_done": store.n_done,
+            "n_silent": store.n_silent if store.spec.audio is not None else None,
+            "n_failed": store.n_failed,
+            "n_pending": store.n_pending,
+            "n_computed": store.n_computed,
+            "failures": store.failures,
+        }
+        for store in summary.stores
+    ]
+    return {"duration_s": summary.duration_s, "stores": stores}
 
 
 def print_summary(summary: ExtractionSummary) -> None:

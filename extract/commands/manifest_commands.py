@@ -9,17 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cards import MANIFESTS_DIR, DatasetCard, read_card, read_dataset_card, write_card
+from extract.commands.command_group import SuggestingGroup
+from extract.commands.completion import complete_dataset
+from extract.commands.json_answers import JsonOption, make_jsonable, print_json
+from extract.commands.spec_options import DatasetArgument
+from extract.commands.terminal import QuietOption
 from pipeline.errors import ManifestError
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.media_survey import MediaSurvey
+    from pipeline.cards import DatasetCard
     from pipeline.segments import Segment
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(no_args_is_help=True, help="Import annotations into a manifest, check it, show it.")
-import_app = typer.Typer(no_args_is_help=True, help="Make data/manifests/DATASET.csv from annotation files.")
+app = typer.Typer(
+    cls=SuggestingGroup, no_args_is_help=True, help="Import annotations into a manifest, check it, show it."
+)
+import_app = typer.Typer(
+    cls=SuggestingGroup, no_args_is_help=True, help="Make data/manifests/DATASET.csv from annotation files."
+)
 app.add_typer(import_app, name="import")
 
 ManifestsOption = Annotated[Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")]
@@ -45,6 +55,7 @@ def epic(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import MM-SADA's splits of EPIC-Kitchens-55."""
+    from pipeline.cards import read_dataset_card
     from pipeline.importers.epic import import_epic
 
     card = read_dataset_card("epic", manifests)
@@ -62,6 +73,7 @@ def charades_ego(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import CharadesEgo: third person to first person, multi-label."""
+    from pipeline.cards import read_dataset_card
     from pipeline.importers.charades_ego import import_charades_ego
 
     card = read_dataset_card("charades_ego", manifests)
@@ -74,6 +86,7 @@ def folder(
     dataset: Annotated[str, typer.Option(help="The dataset's name; its card is made when there is none.")],
     allow_counts: AllowCountsOption = False,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    quiet: QuietOption = False,
 ) -> None:
     """Import a folder of videos sorted by domain, split and class; each video is a segment."""
     from extract.commands.terminal import show_progress
@@ -81,7 +94,7 @@ def folder(
     from pipeline.importers.folder import card_from_folder, import_folder
 
     card = _read_or_make_card(dataset, manifests, lambda: card_from_folder(media, dataset))
-    with show_progress("videos") as progress:
+    with show_progress("videos", quiet=quiet) as progress:
         progress.start("measuring", 0)
 
         def probe(path: Path) -> float:
@@ -100,6 +113,7 @@ def hac(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import SimMMDG's Human-Animal-Cartoon lists; the lengths come from the videos."""
+    from pipeline.cards import read_dataset_card
     from pipeline.importers.hac import import_hac
 
     card = read_dataset_card("hac", manifests)
@@ -122,35 +136,49 @@ def csv_(
 
 @app.command()
 def check(
-    dataset: Annotated[str, typer.Argument(help="A dataset with a card in data/manifests.")],
+    dataset: Annotated[
+        str, typer.Argument(help="A dataset with a card in data/manifests.", autocompletion=complete_dataset)
+    ],
     file: Annotated[Path | None, typer.Option(help="Another file than data/manifests/DATASET.csv.")] = None,
     media: Annotated[Path | None, typer.Option(help="Also look at the videos: is each there, and long enough?")] = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    as_json: JsonOption = False,
 ) -> None:
     """Name file and line of every fault; ends with 1 if there is any."""
+    from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import check_manifest, locate_manifest
 
     card = read_dataset_card(dataset, manifests)
     path = file or locate_manifest(dataset, manifests)
     faults = check_manifest(path, card, _survey(media, card) if media else None)
-    for fault in faults:
-        typer.echo(f"{fault.level}: {fault}")
     n_errors = sum(fault.level == "error" for fault in faults)
-    typer.echo(f"{path}: {n_errors} errors, {len(faults) - n_errors} warnings")
+    if as_json:
+        counts = {"n_errors": n_errors, "n_warnings": len(faults) - n_errors}
+        print_json({"dataset": dataset, "manifest": path, **counts, "faults": faults})
+    else:
+        for fault in faults:
+            typer.echo(f"{fault.level}: {fault}")
+        typer.echo(f"{path}: {n_errors} errors, {len(faults) - n_errors} warnings")
     if n_errors:
         raise typer.Exit(EXIT_FAULTS)
 
 
 @app.command()
 def show(
-    dataset: Annotated[str, typer.Argument(help="A dataset with a card and a manifest in data/manifests.")],
+    dataset: DatasetArgument,
     manifests: ManifestsOption = MANIFESTS_DIR,
+    as_json: JsonOption = False,
 ) -> None:
     """Count segments, classes and videos of each domain and split."""
+    from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import locate_manifest, read_manifest
 
     card = read_dataset_card(dataset, manifests)
-    _print_counts(card, read_manifest(locate_manifest(dataset, manifests), card).segments)
+    manifest = read_manifest(locate_manifest(dataset, manifests), card)
+    if as_json:
+        print_json({**describe_counts(card, manifest.segments), "sha256": manifest.sha256})
+    else:
+        _print_counts(card, manifest.segments)
 
 
 def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
@@ -162,6 +190,8 @@ def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
 
 
 def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], DatasetCard]) -> DatasetCard:
+    from pipeline.cards import read_card, write_card
+
     path = manifests / f"{dataset}.toml"
     if path.exists():
         return read_card(path)
@@ -178,6 +208,17 @@ def _write(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) ->
     write_manifest(path, segments)
     _print_counts(card, segments)
     typer.echo(f"wrote {len(segments):,} segments to {path}")
+
+
+def describe_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> dict[str, object]:
+    """Gives what `manifest show` counts; classes by name, as a card fixes them."""
+    from pipeline.manifest_summary import summarise_manifest
+
+    splits = [
+        {**make_jsonable(summary), "n_per_class": dict(zip(card.classes, summary.n_per_class, strict=True))}
+        for summary in summarise_manifest(segments, card)
+    ]
+    return {"dataset": card.name, "title": card.title, "n_segments": len(segments), "splits": splits}
 
 
 def _print_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> None:

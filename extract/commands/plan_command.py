@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import (
     DEFAULT_CACHE,
     BackendName,
@@ -37,7 +36,8 @@ from extract.commands.spec_options import (
     find_media_root,
     resolve_specs,
 )
-from pipeline.cards import MANIFESTS_DIR
+from extract.commands.terminal import QuietOption
+from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.run_estimate import RunEstimate
@@ -65,7 +65,8 @@ def plan(
     retry_failed: RetryFailedOption = False,
     sample: Annotated[int, typer.Option(help="Segments to time; 0 times nothing.", min=0)] = 8,
     seed: Annotated[int, typer.Option(help="The same seed times the same segments.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what extract would do with the same options: segments, clips, bytes, files, hours; writes no store."""
     from extract.commands.terminal import show_progress
@@ -93,7 +94,7 @@ def plan(
         n_rows_per_shard=rows_per_shard,
     )
     survey = MediaSurvey(request.media_root, card.media)
-    with show_progress("segments") as progress:
+    with show_progress("segments", quiet=quiet) as progress:
         progress.start("looking at media", len(request.manifest) * len(request.encoders))
         estimate = plan_run(request, survey, progress.advance)
         timed = None
@@ -101,7 +102,7 @@ def plan(
             progress.start("timing a sample", sum(min(sample, len(work.segments)) for work in estimate.work))
             timed = time_sample(request, survey, estimate.work, sample, seed, progress.advance)
     if as_json:
-        typer.echo(json.dumps(describe_plan(estimate, timed), ensure_ascii=False))
+        print_json(describe_plan(estimate, timed))
         return
     print_plan(estimate, timed, asked=sample > 0)
     if not estimate.fits:
@@ -109,13 +110,13 @@ def plan(
 
 
 def describe_plan(estimate: RunEstimate, timed: TimedSample | None) -> dict[str, object]:
-    """Puts a plan into what JSON can hold; the work itself becomes counts."""
+    """Gives what a plan says in numbers, without the work itself."""
     return {
-        "stores": [asdict(store) for store in estimate.stores],
+        "stores": estimate.stores,
         "n_bytes_to_add": estimate.n_bytes_to_add,
         "n_bytes_free": estimate.n_bytes_free,
         "fits": estimate.fits,
-        "timed": asdict(timed) if timed is not None else None,
+        "timed": timed,
     }
 
 

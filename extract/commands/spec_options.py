@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.completion import (
+    complete_dataset,
+    complete_encoder_weights,
+    complete_encoders,
+    complete_recipe,
+    complete_spec_setting,
+)
 from pipeline.errors import SpecError
+from pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from extract.weights.resolve import WeightsRecord
@@ -56,26 +64,43 @@ class FlowName(StrEnum):
     dis = "dis"
 
 
-DatasetArgument = Annotated[str, typer.Argument(help="A dataset with a card and a manifest in data/manifests.")]
+DatasetArgument = Annotated[
+    str,
+    typer.Argument(help="A dataset with a card and a manifest in data/manifests.", autocompletion=complete_dataset),
+]
 MediaOption = Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")]
-EncodersOption = Annotated[str, typer.Option(help="Names, separated by blanks; default: those of the card.")]
+EncodersOption = Annotated[
+    str,
+    typer.Option(help="Names, separated by blanks; default: those of the card.", autocompletion=complete_encoders),
+]
 WeightsOption = Annotated[
     list[str] | None,
-    typer.Option(help="ENCODER=REF; REF is a name of `weights ls`, a .safetensors file, or random:SEED."),
+    typer.Option(
+        help="ENCODER=REF; REF is a name of `weights ls`, a .safetensors file, or random:SEED.",
+        autocompletion=complete_encoder_weights,
+    ),
 ]
 OutputsOption = Annotated[
     list[str] | None,
     typer.Option(help="[ENCODER=]NAME,NAME; beside names of outputs: default, trunk (for Stage 1) and all."),
 ]
 PresetOption = Annotated[
-    str, typer.Option(help="A recipe of the papers, such as zhang-stage1-train; README lists them.")
+    str,
+    typer.Option(
+        help="A recipe of the papers, such as zhang-stage1-train; `echoshift list recipes` shows them.",
+        autocompletion=complete_recipe,
+    ),
 ]
 FlowOption = Annotated[
     FlowName, typer.Option(help="Where flow comes from; auto: u/ and v/ images where there are any, else tvl1.")
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="[ENCODER.]part.field=value, such as clip.n_clips=10 or frame.crop=224."),
+    typer.Option(
+        "--set",
+        help="[ENCODER.]part.field=value, such as clip.n_clips=10 or frame.crop=224.",
+        autocompletion=complete_spec_setting,
+    ),
 ]
 BackendOption = Annotated[BackendName, typer.Option(help="How the store lies on disk.")]
 CacheOption = Annotated[str, typer.Option(help="Where stores lie: a folder or a URL.", envvar="ECHOSHIFT_CACHE")]
@@ -160,6 +185,7 @@ def _parse_pairs(option: str, pairs: list[str], encoders: list[str]) -> dict[str
     for pair in pairs:
         encoder, equals, value = pair.partition("=")
         if not equals or encoder not in encoders:
-            raise SpecError(f"{option} {pair!r} is not ENCODER=…, ENCODER one of {', '.join(encoders)}")
+            hint = suggest(encoder, encoders)
+            raise SpecError(f"{option} {pair!r} is not ENCODER=…, ENCODER one of those extracted; {hint}")
         parsed[encoder] = value
     return parsed

@@ -8,13 +8,22 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cards import MANIFESTS_DIR
+from extract.commands.command_group import SuggestingGroup
+from extract.commands.completion import complete_dataset, complete_segment, complete_store
+from extract.commands.json_answers import JsonOption, print_json
+from extract.commands.terminal import QuietOption, print_table, show_progress
+from pipeline.places import MANIFESTS_DIR
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores.")
+app = typer.Typer(
+    cls=SuggestingGroup, no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores."
+)
 
-StoreArgument = Annotated[str, typer.Argument(help="A store: CACHE/DATASET/ENCODER-FINGERPRINT.zarr or .h5.")]
+StoreArgument = Annotated[
+    str,
+    typer.Argument(help="A store: CACHE/DATASET/ENCODER-FINGERPRINT.zarr or .h5.", autocompletion=complete_store),
+]
 CacheOption = Annotated[str, typer.Option(help="Where stores lie: a folder or a URL.", envvar="ECHOSHIFT_CACHE")]
 
 
@@ -35,37 +44,27 @@ class ImportName(StrEnum):
 
 
 @app.command("ls")
-def list_(cache: CacheOption = "cache") -> None:
+def list_(cache: CacheOption = "cache", as_json: JsonOption = False) -> None:
     """List the stores below the cache, with what is in them."""
-    from extract.commands.terminal import print_table
-    from pipeline.store.layout import DONE, FAILED
-    from pipeline.store.opening import list_stores, open_store
+    from extract.commands.store_listing import summarise_stores
 
-    rows = []
-    for path in list_stores(cache):
-        store = open_store(path)
-        state = store.read_array("state")
-        outputs = ", ".join(f"{o.name} {list(o.shape)}" for o in store.spec.outputs)
-        rows.append(
-            [
-                store.attributes["dataset"],
-                store.spec.encoder,
-                outputs,
-                store.layout.n_clips,
-                store.spec.dtype,
-                int((state == DONE).sum()),
-                int((state == FAILED).sum()),
-                store.layout.n_rows,
-                f"{path.measure_bytes() / 1e6:.1f}",
-                path,
-            ]
-        )
+    found = summarise_stores(cache)
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        [
+            s.dataset, s.encoder, ", ".join(f"{name} {list(shape)}" for name, shape in s.outputs.items()), s.n_clips,
+            s.dtype, s.n_done, s.n_failed, s.n_rows, f"{s.n_bytes / 1e6:.1f}", s.store,
+        ]
+        for s in found
+    ]  # fmt: skip
     columns = ("dataset", "encoder", "outputs", "clips", "type", "done", "failed", "rows", "MB", "store")
     print_table(f"stores in {cache}", columns, rows)
 
 
 @app.command()
-def info(store: StoreArgument) -> None:
+def info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Describe one store: its specification, where its weights came from, versions, rows."""
     import json
 
@@ -76,10 +75,14 @@ def info(store: StoreArgument) -> None:
     from pipeline.store.opening import open_store
 
     opened = open_store(store)
-    typer.echo(json.dumps(dict(opened.attributes), indent=2, ensure_ascii=False))
     states, counts = np.unique(opened.read_array("state"), return_counts=True)
-    text = ", ".join(f"{n} {STATE_NAMES[s]}" for s, n in zip(states.tolist(), counts.tolist(), strict=True))
-    typer.echo(f"rows: {text}; {locate(store).measure_bytes() / 1e6:.1f} MB on disk")
+    rows = {STATE_NAMES[s]: n for s, n in zip(states.tolist(), counts.tolist(), strict=True)}
+    n_bytes = locate(store).measure_bytes()
+    if as_json:
+        print_json({"store": store, "attributes": opened.attributes, "rows": rows, "n_bytes": n_bytes})
+        return
+    typer.echo(json.dumps(dict(opened.attributes), indent=2, ensure_ascii=False))
+    typer.echo(f"rows: {', '.join(f'{n} {name}' for name, n in rows.items())}; {n_bytes / 1e6:.1f} MB on disk")
 
 
 @app.command()
@@ -95,13 +98,13 @@ def verify(
     ] = MANIFESTS_DIR,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; for --sample.")] = "auto",
     repair: Annotated[bool, typer.Option("--repair", help="Re-queue what fails, for extract to compute anew.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check checksums, values, times, ledger, and a sample extracted anew; ends with 1 and a line for every fault."""
     from contextlib import nullcontext
 
     from extract.commands.check_printing import print_check
-    from extract.commands.terminal import show_progress
     from extract.run_options import RunOptions
     from extract.store_check import CheckOptions, check_store, repair_store
     from pipeline.store.opening import hold_store, open_store
@@ -109,7 +112,7 @@ def verify(
     open_store(store)  # holding makes files beside it, so that it must be there
     options = CheckOptions(manifests, media, sample, seed, RunOptions(device=device))
     with hold_store(store) if repair else nullcontext():
-        with show_progress("segments") as progress:
+        with show_progress("segments", quiet=quiet) as progress:
             check = check_store(store, options, progress.advance)
         repaired = repair_store(store, check, options) if repair and check.faults else None
     print_check(check, repaired, as_json=as_json)
@@ -119,27 +122,29 @@ def verify(
 
 @app.command()
 def explain(
-    segment: Annotated[str, typer.Argument(help="A segment's id.")],
-    store: Annotated[str | None, typer.Argument(help="One store; default: every store that may know it.")] = None,
+    segment: Annotated[str, typer.Argument(help="A segment's id.", autocompletion=complete_segment)],
+    store: Annotated[
+        str | None,
+        typer.Argument(help="One store; default: every store that may know it.", autocompletion=complete_store),
+    ] = None,
     cache: CacheOption = "cache",
-    dataset: Annotated[str, typer.Option(help="Look at this dataset's stores alone.")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="Look at this dataset's stores alone.", autocompletion=complete_dataset)
+    ] = "",
     media: Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")] = None,
     manifests: Annotated[
         Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
     ] = MANIFESTS_DIR,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say why a segment's row is done, stale, failed or pending, in one store or in all that may know it."""
-    import json
-    from dataclasses import asdict
-
     from extract.explaining import explain_everywhere, format_explanation
     from pipeline.store.opening import list_stores
 
     paths = [store] if store is not None else list_stores(cache)
     explanations = explain_everywhere(paths, segment, manifests, media, dataset)
     if as_json:
-        typer.echo(json.dumps([asdict(explanation) for explanation in explanations], ensure_ascii=False))
+        print_json(explanations)
         return
     for explanation in explanations:
         for line in format_explanation(explanation):
@@ -152,12 +157,16 @@ def export(
     to: Annotated[Path, typer.Option(help="The file to write.")],
     form: Annotated[ExportName, typer.Option(help="What to write.")] = ExportName.npz,
     output: Annotated[str, typer.Option(help="Which output.")] = "pooled",
+    as_json: JsonOption = False,
 ) -> None:
     """Write one output of every done row as npz, one h5, Parquet, or EPIC-100's pickle."""
     from pipeline.store.exporting import export_store
     from pipeline.store.opening import open_store
 
     n_rows = export_store(open_store(store), output, to, form.value)
+    if as_json:
+        print_json({"store": store, "output": output, "form": form, "file": to, "n_segments": n_rows})
+        return
     typer.echo(f"wrote {n_rows} segments to {to}")
 
 
@@ -165,13 +174,10 @@ def export(
 def audit(
     store: StoreArgument,
     output: Annotated[str | None, typer.Option(help="Which output; default: all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Sum up what the features look like; ends with 1 and a line for every output that can't be right."""
-    import json
-    from dataclasses import asdict
-
-    from extract.commands.terminal import show_progress
     from extract.describing_audits import describe_audit
     from pipeline.store.auditing import audit_output, find_audit_faults
     from pipeline.store.opening import open_store
@@ -179,14 +185,13 @@ def audit(
     opened = open_store(store)
     names = [output] if output is not None else [o.name for o in opened.spec.outputs]
     audits = []
-    with show_progress("rows") as progress:
+    with show_progress("rows", quiet=quiet) as progress:
         for name in names:
             progress.start(f"auditing {name}", opened.layout.n_rows)
             audits.append(audit_output(opened, name, progress.advance))
     faults = [fault for found in audits for fault in find_audit_faults(found)]
     if as_json:
-        report = {"store": str(store), "outputs": [asdict(found) for found in audits], "faults": faults}
-        typer.echo(json.dumps(report, indent=2))
+        print_json({"store": store, "outputs": audits, "faults": faults})
     else:
         for found in audits:
             for line in describe_audit(found):
@@ -200,7 +205,10 @@ def audit(
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="A folder of SEGMENT_ID.npz or .npy, an exported .npz, or a pickle.")],
-    dataset: Annotated[str, typer.Option(help="A dataset with a card and a manifest in data/manifests.")],
+    dataset: Annotated[
+        str,
+        typer.Option(help="A dataset with a card and a manifest in data/manifests.", autocompletion=complete_dataset),
+    ],
     encoder: Annotated[str, typer.Option(help="What the features are called; part of the store's name.")],
     form: Annotated[ImportName, typer.Option(help="npz (folder or file), or EPIC-100's pickle.")] = ImportName.npz,
     output: Annotated[str, typer.Option(help="The output's name in the store.")] = "pooled",
@@ -213,20 +221,22 @@ def import_(
     manifests: Annotated[
         Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
     ] = MANIFESTS_DIR,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a store of features that were computed elsewhere; nothing in a pickle is run."""
-    from extract.commands.terminal import show_progress
     from pipeline.cards import read_dataset_card
     from pipeline.errors import StoreError
     from pipeline.manifest_csv import locate_manifest, read_manifest
     from pipeline.store.import_sources import open_import_source
     from pipeline.store.importing import import_features
+    from pipeline.suggestions import suggest
 
     if backend not in ("zarr", "hdf5"):
-        raise StoreError(f"no backend {backend!r}; there are zarr and hdf5")
+        raise StoreError(f"no backend {backend!r}; {suggest(backend, ('zarr', 'hdf5'))}")
     manifest = read_manifest(locate_manifest(dataset, manifests), read_dataset_card(dataset, manifests))
     opened = open_import_source(source, form.value, modality)
-    with show_progress("segments") as progress:
+    with show_progress("segments", quiet=quiet) as progress:
         progress.start("importing", len(manifest))
         summary = import_features(
             opened,
@@ -238,6 +248,9 @@ def import_(
             allow_unknown=allow_unknown,
             notify=progress.advance,
         )
+    if as_json:
+        print_json(summary)
+        return
     if summary.unknown_ids:
         typer.echo(f"left out: {len(summary.unknown_ids)} unknown segments, the first {summary.unknown_ids[0]}")
     typer.echo(

@@ -1,106 +1,122 @@
-"""Prints tables and progress: rich on a terminal, plain lines elsewhere."""
+"""Prints tables, progress and notices: drawn on a terminal, plain lines elsewhere, nothing where quiet is wanted.
+
+Answers go to stdout, everything else to stderr. Plain is what isn't a terminal, calls itself dumb, or says NO_COLOR.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated, Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
-from rich.progress import TimeRemainingColumn as Remaining
-from rich.table import Table
-from rich.text import Text
+import typer
 
 PLAIN_INTERVAL_S = 10.0
 
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices: result and errors only.")]
+
+
+class Progress(Protocol):
+    """Shows how far work is."""
+
+    def start(self, what: str, n_total: int) -> None:
+        """Begins a stretch of work of n_total steps."""
+        ...
+
+    def describe(self, what: str) -> None:
+        """Says how the work under way goes."""
+        ...
+
+    def advance(self, n: int = 1) -> None:
+        """Counts steps done."""
+        ...
+
+
+def is_plain(stream: TextIO) -> bool:
+    """Says whether a stream gets plain text: no frames, no colours, no bars."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb" or not stream.isatty()
+
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table: framed on a terminal, elsewhere plain columns of which no text is cut or folded."""
+    """Prints a table: drawn on a terminal, elsewhere plain columns of which no text is cut or folded."""
     lines = [[str(cell) for cell in row] for row in rows]
     right = [bool(lines) and all(re.fullmatch(r"[\d.,%+-]+", line[i]) for line in lines) for i in range(len(columns))]
-    console = Console()
-    if not console.is_terminal:
+    if is_plain(sys.stdout):
         widths = [max(map(len, (column, *(line[i] for line in lines)))) for i, column in enumerate(columns)]
         print(title)
         for line in (list(columns), *lines):
             cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
             print("  ".join(cells).rstrip())
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column, numeric in zip(columns, right, strict=True):
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    from extract.commands.drawn_tables import draw_table
+
+    draw_table(title, columns, lines, right)
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        """Shows steps per second."""
-        return Text(f"{task.finished_speed or task.speed or 0:.1f}/s")
-
-
-class TerminalProgress:
-    """Shows a bar with rate and time left on a terminal; elsewhere a line every ten seconds."""
+class PlainProgress:
+    """Writes a line on stderr every ten seconds, and at once what is described."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
-        self._is_terminal = sys.stderr.isatty()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _RateColumn(),
-            Elapsed(),
-            Remaining(),
-            console=Console(stderr=True),
-            disable=not self._is_terminal,
-        )
-        self._task: TaskID | None = None
         self._what, self._n_total, self._n_done = "", 0, 0
         self._started = self._last_line = time.monotonic()
 
     def start(self, what: str, n_total: int) -> None:
         """Begins a stretch of work of n_total steps."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(what, total=n_total)
         self._what, self._n_total, self._n_done = what, n_total, 0
         self._started = self._last_line = time.monotonic()
 
     def describe(self, what: str) -> None:
-        """Says how the work under way goes, in place of what it was begun as; elsewhere it is a line of its own."""
+        """Says how the work under way goes, in a line of its own."""
         self._what = what
-        if self._task is not None:
-            self._bar.update(self._task, description=what)
-        if not self._is_terminal:
-            self._last_line = time.monotonic()
-            print(what, file=sys.stderr, flush=True)
+        self._last_line = time.monotonic()
+        print(what, file=sys.stderr, flush=True)
 
     def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
+        """Counts steps done; how many there are may be unknown, and then no end is foretold."""
         self._n_done += n
-        if self._task is not None:
-            self._bar.advance(self._task, n)
         now = time.monotonic()
-        if not self._is_terminal and now - self._last_line >= PLAIN_INTERVAL_S:
-            self._last_line = now
-            rate = self._n_done / (now - self._started)
-            left_s = (self._n_total - self._n_done) / rate
-            print(
-                f"{self._what}: {self._n_done}/{self._n_total} {self._unit}, {rate:.1f}/s, {left_s:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - self._last_line < PLAIN_INTERVAL_S:
+            return
+        self._last_line = now
+        rate = self._n_done / (now - self._started)
+        of = f"/{self._n_total}" if self._n_total else ""
+        line = f"{self._what}: {self._n_done}{of} {self._unit}, {rate:.1f}/s"
+        left_s = max(0.0, (self._n_total - self._n_done) / rate) if rate else 0.0
+        print(f"{line}, {left_s:.0f} s left" if self._n_total else line, file=sys.stderr, flush=True)
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def start(self, what: str, n_total: int) -> None:
+        """Shows nothing."""
+
+    def describe(self, what: str) -> None:
+        """Shows nothing."""
+
+    def advance(self, n: int = 1) -> None:
+        """Shows nothing."""
 
 
 @contextmanager
-def show_progress(unit: str) -> Iterator[TerminalProgress]:
-    """Shows progress while the block runs."""
-    progress = TerminalProgress(unit)
-    with progress._bar:
-        yield progress
+def show_progress(unit: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """Shows progress on stderr while the block runs; nothing when quiet."""
+    if quiet:
+        yield SilentProgress()
+    elif is_plain(sys.stderr):
+        yield PlainProgress(unit)
+    else:
+        from extract.commands.progress_bars import draw_bar
+
+        with draw_bar() as progress:
+            yield progress
+
+
+def make_notifier(*, quiet: bool) -> Callable[[str], None]:
+    """Makes what tells the user something beside the answer: a line on stderr, nothing when quiet."""
+    return (lambda message: None) if quiet else (lambda message: typer.echo(message, err=True))

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pipeline.errors import SpecError
+from pipeline.suggestions import suggest
 
 
 class EncoderNetwork(nn.Module, ABC):
@@ -60,7 +61,7 @@ class EncoderNetwork(nn.Module, ABC):
         for stage, prefixes in self.stages.items():
             if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
                 return stage
-        raise SpecError(f"{type(self).__name__} has no stage for {name!r}; there are {', '.join(self.stages)}")
+        raise SpecError(f"{type(self).__name__} has no stage for {name!r}; {suggest(name, self.stages)}")
 
     def iterate_stage_modules(self, stage: str) -> Iterator[nn.Module]:
         """Gives the modules of a stage, those inside of them too."""
@@ -76,7 +77,7 @@ class EncoderNetwork(nn.Module, ABC):
         known = (*self.trunk_names, *self.head_names)
         for name in outputs:
             if name not in known:
-                raise SpecError(f"{type(self).__name__} has no output {name!r}; it has {', '.join(known)}")
+                raise SpecError(f"{type(self).__name__} has no output {name!r}; {suggest(name, known, there='it has')}")
         computed = self.trunk(x)
         if any(name in self.head_names for name in outputs):
             computed = {**computed, **self.head(computed)}

@@ -36,7 +36,7 @@ def prepare_for_inference(
     The form has the same `trunk`, `head` and `forward`. Norms are folded into the convolutions, which run in
     `precision` by themselves: no autocast is needed around it. Pooling, classifiers and outputs past the trunk are
     float32. In fp32 the outputs differ from the network's by rounding alone.
-    Raises SpecError for a class of network that has no inference form.
+    A class of network without a form, such as one from outside, runs as it is in fp32; SpecError in another precision.
     """
     form = copy.deepcopy(network).eval().requires_grad_(False).to(device)
     dtype = DTYPES[precision]
@@ -48,8 +48,8 @@ def prepare_for_inference(
         _swap(form, ConvNorm, lambda layer: FusedConv(layer.conv, layer.bn, has_relu=True, dtype=dtype))
     elif isinstance(form, AudioResNet):
         _fuse_timm(form.net, dtype)
-    else:
-        raise SpecError(f"{type(network).__name__} has no inference form")
+    elif precision != "fp32":
+        raise SpecError(f"{type(network).__name__} has no inference form in {precision}; use fp32")
     return form
 
 

@@ -1,10 +1,13 @@
-"""Lists the encoders by name with their default preprocessing, outputs and builders; needs no torch to be imported."""
+"""Lists the encoders by name with their default preprocessing, outputs and builders; needs no torch to be imported.
+
+An encoder of another distribution is found by its entry point in the group `echoshift.encoders`
+(docs/adding-an-encoder.md).
+"""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -18,8 +21,10 @@ from extract.encoders.output_shapes import (
     plan_slowonly_outputs,
 )
 from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
-from pipeline.errors import SpecError
+from pipeline.errors import PluginError, SpecError
+from pipeline.plugins import ENCODER_GROUP, Plugin, list_plugin_names, load_plugin
 from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+from pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from extract.encoders.encoder_network import EncoderNetwork
@@ -38,6 +43,7 @@ class EncoderEntry:
         default_outputs: what is stored when nothing is asked for.
         build: builds the whole network with its classifier and default initialisation.
         output_shapes: gives every output's shape for one clip.
+        source: of an encoder from outside, the distribution it came from; set when it is found, not by its author.
     """
 
     name: str
@@ -49,6 +55,7 @@ class EncoderEntry:
     default_outputs: tuple[str, ...]
     build: Callable[[], EncoderNetwork]
     output_shapes: Callable[[ClipSpec, FrameSpec | AudioSpec], Shapes]
+    source: str = ""
 
 
 # METHODS 2; what mmaction2's networks were trained with.
@@ -201,10 +208,65 @@ ENCODERS: Mapping[str, EncoderEntry] = MappingProxyType({entry.name: entry for e
 
 
 def find_encoder(name: str) -> EncoderEntry:
-    """Finds an encoder by name; raises SpecError with the nearest name, or with all of them."""
+    """Finds an encoder by name, echoshift's own or one from outside.
+
+    Raises SpecError with the nearest name, or with all of them; PluginError where the one from outside isn't sound.
+    """
+    plugin = load_plugin(ENCODER_GROUP, name)
+    if plugin is not None:
+        return _check_plugin(plugin)
     try:
         return ENCODERS[name]
     except KeyError as error:
-        near = difflib.get_close_matches(name, ENCODERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ENCODERS)}"
+        names = (*ENCODERS, *list_plugin_names(ENCODER_GROUP))
+        hint = suggest(name, names, listed_by="echoshift list encoders")
         raise SpecError(f"there is no encoder {name!r}; {hint}") from error
+
+
+def _check_plugin(plugin: Plugin) -> EncoderEntry:
+    """Gives the entry of an encoder from outside, with its source; raises PluginError naming what is wrong."""
+    entry = plugin.found
+    if not isinstance(entry, EncoderEntry):
+        raise PluginError(
+            f"{plugin.source} is a {type(entry).__name__}; an encoder's entry point names an EncoderEntry"
+        )
+    fault = ""
+    if plugin.name in ENCODERS:
+        fault = "has the name of one of echoshift's own; take another"
+    elif entry.name != plugin.name:
+        fault = f"calls itself {entry.name!r}; entry point and EncoderEntry need one name"
+    elif (entry.frame is None) == (entry.audio is None) or entry.modality != (
+        "audio" if entry.frame is None else entry.frame.input
+    ):
+        fault = f"needs a `frame` for rgb or flow, or an `audio`, as its modality {entry.modality!r} says"
+    else:
+        spec = entry.frame or entry.audio
+        assert spec is not None, "one of the two is there"
+        try:
+            shapes = entry.output_shapes(entry.clip, spec)
+        except Exception as error:  # a stranger's code may raise anything
+            place = f"the encoder {plugin.name!r} of {plugin.source}"
+            raise PluginError(f"{place} can't plan its outputs: {type(error).__name__}: {error}") from error
+        missing = set(entry.default_outputs) - set(shapes)
+        if missing or not entry.default_outputs:
+            fault = f"plans no shape for its default outputs {', '.join(sorted(missing)) or '(it has none)'}"
+    if fault:
+        raise PluginError(f"the encoder {plugin.name!r} of {plugin.source} {fault}")
+    return replace(entry, build=partial(_build_plugin, entry, plugin.source), source=plugin.source)
+
+
+def _build_plugin(entry: EncoderEntry, source: str) -> EncoderNetwork:
+    """Builds the network of an encoder from outside; raises PluginError where it isn't an EncoderNetwork."""
+    from extract.encoders.encoder_network import EncoderNetwork
+
+    try:
+        network = entry.build()
+    except Exception as error:  # a stranger's code may raise anything
+        place = f"the encoder {entry.name!r} of {source}"
+        raise PluginError(f"{place} can't be built: {type(error).__name__}: {error}") from error
+    if not isinstance(network, EncoderNetwork):
+        raise PluginError(
+            f"the encoder {entry.name!r} of {source} builds a {type(network).__name__}; it must be an EncoderNetwork "
+            f"(extract/encoders/encoder_network.py)"
+        )
+    return network

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from extract.encoders.registry import ENCODERS
 from pipeline.errors import WeightsError
+from pipeline.suggestions import suggest
 
 CATALOGUE_PATH = Path(__file__).with_name("catalogue.toml")
 
@@ -58,7 +58,7 @@ class CatalogueEntry(BaseModel):
         if self.url and self.package:
             raise ValueError("a checkpoint comes from a url or from a package")
         if self.encoder not in ENCODERS:
-            raise ValueError(f"unknown encoder {self.encoder!r}")
+            raise ValueError(f"unknown encoder {self.encoder!r}; {suggest(self.encoder, ENCODERS)}")
         return self
 
     @property
@@ -106,6 +106,5 @@ def find_catalogue_entry(name: str) -> CatalogueEntry:
     try:
         return catalogue[name]
     except KeyError as error:
-        near = difflib.get_close_matches(name, catalogue, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the catalogue has {', '.join(catalogue)}"
+        hint = suggest(name, catalogue, listed_by="echoshift weights ls", there="the catalogue has")
         raise WeightsError(f"there are no weights {name!r}; {hint}") from error

@@ -10,6 +10,7 @@ from pipeline.errors import ManifestError
 from pipeline.importers.own_card import make_card_from_names
 from pipeline.manifest_check import require_counts
 from pipeline.segments import Segment
+from pipeline.suggestions import suggest
 
 VIDEO_ENDINGS = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
@@ -41,7 +42,8 @@ def import_folder(
             ("class", label, card.classes),
         ):
             if name not in known:
-                raise ManifestError(f"{path}: unknown {what} {name!r}; card {card.name} has {', '.join(known)}")
+                hint = suggest(name, known, there=f"card {card.name} has")
+                raise ManifestError(f"{path}: unknown {what} {name!r}; {hint}")
         video_id = path.relative_to(root).with_suffix("").as_posix()
         other = seen.setdefault(video_id, path)
         if other != path:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import StoreError
+from pipeline.plugins import describe_plugin_versions
 from pipeline.specs import FeatureSpec, fingerprint
 from pipeline.store.layout import FORMAT_NAME, FORMAT_VERSION, StoreLayout
 
@@ -32,8 +33,9 @@ RECORDED_PACKAGES = (
 
 
 def describe_versions() -> dict[str, str]:
-    """Lists the versions of Python and of the packages that have a part in a feature's value."""
-    return {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
+    """Lists the versions of Python and of the packages that have a part in a feature's value, outside encoders' too."""
+    packages = {name: version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), **packages, **describe_plugin_versions()}
 
 
 def describe_writer() -> dict[str, str]:
@@ -46,9 +48,14 @@ def describe_writer() -> dict[str, str]:
 
 
 def make_attributes(
-    dataset: str, spec: FeatureSpec, layout: StoreLayout, manifest_sha256: str, weights_source: str
+    dataset: str,
+    spec: FeatureSpec,
+    layout: StoreLayout,
+    manifest_sha256: str,
+    weights_source: str,
+    encoder_source: str = "",
 ) -> dict[str, Any]:
-    """Makes the attributes of a new store (FORMAT.md, section 2)."""
+    """Makes the attributes of a new store (FORMAT.md, section 2); `encoder_source` only where there is one."""
     return {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
@@ -56,6 +63,7 @@ def make_attributes(
         "fingerprint": fingerprint(spec),
         "spec": spec.model_dump(mode="json"),
         "weights_source": weights_source,
+        **({"encoder_source": encoder_source} if encoder_source else {}),
         "manifest_sha256": manifest_sha256,
         "n_rows": layout.n_rows,
         "n_clips": layout.n_clips,

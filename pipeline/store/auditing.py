@@ -15,6 +15,7 @@ from pipeline.errors import StoreError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import plan_row_blocks
 from pipeline.store.reading import DoneIndex, read_done_index
+from pipeline.suggestions import suggest
 
 NORM_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 N_NORM_BINS = 20
@@ -106,7 +107,7 @@ def audit_output(store: FeatureStore, output: str, notify: Callable[[int], None]
 
     shapes = {o.name: o.shape for o in store.spec.outputs}
     if output not in shapes:
-        raise StoreError(f"{store.path} has no output {output!r}; it has {', '.join(shapes)}")
+        raise StoreError(f"{store.path} has no output {output!r}; {suggest(output, shapes, there='it has')}")
     index = read_done_index(store)
     counted = index.done & index.has_sound
     if not index.done.any():

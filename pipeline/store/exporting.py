@@ -15,6 +15,7 @@ from pipeline.errors import StoreError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE
 from pipeline.store.reading import iterate_done_blocks
+from pipeline.suggestions import suggest
 
 ExportForm = Literal["npz", "h5", "parquet", "epic100"]
 EPIC100_NAMES = {"rgb": "RGB", "flow": "Flow", "audio": "Audio"}
@@ -52,9 +53,9 @@ def export_store(store: FeatureStore, output: str, target: Path, form: ExportFor
     Features pass through memory some 32 MB at a time, but for the pickle, which is made in memory as a whole. Nothing
     may write to the store meanwhile. Raises StoreError when nothing is done, or the output is not there.
     """
-    if output not in {o.name for o in store.spec.outputs}:
-        names = ", ".join(o.name for o in store.spec.outputs)
-        raise StoreError(f"{store.path} has no output {output!r}; it has {names}")
+    names = [o.name for o in store.spec.outputs]
+    if output not in names:
+        raise StoreError(f"{store.path} has no output {output!r}; {suggest(output, names, there='it has')}")
     rows = np.flatnonzero(store.read_array("state") == DONE)
     if not len(rows):
         raise StoreError(f"{store.path} has no done row to export; run `echoshift extract` first")

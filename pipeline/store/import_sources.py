@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.errors import StoreError
 from pipeline.restricted_pickle import read_restricted_pickle
 from pipeline.specs import ImportSpec
+from pipeline.suggestions import suggest
 
 ImportForm = Literal["npz", "epic100"]
 Modality = Literal["rgb", "flow", "audio"]
@@ -72,7 +73,7 @@ def open_import_source(path: Path, form: ImportForm, modality: str | None = None
 def _find_modality(path: Path, modality: str) -> Modality:
     known = {name.lower(): value for name, value in EPIC100_MODALITIES.items()}
     if modality.lower() not in known:
-        raise StoreError(f"{path}: no modality {modality!r}; there are {', '.join(EPIC100_MODALITIES)}")
+        raise StoreError(f"{path}: no modality {modality!r}; {suggest(modality, EPIC100_MODALITIES)}")
     return known[modality.lower()]
 
 
@@ -181,7 +182,7 @@ def _open_epic100(path: Path, modality: str | None) -> ImportSource:
     kind = _find_modality(path, name)
     values = next((v for k, v in features.items() if str(k).lower() == name.lower()), None)
     if values is None:
-        raise StoreError(f"{path} has no features for {name}; it has {', '.join(map(str, features))}")
+        raise StoreError(f"{path} has no features for {name}; {suggest(name, map(str, features), there='it has')}")
     array = values[:, None] if isinstance(values, np.ndarray) and values.ndim == 2 else values
     row_of = _index_ids(path, [_to_text(i) for i in content["narration_ids"]])
     if not isinstance(array, np.ndarray) or array.ndim != 3 or len(array) != len(row_of) or not array.size:

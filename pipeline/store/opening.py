@@ -18,6 +18,7 @@ from pipeline.store.interface import Backend, FeatureStore
 from pipeline.store.layout import StoreLayout, measure_id_bytes
 from pipeline.store.location import STORAGE_OPTIONS, Location, Place, locate
 from pipeline.store.space import check_space, plan_store_bytes
+from pipeline.suggestions import find_nearest, suggest
 
 __all__ = ["create_store", "has_store", "hold_store", "list_stores", "name_store", "open_store"]
 
@@ -48,7 +49,7 @@ def open_store(place: Place) -> FeatureStore:
         from pipeline.store.zarr_store import ZarrFeatureStore
 
         if path.is_remote and not has_store(path):
-            raise StoreError(f"no feature store at {path}")
+            raise StoreError(f"no feature store at {path}; {_suggest_store(path)}")
         try:
             with telling_faults(path):
                 if path.is_remote:
@@ -59,7 +60,7 @@ def open_store(place: Place) -> FeatureStore:
                 attributes = dict(group.attrs)
         except (StoreError, ValueError) as error:
             if isinstance(error, ValueError) or isinstance(error.__cause__, FileNotFoundError):
-                raise StoreError(f"no feature store at {path}") from error
+                raise StoreError(f"no feature store at {path}; {_suggest_store(path)}") from error
             raise
         return ZarrFeatureStore(path, group, *parse_attributes(str(path), attributes))
     if path.suffix == ENDINGS["hdf5"]:
@@ -71,9 +72,17 @@ def open_store(place: Place) -> FeatureStore:
             with h5py.File(path, "r", locking=False) as file:
                 attributes = unpack_attributes(file.attrs)
         except OSError as error:
-            raise StoreError(f"no feature store at {path}: {error}") from error
+            raise StoreError(f"no feature store at {path}: {error}; {_suggest_store(path)}") from error
         return Hdf5FeatureStore(Path(path), *parse_attributes(str(path), attributes))
-    raise StoreError(f"{path} ends in neither .zarr nor .h5")
+    raise StoreError(f"{path} ends in neither .zarr nor .h5, so it is no store; {_suggest_store(path)}")
+
+
+def _suggest_store(path: Location) -> str:
+    """Says which store may have been meant: one beside the place that was named, or what lists them."""
+    cache = path.parent.parent
+    near = find_nearest(path.name, [] if path.is_remote else [store.name for store in list_stores(cache)])
+    listed_by = f"echoshift store ls --cache {cache}"
+    return suggest(path.name, near, listed_by=listed_by) if near else f"`{listed_by}` lists all"
 
 
 def _refuse_remote_hdf5(path: Location) -> None:
@@ -91,8 +100,11 @@ def create_store(
     manifest_sha256: str,
     weights_source: str,
     n_rows_per_shard: int,
+    encoder_source: str = "",
 ) -> FeatureStore:
     """Creates an empty store so that a half-made one is never seen.
+
+    `encoder_source` says which distribution an encoder from outside came from.
 
     On a disk it is made beside its place and renamed; on an object store the root's metadata come last, and whatever
     lies there without them is a leftover and goes first. Raises StoreError where a store exists already.
@@ -107,7 +119,7 @@ def create_store(
         n_rows_per_shard=n_rows_per_shard,
         n_id_bytes=measure_id_bytes(segment_ids),
     )
-    attributes = make_attributes(dataset, spec, layout, manifest_sha256, weights_source)
+    attributes = make_attributes(dataset, spec, layout, manifest_sha256, weights_source, encoder_source)
     if path.is_remote:
         with tempfile.TemporaryDirectory(prefix="echoshift-") as folder:
             fresh = Path(folder) / path.name

@@ -86,7 +86,7 @@ def test_an_unknown_segment_is_answered_with_the_nearest(tiny) -> None:
     tiny.extract("--encoders", "resnet_demo")
     code, _, err = tiny.run("store", "explain", "kichen-1", *tiny.places)
     assert code == 2
-    assert "no segment kichen-1 in 1 stores, nor in their manifests; did you mean kitchen-1" in err
+    assert "no segment 'kichen-1' in 1 stores, nor in their manifests; did you mean 'kitchen-1'" in err
     code, _, err = tiny.run("store", "explain", "kitchen-1", *tiny.places, "--dataset", "other")
     assert code == 2
     assert "there is no store to look at" in err

@@ -310,7 +310,7 @@ def test_a_value_too_large_for_float16_fails_its_row(
     ("override", "message"),
     [
         ("clip.n_clip=3", "clip has no field 'n_clip'"),
-        ("clips.n_clips=3", "no part 'clips'; there are clip, frame, audio"),
+        ("clips.n_clips=3", "no part 'clips'; did you mean 'clip'?"),
         ("n_clips=3", "is not"),
         ("clip.n_clips=0", "greater than 0"),
         ("frame.crop=300", "can't be larger than `short_side`"),

@@ -149,8 +149,11 @@ def test_what_has_no_form_is_named_and_the_hint_fits_the_machine(monkeypatch: py
 
         features = head
 
-    with pytest.raises(SpecError, match="Odd has no inference form"):
-        prepare_for_inference(Odd(), _CPU)
+    with pytest.raises(SpecError, match="Odd has no inference form in bf16; use fp32"):
+        prepare_for_inference(Odd(), _CPU, "bf16")
+    odd = Odd()
+    form = prepare_for_inference(odd, _CPU)
+    assert type(form) is Odd and form is not odd and not form.training
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     for has_amx, wanted in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)

@@ -60,7 +60,7 @@ def test_names_that_the_card_does_not_have(tmp_path):
         import_folder(tmp_path, measure, card)
     put(tmp_path, "human/train/watching_tv/x.mp4")
     with pytest.raises(
-        ManifestError, match=r"watching_tv/x\.mp4: unknown class 'watching_tv'; card actor_shift has sle"
+        ManifestError, match=r"watching_tv/x\.mp4: unknown class 'watching_tv'; did you mean 'watching tv'\?"
     ):
         import_folder(tmp_path, measure, card, allow_counts=True)
 

@@ -131,7 +131,7 @@ def test_optional_columns_may_be_absent_and_order_is_free(tmp_path):
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (HEAD + ",start_frame", "m.csv:1: unknown column 'start_frame'; a manifest has segment_id"),
+        (HEAD + ",start_frame", "m.csv:1: unknown column 'start_frame'; did you mean 'start_s'?"),
         (HEAD.replace(",stop_s", ""), "m.csv:1: no column 'stop_s'"),
         (HEAD + ",split", "m.csv:1: column 'split' is there twice"),
     ],

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_named(card: DatasetCard, overrides: list[str], err
 
 
 def test_an_unknown_preset_is_told_the_nearest() -> None:
-    for name, words in (("papper", "did you mean paper?"), ("x", "there are paper, released"), ("../a", "there are")):
+    for name, words in (("papper", "did you mean 'paper'?"), ("x", "there are paper, released"), ("../a", "there are")):
         with pytest.raises(RunError, match="there is no preset") as caught:
             resolve_config(make_card(), name)
         assert words in str(caught.value)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from extract.feature_specs import StoreOptions, make_feature_spec
+from extract.weights.resolve import resolve_weights
 from pipeline.errors import RunError, StoreError
 from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from pipeline.store.interface import FeatureStore, ShardIndex
 from pipeline.store.layout import DONE, plan_shards
 from pipeline.store.opening import create_store
 from train.cached.feature_bank import FeatureBank
-from train.cached.feature_rows import FeatureRows, read_visual
+from train.cached.feature_rows import FeatureRows, read_sound, read_visual
 
 IDS = tuple(f"s{i}" for i in range(6))
 CPU = torch.device("cpu")
 
 
-def write_store(path: Path, values: np.ndarray, n_valid: list[int], *, n_views: int, n_crops: int) -> FeatureStore:
+def write_store(
+    path: Path, values: np.ndarray, n_valid: list[int], *, n_views: int, n_crops: int, is_sound: bool = False
+) -> FeatureStore:
     """Writes a store whose one output has these values [n, entries, C]."""
     spec = FeatureSpec(
         encoder="slowfast_demo",
@@ -38,6 +43,9 @@ def write_store(path: Path, values: np.ndarray, n_valid: list[int], *, n_views: 
         outputs=(OutputSpec(name="pooled", shape=(values.shape[2],)),),
         dtype="float16",
     )
+    if is_sound:
+        heard = make_feature_spec("resnet_demo", resolve_weights("random:0", "resnet_demo"), StoreOptions())
+        spec = spec.model_copy(update={"encoder": heard.encoder, "frame": None, "audio": heard.audio})
     n, n_entries = values.shape[:2]
     store = create_store(
         path, "toy", spec, IDS[:n], n_clips=n_entries, manifest_sha256="0", weights_source="none", n_rows_per_shard=n
@@ -55,6 +63,8 @@ def write_store(path: Path, values: np.ndarray, n_valid: list[int], *, n_views: 
         n_valid=np.array(n_valid, dtype=np.int32),
         digest=np.zeros((n, 16), dtype=np.uint8),
         state=np.full(n, DONE, dtype=np.uint8),
+        has_audio=np.ones(n, dtype=np.uint8) if is_sound else None,
+        loudness_dbfs=np.zeros(n, dtype=np.float32) if is_sound else None,
     )
     store.commit_shard(shard, index)
     return store
@@ -81,6 +91,26 @@ def test_a_clip_that_is_not_there_repeats_those_that_are(tmp_path: Path) -> None
     store = write_store(tmp_path / "a.zarr", values, [5, 2], n_views=1, n_crops=1)
     visual = read_visual(store, ["s1", "s0"])["pooled"][:, 0, :, 0].tolist()
     assert visual == [[5, 6, 5, 6, 5], [0, 1, 2, 3, 4]]
+
+
+def test_sound_around_clips_goes_with_its_clip_and_a_segment_s_is_its_mean(tmp_path: Path) -> None:
+    values = np.arange(12.0).reshape(2, 3, 2)
+    values[1, 2:] = 0
+    store = write_store(tmp_path / "a.zarr", values, [3, 2], n_views=1, n_crops=1, is_sound=True)
+    sound = read_sound(store, ["s1", "s0"], 3)
+    assert sound.clip_audio is not None
+    assert sound.clip_audio[0].tolist() == [[6, 7], [8, 9], [6, 7]], "a clip that isn't there repeats one that is"
+    assert torch.allclose(sound.audio, torch.tensor([[20 / 3, 23 / 3], [2, 3]]))
+    assert read_sound(store, ["s1"], 5).clip_audio is None, "the pictures have other clips"
+    rows = replace(make_rows(2, 0), audio=sound.audio, has_audio=sound.has_audio, clip_audio=sound.clip_audio)
+    bank = FeatureBank([rows], CPU)
+    which, clips = torch.tensor([1, 0, 0]), torch.tensor([2, 0, 1])
+    assert bank.gather(which, None, clips).audio.tolist() == [[4, 5], [6, 7], [8, 9]]
+    assert torch.equal(bank.gather(which).audio, sound.audio[which])
+    assert bank.gather(which, None, clips).visual["pooled"][0, 0].tolist() == rows.visual["pooled"][1, 0, 2].tolist()
+    assert FeatureBank([rows.without_sound()], CPU).gather(which, None, clips).audio.abs().sum() == 0
+    with pytest.raises(RunError, match="sound around clips and sound of segments"):
+        FeatureBank([rows, make_rows(2, 1)], CPU)
 
 
 def test_a_segment_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("training.lrr=1", "place: training.lrr: no such key; did you mean lr?"),
-        ("training.n_epoch=1", "training.n_epoch: no such key; did you mean n_epochs?"),
-        ("trainin.lr=1", "trainin: no such key; did you mean training?"),
+        ("training.lrr=1", "place: training.lrr: no such key; did you mean 'lr'?"),
+        ("training.n_epoch=1", "training.n_epoch: no such key; did you mean 'n_epochs'"),
+        ("trainin.lr=1", "trainin: no such key; did you mean 'training'?"),
         ("balance.qqqq=1", "balance.qqqq: no such key; there are kind, beta, normalised"),
         ("training.lr=-1", "training.lr: Input should be greater than 0"),
         ("training.lr=fast", "training.lr: Input should be a valid number"),

@@ -133,7 +133,10 @@ def test_a_table_is_printed_of_what_is_there_and_trains_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--grid", "a-table2-stage"], "there is no grid 'a-table2-stage'; did you mean 'a-table2-stage2'?"),
+        (
+            ["--grid", "a-table2-stage"],
+            "'a-table2-stage'; did you mean 'a-table2-stage1' or 'a-table2-stage2'?",
+        ),
         (["--grid", "a-gamma"], "grid a-gamma is for multi-label datasets; tiny is single-label"),
         (["--shifts", "s-x"], "tiny has no shift 's-x'"),
     ],

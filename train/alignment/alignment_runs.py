@@ -23,7 +23,7 @@ from train.cached.batches import Domain
 from train.cached.feature_bank import Rows
 from train.cached.training import TrainingData, TrainingJob
 from train.splits import LabelledSegments, ShiftSplits
-from train.stage2.stage1_outputs import StreamInputs, open_stream, stays_stored
+from train.stage2.stage1_outputs import StreamInputs, hears_clips, open_stream, stays_stored
 from train.steps import Step, hash_json
 
 REVISION = 1
@@ -125,6 +125,8 @@ class AlignmentRun:
         ids = self._list_trained()
         if stays_stored(self.inputs, len(ids), max_memory_mb * 2**20):
             settings["max_memory_mb"] = max_memory_mb  # it decides the order of batches then
+        if self.one_clip and hears_clips(self.inputs):
+            settings["sound"] = "around each clip"
         source = self.source
         inputs = {
             "features": self.inputs.key,
@@ -226,7 +228,7 @@ def _open_rows(inputs: StreamInputs, segment_ids: tuple[str, ...], max_memory_mb
 def _keep_used(config: AlignmentConfig) -> dict[str, Any]:
     """Gives as JSON what a method's training depends on: its network and its own parameters, not the others'."""
     described = config.model_dump(mode="json")
-    own = USED[config.method]
+    own = ("own", "source") if config.source else USED[config.method]
     return {name: value for name, value in described.items() if name in ("method", "class_weight", "network", *own)}
 
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from pipeline.errors import PluginError
 from pipeline.specs import SpecModel
+from pipeline.suggestions import suggest
+from train.alignment.outside_methods import find_outside_method, list_outside_methods
 
 METHOD_NAMES = (
     "source_only",
@@ -125,6 +127,7 @@ class AlignmentConfig(SpecModel):
     target too, `supervised` the target's own labelled training split as if it were the source.
     `class_weight` is that of the source's cross-entropy; 0.2 in [M] where the domains are adapted.
     The paper's BatchNorm is `source_only` with `network.batch_norm`.
+    `own` and `source` belong to a method from outside: its settings, and where it came from, which is found, not set.
     """
 
     method: str = "rna"
@@ -138,22 +141,48 @@ class AlignmentConfig(SpecModel):
     synchronisation: SynchronisationConfig = SynchronisationConfig()
     mmd: DiscrepancyConfig = DiscrepancyConfig()
     grl: ReversalConfig = ReversalConfig()
+    own: dict[str, Any] = Field(default_factory=dict)
+    source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look_outside(cls, values: Any) -> Any:
+        """Completes what a method from outside needs; what a run's name is made of then holds its source."""
+        name = values.get("method") if isinstance(values, dict) else None
+        outside = find_outside_method(name) if isinstance(name, str) else None
+        if outside is None:
+            if isinstance(values, dict) and (values.get("own") or values.get("source")):
+                raise ValueError("`own` and `source` belong to methods from outside the package")
+            return values
+        if name in METHOD_NAMES:
+            raise PluginError(f"the method {name!r} of {outside.source} has the name of one of echoshift's own")
+        return {**values, "own": outside.fill_settings(values.get("own", {})), "source": outside.source}
+
+    @model_serializer(mode="wrap")
+    def _describe(self, describe: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        described: dict[str, Any] = describe(self)
+        if not self.source:  # so that runs of echoshift's own methods keep their names
+            del described["own"], described["source"]
+        return described
 
     @field_validator("method")
     @classmethod
     def _check_name(cls, method: str) -> str:
         if method not in METHOD_NAMES:
-            near = difflib.get_close_matches(method, METHOD_NAMES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHOD_NAMES)}"
+            names = (*METHOD_NAMES, *list_outside_methods())
+            if method in names:
+                return method
+            hint = suggest(method, names, listed_by="echoshift list methods")
             raise ValueError(f"there is no method {method!r}; {hint}")
         return method
 
     @model_validator(mode="after")
     def _check_method(self) -> AlignmentConfig:
         method, network = self.method, self.network
-        if method in _ADAPTS and self.setting != "uda":
+        outside = find_outside_method(method) if self.source else None
+        if (method in _ADAPTS or (outside is not None and outside.adapts)) and self.setting != "uda":
             raise ValueError(f"method {method} adapts to the target; it needs setting 'uda'")
-        if network.modalities != "both" and method not in _OF_ONE_MODALITY:
+        if network.modalities != "both" and method in METHOD_NAMES and method not in _OF_ONE_MODALITY:
             raise ValueError(f"method {method} needs modalities 'both'")
         if method == "adabn" and not network.batch_norm:
             raise ValueError("method adabn needs network.batch_norm = true")

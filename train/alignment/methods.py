@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from pipeline.errors import PluginError
 from train.alignment.adabn import AdaptiveBatchNorm
 from train.alignment.align import AngularAlignment
 from train.alignment.config import AlignmentConfig
@@ -16,6 +17,7 @@ from train.alignment.hna import HardNormAlignment
 from train.alignment.mm_sada import MultiModalSelfSupervisedAdversarial
 from train.alignment.mmd import MaximumMeanDiscrepancy
 from train.alignment.orth import Orthogonality
+from train.alignment.outside_methods import find_outside_method
 from train.alignment.planamente_rerun import PlanamenteRerun
 from train.alignment.rna import RelativeNormAlignment
 from train.alignment.rna_grl import RelativeNormAlignmentWithReversal
@@ -41,15 +43,23 @@ METHODS: Mapping[str, Callable[[AlignmentConfig, StreamShapes, int], nn.Module]]
         "yang_rerun": YangRerun,
     }
 )
-"""By the name that `method` has in a configuration, which refuses any other (config.METHOD_NAMES)."""
+"""Echoshift's own, by the name that `method` has in a configuration (config.METHOD_NAMES)."""
 
 
 def build_method(config: AlignmentConfig, shapes: StreamShapes, n_classes: int, seed: int) -> nn.Module:
     """Builds the method that a configuration names, a `train.cached.batches.Method`, on the CPU.
 
     The seed alone decides its weights; torch's own generator is left as it is. Streams are drawn first, so that methods
-    of one seed begin with the same streams.
+    of one seed begin with the same streams. Raises PluginError where a method from outside can't be built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return METHODS[config.method](config, shapes, n_classes)
+        if config.method in METHODS:
+            return METHODS[config.method](config, shapes, n_classes)
+        outside = find_outside_method(config.method)
+        assert outside is not None, "the configuration refuses a method that nobody has"
+        try:
+            return outside.build(config, shapes, n_classes)
+        except Exception as error:  # a stranger's code may raise anything
+            place = f"the method {config.method!r} of {outside.source}"
+            raise PluginError(f"{place} can't be built: {type(error).__name__}: {error}") from error

@@ -29,7 +29,8 @@ class Bank(Protocol):
     def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
         """Looks features up; rows, views and clips are int64 [..., B] on the device, the batch has the same axes first.
 
-        No `views`: the first. With `clips` each segment is that one of its clips, n_clips = 1.
+        No `views`: the first. With `clips` each segment is that one of its clips, n_clips = 1, with the sound around it
+        where that is known.
         """
         ...
 
@@ -73,6 +74,12 @@ class FeatureBank:
         self._visual = {name: _join([part.visual[name] for part in held], device) for name in first.visual}
         self._audio = _join([part.audio for part in held], device)
         self._has_audio = _join([part.has_audio for part in held], device)
+        of_clips = [part.clip_audio for part in held if part.clip_audio is not None]
+        if of_clips and len(of_clips) < len(held):
+            raise RunError(
+                "sound around clips and sound of segments can't be held together; train these runs one by one"
+            )
+        self._clip_audio = torch.cat(of_clips).to(device) if of_clips else None
 
     def offset_of(self, part: Rows) -> int:
         """Gives what is added to the row numbers of a part."""
@@ -91,7 +98,10 @@ class FeatureBank:
                 view = torch.zeros_like(flat) if views is None else views.reshape(-1)
                 taken = values[flat, view, clips.reshape(-1)][:, None]
             visual[name] = taken.float().view(*rows.shape, *taken.shape[1:])
-        audio = self._audio.index_select(0, flat).view(*rows.shape, -1)
+        if clips is None or self._clip_audio is None:
+            audio = self._audio.index_select(0, flat).view(*rows.shape, -1)
+        else:
+            audio = self._clip_audio[flat, clips.reshape(-1)].view(*rows.shape, -1)
         return FeatureBatch(visual, audio, self._has_audio.index_select(0, flat).view(rows.shape))
 
 

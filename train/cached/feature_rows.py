@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +25,15 @@ class FeatureRows:
             clip that a segment hasn't repeats those that it has, in turn.
         audio: one feature a segment, float32 [n, C_a]; zeros where there is no sound.
         has_audio: bool [n].
+        clip_audio: the sound around each clip, where the store of sound has as many clips as that of pictures, float32
+            [n, n_clips, C_a]; `audio` is its mean, and what single clips are looked up with is this.
     """
 
     segment_ids: tuple[str, ...]
     visual: Mapping[str, Tensor]
     audio: Tensor
     has_audio: Tensor
+    clip_audio: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.segment_ids)
@@ -55,7 +59,8 @@ class FeatureRows:
 
     def without_sound(self) -> FeatureRows:
         """Gives the same rows as if none had sound."""
-        return replace(self, audio=torch.zeros_like(self.audio), has_audio=torch.zeros_like(self.has_audio))
+        nothing = torch.zeros_like(self.has_audio)
+        return replace(self, audio=torch.zeros_like(self.audio), has_audio=nothing, clip_audio=None)
 
     def shuffle(self, rows: np.ndarray, seed: int, number: int, what: int) -> np.ndarray:
         """Gives the order in which an epoch takes rows, int64 [n], positions in `rows`; the three numbers decide it."""
@@ -95,16 +100,26 @@ def arrange_entries(values: np.ndarray, n_views: int, n_valid: np.ndarray) -> Te
     return torch.from_numpy(values).movedim(2, 1).contiguous()
 
 
-def read_sound(store: FeatureStore, segment_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Reads the pooled feature of segments from a store of sound, float32 [n, C_a], and whether there is any, bool [n].
+class Sound(NamedTuple):
+    """Is the sound of n segments, fields as in FeatureRows."""
 
-    Where a store holds several clips of sound, it is their mean. Raises StoreError as `read_visual`.
+    audio: Tensor
+    has_audio: Tensor
+    clip_audio: Tensor | None = None
+
+
+def read_sound(store: FeatureStore, segment_ids: Sequence[str], n_clips: int = 1) -> Sound:
+    """Reads pooled features of sound, one a segment: where a store holds several clips of it, their mean.
+
+    With as many clips as there are of pictures, `n_clips` > 1, it also gives those. Raises StoreError as `read_visual`.
     """
-    values = store.read(segment_ids, "pooled").astype(np.float32).mean(axis=1)
+    values = store.read(segment_ids, "pooled").astype(np.float32)
     rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
     has_audio = store.read_array("has_audio")[rows] == 1
     values[~has_audio] = 0
-    return torch.from_numpy(values), torch.from_numpy(has_audio)
+    _repeat_clips(values, store.read_array("n_valid")[rows])
+    of_clips = torch.from_numpy(values) if values.shape[1] == n_clips > 1 else None
+    return Sound(torch.from_numpy(values.mean(axis=1)), torch.from_numpy(has_audio), of_clips)
 
 
 def _repeat_clips(values: np.ndarray, n_valid: np.ndarray) -> None:

@@ -41,6 +41,7 @@ class StoredRows:
     audio: Tensor
     has_audio: Tensor
     shards: SharedShards
+    clip_audio: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.segment_ids)
@@ -66,7 +67,8 @@ class StoredRows:
 
     def without_sound(self) -> StoredRows:
         """Gives the same rows as if none had sound."""
-        return replace(self, audio=torch.zeros_like(self.audio), has_audio=torch.zeros_like(self.has_audio))
+        nothing = torch.zeros_like(self.has_audio)
+        return replace(self, audio=torch.zeros_like(self.audio), has_audio=nothing, clip_audio=None)
 
     def shuffle(self, rows: np.ndarray, seed: int, number: int, what: int) -> np.ndarray:
         """Gives the order in which an epoch takes rows, int64 [n], positions in `rows`; the three numbers decide it.
@@ -91,7 +93,12 @@ def count_row_bytes(store: FeatureStore) -> int:
 
 
 def open_rows(
-    store: FeatureStore, segment_ids: Sequence[str], audio: Tensor, has_audio: Tensor, max_bytes: int
+    store: FeatureStore,
+    segment_ids: Sequence[str],
+    audio: Tensor,
+    has_audio: Tensor,
+    max_bytes: int,
+    clip_audio: Tensor | None = None,
 ) -> StoredRows:
     """Opens segments' features for reading shard by shard, of which at most `max_bytes` are held.
 
@@ -104,7 +111,7 @@ def open_rows(
     n_valid_of_row = np.zeros(store.layout.n_rows, dtype=np.int64)
     n_valid_of_row[rows] = n_valid
     shards = SharedShards(store, n_valid_of_row, plan_slots(store, max_bytes))
-    return StoredRows(tuple(ids), store, rows, n_valid, audio, has_audio, shards)
+    return StoredRows(tuple(ids), store, rows, n_valid, audio, has_audio, shards, clip_audio)
 
 
 def plan_slots(store: FeatureStore, max_bytes: int) -> int:
@@ -213,5 +220,8 @@ class StoredBank:
                 taken = values[index] if of_clip is None else values[(*index, of_clip[at])][:, None]
                 found[name][at] = taken.float()
         visual = {name: values.view(*rows.shape, *values.shape[1:]).to(self._device) for name, values in found.items()}
-        audio = self._rows.audio[flat].view(*rows.shape, self._rows.audio.shape[1]).to(self._device)
+        of_clips, audio = self._rows.clip_audio, self._rows.audio[flat]
+        if of_clip is not None and of_clips is not None:
+            audio = of_clips[flat, of_clip]
+        audio = audio.view(*rows.shape, self._rows.audio.shape[1]).to(self._device)
         return FeatureBatch(visual, audio, self._rows.has_audio[flat].view(rows.shape).to(self._device))

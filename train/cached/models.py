@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import RunError
 from train.cached.batches import Dropouts, Method
 from train.cached.feature_bank import Bank
 from train.cached.optimisers import make_optimiser
@@ -81,9 +82,16 @@ class SingleModel:
 
 
 def count_draws(method: nn.Module, source: StepSource) -> int:
-    """Counts the numbers for dropout that a step takes, by a pass of a copy of the method over a first batch."""
+    """Counts the numbers for dropout that a step takes, by a pass of a copy of the method over a first batch.
+
+    Raises RunError where the method doesn't compute as many terms as it names.
+    """
     trial = copy.deepcopy(method).train()
     dropouts = Dropouts()
     with torch.no_grad():
-        cast(Method, trial).losses(source.peek(), dropouts)
+        losses = cast(Method, trial).losses(source.peek(), dropouts)
+    names = cast(Method, trial).loss_names
+    if losses.shape != (len(names),):
+        kind = type(method).__name__
+        raise RunError(f"the losses of {kind} are of shape {list(losses.shape)}, its loss_names are {len(names)}")
     return dropouts.n_taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.json_answers import JsonOption, make_jsonable, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
-from pipeline.cards import MANIFESTS_DIR
+from extract.commands.terminal import QuietOption, make_notifier
+from pipeline.places import MANIFESTS_DIR
+from train.commands.completion import complete_grid, complete_shifts
 from train.commands.run_options import (
     DEFAULT_RUNS,
     ConfigChoice,
@@ -43,9 +47,16 @@ class TableForm(StrEnum):
     latex = "latex"
 
 
-GridOption = Annotated[str, typer.Option("--grid", help="A grid's name, or a TOML file of one's own.")]
+GridOption = Annotated[
+    str, typer.Option("--grid", help="A grid's name, or a TOML file of one's own.", autocompletion=complete_grid)
+]
 ShiftsOption = Annotated[
-    str, typer.Option("--shifts", help="Shifts, separated by blanks; default: the grid's, or all.")
+    str,
+    typer.Option(
+        "--shifts",
+        help="Shifts, separated by blanks; default: the grid's, or all.",
+        autocompletion=complete_shifts,
+    ),
 ]
 SeedsOption = Annotated[
     int | None, typer.Option("--seeds", help="How many seeds, 0, 1, …; default: the grid's.", min=1)
@@ -96,6 +107,8 @@ def ablate(
     rule: RuleOption = None,
     form: FormOption = TableForm.text,
     to: ToOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run what a grid still lacks and print its table; ends with 3 if a run failed."""
     from extract.commands.cluster_options import end_on_sigterm, plan_cluster
@@ -104,18 +117,28 @@ def ablate(
     from train.runs import RESULTS, read_runs
 
     choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
-    places, chosen, planned = _plan(choices, grid, shifts, seeds)
+    notify = make_notifier(quiet=quiet)
+    places, chosen, planned = _plan(choices, grid, shifts, seeds, notify)
     runs_dir = runs / places.card.name
     place = GridPlace(places, runs_dir, partial(_resolve, places, choices))
     missing = select_missing(planned, read_runs(runs_dir / RESULTS), places.manifest.sha256)
-    typer.echo(f"{len(planned) - len(missing)} of {len(planned)} runs are done", err=True)
+    notify(f"{len(planned) - len(missing)} of {len(planned)} runs are done")
     failed = []
     if missing:
         cluster = plan_cluster(workers, None, slurm=False, slurm_options=[], device=device) if workers > 1 else None
-        with end_on_sigterm(), show_progress("runs") as progress:
+        with end_on_sigterm(), show_progress("runs", quiet=quiet) as progress:
             gpus = cluster.gpus if cluster is not None else ()
             failed = run_grid(missing, place, progress, Workers(workers, gpus, stack))
-    _print(_make_table(places, chosen, planned, runs_dir, rule), form, to)
+    made = _make_table(places, chosen, planned, runs_dir, rule)
+    if as_json:
+        _write(made, form, to)
+        reasons = [
+            {"row": run.planned.row, "shift": run.planned.shift, "seed": run.planned.seed, "reason": run.reason}
+            for run in failed
+        ]
+        print_json({**describe_table(made, chosen, rule), "failed": reasons})
+    else:
+        _print(made, form, to)
     for run in failed:
         typer.echo(f"failed: {run.planned.row}, {run.planned.shift}, seed {run.planned.seed}: {run.reason}", err=True)
     if failed:
@@ -137,20 +160,27 @@ def table(
     rule: RuleOption = None,
     form: FormOption = TableForm.text,
     to: ToOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a grid's table from the runs that are done; trains nothing."""
     choices = RunChoices(dataset, None, cache, manifest, manifests, "cpu", preset, config, set_)
-    places, chosen, planned = _plan(choices, grid, shifts, seeds)
-    _print(_make_table(places, chosen, planned, runs / places.card.name, rule), form, to)
+    places, chosen, planned = _plan(choices, grid, shifts, seeds, make_notifier(quiet=quiet))
+    made = _make_table(places, chosen, planned, runs / places.card.name, rule)
+    if as_json:
+        _write(made, form, to)
+        print_json(describe_table(made, chosen, rule))
+        return
+    _print(made, form, to)
 
 
 def _plan(
-    choices: RunChoices, name: str, shifts: str, n_seeds: int | None
+    choices: RunChoices, name: str, shifts: str, n_seeds: int | None, notify: Callable[[str], None]
 ) -> tuple[DataPlaces, Grid, list[PlannedRun]]:
     from train.grids import list_shifts, plan_runs, read_grid
 
     grid = read_grid(name)
-    places = open_places(choices)
+    places = open_places(choices, notify)
     named = shifts.split() or list(grid.shifts)
     if not named:
         present = [shift.name for shift in list_present_shifts(places.card, places.manifest)]
@@ -178,22 +208,43 @@ def _make_table(
 
     records = read_runs(runs_dir / RESULTS)
     sha256 = places.manifest.sha256
-    rule = rule or (RuleName.mean_last if grid.stage == "alignment" else RuleName.last)
+    rule = _choose_rule(grid, rule)
     hits = average_hits(planned, records, runs_dir, selection=rule.value, manifest_sha256=sha256)
     return make_table(grid, records, planned, places.card, selection=rule.value, manifest_sha256=sha256, hits=hits)
 
 
-def _print(made: Table, form: TableForm, to: Path | None) -> None:
-    from extract.commands.terminal import print_table
-    from train.table_formats import format_csv, format_latex, format_markdown, lay_out
+def _choose_rule(grid: Grid, rule: RuleName | None) -> RuleName:
+    return rule or (RuleName.mean_last if grid.stage == "alignment" else RuleName.last)
 
-    forms = {TableForm.markdown: format_markdown, TableForm.csv: format_csv, TableForm.latex: format_latex}
+
+def describe_table(made: Table, grid: Grid, rule: RuleName | None) -> dict[str, object]:
+    """Gives a grid's table unrounded, in percent and points, with the grid's name and the selection rule."""
+    return {"grid": grid.name, "rule": _choose_rule(grid, rule), **make_jsonable(made)}
+
+
+def _write(made: Table, form: TableForm, to: Path | None) -> None:
+    """Writes the table into a file where one is named; the ending decides the form, then --form, then Markdown."""
     if to is not None:
         by_ending = {".md": TableForm.markdown, ".csv": TableForm.csv, ".tex": TableForm.latex}
+        chosen = by_ending.get(to.suffix, TableForm.markdown if form == TableForm.text else form)
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(forms[by_ending.get(to.suffix, TableForm.markdown if form == TableForm.text else form)](made))
+        to.write_text(_format(made, chosen), encoding="utf-8")
+
+
+def _format(made: Table, form: TableForm) -> str:
+    from train.table_formats import format_csv, format_latex, format_markdown
+
+    forms = {TableForm.markdown: format_markdown, TableForm.csv: format_csv, TableForm.latex: format_latex}
+    return forms[form](made)
+
+
+def _print(made: Table, form: TableForm, to: Path | None) -> None:
+    from extract.commands.terminal import print_table
+    from train.table_formats import lay_out
+
+    _write(made, form, to)
     if form != TableForm.text:
-        typer.echo(forms[form](made), nl=False)
+        typer.echo(_format(made, form), nl=False)
         return
     header, lines = lay_out(made)
     print_table(made.title, header, lines)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from extract.commands.json_answers import JsonOption
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
-from pipeline.cards import MANIFESTS_DIR
+from extract.commands.terminal import QuietOption
+from pipeline.places import MANIFESTS_DIR
 from train.commands.network_runs import run_networks
 from train.commands.run_options import (
     DEFAULT_RUNS,
+    AnswerChoices,
     ConfigChoice,
     DatasetChoice,
     MediaChoice,
@@ -41,9 +44,11 @@ def _make_command(stage: Stage, title: str, does: str) -> Callable[..., None]:
         manifests: ManifestsOption = MANIFESTS_DIR,
         device: DeviceOption = "auto",
         rerun: RerunChoice = None,
+        quiet: QuietOption = False,
+        as_json: JsonOption = False,
     ) -> None:
         choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
-        run_networks(stage, title, choices, shift, seed, runs, rerun or [])
+        run_networks(stage, title, choices, shift, seed, runs, rerun or [], AnswerChoices(quiet, as_json))
 
     command.__doc__ = does
     return command

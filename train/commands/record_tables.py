@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from extract.commands.json_answers import make_jsonable
 
 if TYPE_CHECKING:
     from pipeline.cards import DatasetCard
@@ -40,6 +42,21 @@ def print_records(stage: str, records: Sequence[RunRecord], card: DatasetCard, r
     if card.synthetic:
         typer.echo(f"{card.name} is synthetic: these numbers are no benchmark")
     typer.echo(f"results: {runs_dir / RESULTS}")
+
+
+def describe_records(stage: str, card: DatasetCard, runs_dir: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Gives what training came to: whole records, scores as shares and not percent; `runs` are of `describe_run`."""
+    from train.runs import RESULTS
+
+    metric = "mAP" if card.task == "multi-label" else "top-1"
+    head = {"stage": stage, "dataset": card.name, "synthetic": card.synthetic, "metric": metric}
+    return {**head, "results": str(runs_dir / RESULTS), "runs": list(runs)}
+
+
+def describe_run(record: RunRecord, left_out: Sequence[str], files: dict[str, object]) -> dict[str, Any]:
+    """Gives one run's whole record, its main score, the segments left out as failed, and the files it made."""
+    score = make_jsonable(record.scores.main)
+    return {**make_jsonable(record), "score": score, "left_out": list(left_out), "files": make_jsonable(files)}
 
 
 def _percent(value: float | None) -> str:

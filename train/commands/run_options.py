@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.completion import complete_dataset
+from extract.commands.terminal import make_notifier
 from pipeline.errors import RunError
+from train.commands.completion import complete_preset, complete_setting, complete_shifts
 
 if TYPE_CHECKING:
     from pipeline.cards import DatasetCard, Shift
@@ -19,18 +23,34 @@ if TYPE_CHECKING:
     from train.stage_settings import RunSettings
 
 DatasetChoice = Annotated[
-    str, typer.Argument(help="A dataset with a card and a manifest; default: the one last extracted.")
+    str,
+    typer.Argument(
+        help="A dataset with a card and a manifest; default: the one last extracted.", autocompletion=complete_dataset
+    ),
 ]
-ShiftChoice = Annotated[str, typer.Option(help="Shifts of the card, such as D1-D2, separated by blanks, or all.")]
+ShiftChoice = Annotated[
+    str,
+    typer.Option(
+        help="Shifts of the card, such as D1-D2, separated by blanks, or all.", autocompletion=complete_shifts
+    ),
+]
 SeedChoice = Annotated[int, typer.Option(help="Decides everything that is random.", min=0)]
 MediaChoice = Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")]
 PresetChoice = Annotated[
     str,
-    typer.Option(help="paper (the text), released (what the released code computes) or, Stage 2, quick (a laptop's)."),
+    typer.Option(
+        help="paper (the text), released (what the released code computes) or, Stage 2, quick (a laptop's).",
+        autocompletion=complete_preset,
+    ),
 ]
 ConfigChoice = Annotated[Path | None, typer.Option(help="A TOML file over the preset.")]
 OverrideChoice = Annotated[
-    list[str] | None, typer.Option("--set", help="part.field=value, such as training.n_epochs=5; wins over all else.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="part.field=value, such as training.n_epochs=5; wins over all else; `echoshift list settings`.",
+        autocompletion=complete_setting,
+    ),
 ]
 RerunChoice = Annotated[
     list[str] | None, typer.Option(help="A step to do anew, such as clusters, whatever is done already.")
@@ -54,6 +74,14 @@ class RunChoices:
     overrides: list[str] | None
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerChoices:
+    """Is what the command line says of the answer: without progress and notices, as JSON."""
+
+    quiet: bool
+    as_json: bool
+
+
 def find_last_dataset(cache: str) -> str:
     """Gives the dataset of the store in a cache that was last extracted to; raises RunError where there is none."""
     from pipeline.store.location import locate
@@ -70,22 +98,22 @@ def find_last_dataset(cache: str) -> str:
     return max(found)[1]
 
 
-def choose_dataset(choices: RunChoices) -> str:
-    """Gives the named dataset, or the one last extracted, and says so."""
+def choose_dataset(choices: RunChoices, notify: Callable[[str], None]) -> str:
+    """Gives the named dataset, or the one last extracted, of which `notify` is told."""
     if choices.dataset:
         return choices.dataset
     dataset = find_last_dataset(choices.cache)
-    typer.echo(f"no dataset named: {dataset}, the one last extracted", err=True)
+    notify(f"no dataset named: {dataset}, the one last extracted")
     return dataset
 
 
-def open_places(choices: RunChoices) -> DataPlaces:
-    """Reads card and manifest, and says where everything lies."""
+def open_places(choices: RunChoices, notify: Callable[[str], None] | None = None) -> DataPlaces:
+    """Reads card and manifest, and says where everything lies; `notify` is told of a dataset that wasn't named."""
     from pipeline.cards import read_dataset_card
     from pipeline.manifest_csv import locate_manifest, read_manifest
     from train.data_places import DataPlaces
 
-    dataset = choose_dataset(choices)
+    dataset = choose_dataset(choices, notify or make_notifier(quiet=False))
     card: DatasetCard = read_dataset_card(dataset, choices.manifests)
     manifest: Manifest = read_manifest(choices.manifest or locate_manifest(dataset, choices.manifests), card)
     media = choices.media or choices.manifests.parent / dataset

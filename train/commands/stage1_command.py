@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
-from pipeline.cards import MANIFESTS_DIR
-from train.commands.record_tables import print_classes, print_records
+from extract.commands.terminal import QuietOption
+from pipeline.places import MANIFESTS_DIR
+from train.commands.record_tables import describe_records, describe_run, print_classes, print_records
 from train.commands.run_options import (
     DEFAULT_RUNS,
     ConfigChoice,
@@ -48,22 +50,26 @@ def stage1(
     export: Annotated[
         bool, typer.Option("--export/--no-export", help="Write adapted features and the table for Stage 2.")
     ] = True,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train the audio-adaptive encoder and export what Stage 2 needs; skips what is done, goes on with what isn't.
 
     Under torchrun, several GPUs train together.
     """
     from extract.commands.cluster_options import end_on_sigterm
-    from extract.commands.terminal import show_progress
+    from extract.commands.terminal import make_notifier, show_progress
     from pipeline.errors import RunError
+    from pipeline.suggestions import suggest
     from train.ranks import join_ranks
     from train.stage1.running import STEPS, Stage1Request, run_stage1
 
     for name in rerun or []:
         if name not in STEPS:
-            raise RunError(f"there is no step {name!r}; there are {', '.join(STEPS)}")
+            raise RunError(f"there is no step {name!r}; {suggest(name, STEPS)}")
     choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
-    places = open_places(choices)
+    notify = make_notifier(quiet=quiet)
+    places = open_places(choices, notify)
     resolved = resolve_choices("stage1", places.card, choices).stage1
     outcomes = []
     with end_on_sigterm(), join_ranks() as ranks:
@@ -79,17 +85,20 @@ def stage1(
                 export=export,
                 rerun=frozenset(rerun or []),
             )
-            with show_progress("steps") as progress:
-                outcome = run_stage1(request, progress, _notify, ranks)
+            with show_progress("steps", quiet=quiet) as progress:
+                outcome = run_stage1(request, progress, notify, ranks)
             outcomes.append(outcome)
-            if ranks.is_first:
+            if ranks.is_first and not as_json:
                 print_outcome(outcome, places.card)
-        if ranks.is_first:
+        if ranks.is_first and as_json:
+            described = [describe_run(o.record, o.left_out, _list_files(o)) for o in outcomes]
+            print_json(describe_records("stage1", places.card, runs / places.card.name, described))
+        elif ranks.is_first:
             print_records("Stage 1", [outcome.record for outcome in outcomes], places.card, runs / places.card.name)
 
 
-def _notify(message: str) -> None:
-    typer.echo(message, err=True)
+def _list_files(outcome: Stage1Outcome) -> dict[str, object]:
+    return {"checkpoint": outcome.checkpoint, "table": outcome.table, "features": outcome.features}
 
 
 def print_outcome(outcome: Stage1Outcome, card: DatasetCard) -> None:

@@ -19,8 +19,8 @@ from train.alignment.two_streams import StreamShapes, TwoStreams
 from train.cached.batches import Domain, FeatureBatch
 from train.cached.feature_bank import Rows
 from train.data_places import DataPlaces
-from train.pictures.run_choice import find_method
 from train.runs import RESULTS, RunRecord, hash_config, read_runs
+from train.segment_view.run_predictions import find_method
 from train.splits import find_shift
 from train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
 

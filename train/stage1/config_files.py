@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from extract.encoders.registry import find_encoder
 from pipeline.cards import DatasetCard
 from pipeline.errors import RunError
+from pipeline.suggestions import suggest
 from train.overrides import make_config, merge_settings, parse_override, read_settings
 from train.stage1.config import Stage1Config
 
@@ -68,8 +68,7 @@ def list_presets() -> list[str]:
 def _find_preset(name: str) -> Path:
     path = _PRESETS / f"{name}.toml"
     if name not in list_presets():
-        near = difflib.get_close_matches(name, list_presets(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(list_presets())}"
+        hint = suggest(name, list_presets(), listed_by="echoshift list presets")
         raise RunError(f"there is no preset {name!r} of Stage 1; {hint}")
     return path
 
@@ -79,9 +78,10 @@ def _read_dataset_tables(card: DatasetCard, preset: str, user: Mapping[str, Any]
     if not path.is_file():
         return []
     tables = read_settings(path)
-    unknown = set(tables) - {"any", "flow", *list_presets()}
-    if unknown:
-        raise RunError(f"{path}: unknown table {sorted(unknown)[0]}")
+    known = ("any", "flow", *list_presets())
+    for name in tables:
+        if name not in known:
+            raise RunError(f"{path}: unknown table {name!r}; {suggest(name, known)}")
     named = user.get("visual", {})  # which may be no table; the configuration's check says so
     encoder = named.get("encoder") if isinstance(named, dict) else None
     encoder = encoder or tables.get("any", {}).get("visual", {}).get("encoder", "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from extract.encoders.registry import find_encoder
 from pipeline.rows import order_segments
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec
@@ -74,6 +75,7 @@ def export_features(
             manifest_sha256=manifest_sha256,
             weights_source=checkpoint,
             n_rows_per_shard=plan_rows_per_shard(spec, len(ids), n_entries),
+            encoder_source=find_encoder(spec.encoder).source,
         )
     parts = path.with_name(f"{path.stem}-predictions")
     parts.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from extract.encoders.encoder_network import EncoderNetwork
 from extract.encoders.inference_form import Precision, prepare_for_inference
 from pipeline.errors import SpecError, WeightsError
+from pipeline.suggestions import suggest
 
 BatchNormMode = Literal["eval", "train"]
 
@@ -115,9 +116,8 @@ class GatedEncoder(nn.Module):
         for name in outputs:
             if name not in self.network.head_names:
                 kind = type(self.network).__name__
-                raise SpecError(
-                    f"the head of {kind} has no output {name!r}; it has {', '.join(self.network.head_names)}"
-                )
+                hint = suggest(name, self.network.head_names, there="it has")
+                raise SpecError(f"the head of {kind} has no output {name!r}; {hint}")
         features = self._compute_features(visual, gates)
         if LOGITS in outputs:
             features[LOGITS] = self._classify(features)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from pipeline.specs import SpecModel
-from train.runs import SelectionRule
+from train.selection_rules import SelectionRule
 
 
 class RecogniserConfig(SpecModel):

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.errors import RunError
 from pipeline.specs import fingerprint
 from pipeline.store.location import Place
 from pipeline.store.opening import list_stores, open_store
 from train.cached.feature_bank import Rows
-from train.cached.feature_rows import FeatureRows, read_sound, read_visual
+from train.cached.feature_rows import FeatureRows, Sound, read_sound, read_visual
 from train.cached.larger_than_memory import count_row_bytes, open_rows
 from train.prediction_table import PredictionTable, read_prediction_table
 from train.runs import RunRecord
@@ -146,6 +145,14 @@ def stays_stored(inputs: StreamInputs, n_segments: int, max_bytes: int) -> bool:
     return n_segments * count_row_bytes(open_store(inputs.train_features or inputs.features)) > max_bytes
 
 
+def hears_clips(inputs: StreamInputs) -> bool:
+    """Says whether the store of sound has the sound around each clip of the pictures (recipe B), not a segment's."""
+    if inputs.table is not None or inputs.sound is None:
+        return False
+    seen, heard = open_store(inputs.features), open_store(inputs.sound)
+    return heard.layout.n_clips == seen.layout.n_clips // seen.spec.n_entries_per_clip > 1
+
+
 def open_stream(
     inputs: StreamInputs, segment_ids: Sequence[str], train_ids: Sequence[str], max_bytes: int
 ) -> StreamFeatures:
@@ -166,22 +173,23 @@ def open_stream(
 def _read_rows(
     inputs: StreamInputs, features: Path, table: PredictionTable | None, segment_ids: Sequence[str], max_bytes: int
 ) -> Rows:
+    store = open_store(features)
     if table is not None:
-        audio, has_audio = _read_heard(table, segment_ids)
+        sound = _read_heard(table, segment_ids)
     else:
         assert inputs.sound is not None, "name_files looked"
-        audio, has_audio = read_sound(open_store(inputs.sound), segment_ids)
-    store = open_store(features)
+        n_clips = store.layout.n_clips // store.spec.n_entries_per_clip
+        sound = read_sound(open_store(inputs.sound), segment_ids, n_clips)
     if len(segment_ids) * count_row_bytes(store) > max_bytes:
-        return open_rows(store, segment_ids, audio, has_audio, max_bytes)
-    return FeatureRows(tuple(segment_ids), read_visual(store, segment_ids), audio, has_audio)
+        return open_rows(store, segment_ids, sound.audio, sound.has_audio, max_bytes, sound.clip_audio)
+    return FeatureRows(tuple(segment_ids), read_visual(store, segment_ids), *sound)
 
 
-def _read_heard(table: PredictionTable, segment_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _read_heard(table: PredictionTable, segment_ids: Sequence[str]) -> Sound:
     rows = table.find(segment_ids)
     has_audio = table.has_audio[rows]
     audio = np.where(has_audio[:, None], table.audio_features[rows], np.float32(0))
-    return torch.from_numpy(audio), torch.from_numpy(has_audio)
+    return Sound(torch.from_numpy(audio), torch.from_numpy(has_audio))
 
 
 def _find_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from pipeline.segments import Segment
 from pipeline.store.opening import open_store
 from train.pictures import adapted_features
 from train.pictures.embedding import EmbeddedFeatures, choose_segments, draw_embedding, embed
-from train.pictures.run_choice import RunChoice, choose_stage1_run
+from train.pictures.modality_features import read_projected_features
+from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run
 from train.runs import RunRecord
 
 
@@ -72,3 +74,18 @@ def test_before_and_after_are_what_the_stores_hold(
     for values in seen:
         np.testing.assert_allclose(values, expected, atol=1e-5)
     assert after.title == "after: stage1 s-t, seed 0"
+
+
+def test_alignment_is_embedded_with_both_modalities(
+    compared: Any, open_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(adapted_features, "embed", lambda values, seed: (seen.append(values), values[:, :2])[1])
+    record = choose_alignment_run(compared.runs / "tiny", RunChoice(method="rna"))
+    before, after = adapted_features.embed_alignment(open_tiny(compared), compared.runs / "tiny", record)
+    projected = read_projected_features(open_tiny(compared), compared.runs / "tiny", record)
+    assert before.segments == after.segments == projected.segments
+    expected = np.concatenate([projected.visual.mean(axis=1), projected.audio.mean(axis=1)], axis=1)
+    np.testing.assert_allclose(seen[1], expected, atol=1e-6)
+    silent = replace(projected, heard=np.zeros(8, dtype=bool))
+    assert not adapted_features.join_modalities(silent)[:, 8:].any()

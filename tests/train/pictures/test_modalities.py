@@ -19,9 +19,10 @@ from train.pictures.modality_features import (
 )
 from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
 from train.pictures.norm_shares import compute_shares, draw_shares, share_norm
-from train.pictures.run_choice import RunChoice, choose_alignment_run, find_method, find_source_only
+from train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
 from train.prediction_table import read_prediction_table
 from train.runs import RESULTS, read_runs
+from train.segment_view.run_predictions import find_method
 
 
 def make_features(*, visual: np.ndarray, audio: np.ndarray, heard: np.ndarray, **more: Any) -> ModalityFeatures:
@@ -106,7 +107,7 @@ def test_features_are_those_that_the_trained_network_classifies(compared: Any, o
     (path,) = folder.glob("*.zarr")
     ids = [segment.segment_id for segment in found.segments]
     assert sorted(ids) == sorted(f"{domain}-test-{i}" for domain in "st" for i in range(4))
-    # Three crops of a clip: views, of which the first is projected.
+    # Entry 0 is the first clip's first crop; crops are views, of which the first is projected.
     pooled = open_store(path).read(ids, "pooled")[:, 0].astype(np.float32)
     table = read_prediction_table(compared.steps / f"table-{stage1.steps['table']}" / "table.parquet")
     heard = table.audio_features[table.find(ids)]

@@ -1,0 +1,117 @@
+"""Makes a folder that looks like a checkout with its .venv, in which the pages' commands can be given as they stand."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+
+ROOT = Path(__file__).resolve().parents[2]
+_SHIM = """#!/bin/sh
+exec '{python}' {arguments} "$@"
+"""
+_RUN_MAIN = "-c 'from train.cli import main; main()'"
+
+
+@dataclass(frozen=True, slots=True)
+class DocCheckout:
+    """Is the folder; cache, runs, data and manifests are its own, the code is that of this checkout."""
+
+    root: Path
+
+    @property
+    def site(self) -> Path:
+        """Gives where `pip install` puts what the pages install."""
+        return self.root / "site"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Gives the environment of a command: this code, the folder's own data, and a pip that asks nobody."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PIP_"))}
+        return kept | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.site}",
+            "ECHOSHIFT_MANIFESTS": str(self.root / "data" / "manifests"),
+            "OMP_NUM_THREADS": "1",
+            "PIP_TARGET": str(self.site),
+            "PIP_NO_BUILD_ISOLATION": "1",
+            "PIP_NO_DEPS": "1",
+            "PIP_NO_INDEX": "1",
+        }
+
+    def make(self) -> None:
+        """Makes the folder: a Makefile and cards that are copies, and a .venv whose programs are this Python."""
+        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+            (self.root / name).write_bytes((ROOT / name).read_bytes())
+        (self.root / "data" / "manifests").mkdir(parents=True)
+        for card in (ROOT / "data" / "manifests").glob("*.toml"):
+            (self.root / "data" / "manifests" / card.name).write_bytes(card.read_bytes())
+        programs = self.root / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        for name, arguments in (("echoshift", _RUN_MAIN), ("python", "")):
+            (programs / name).write_text(_SHIM.format(python=sys.executable, arguments=arguments))
+            (programs / name).chmod(0o755)
+        (programs.parent / ".installed").touch()
+
+    def copy_from(self, finished: Path) -> None:
+        """Takes data, cache and runs of a checkout in which `make demo` has been run."""
+        for name in ("data/demo", "cache", "runs/demo"):
+            copytree(finished / name, self.root / name)
+        manifest = Path("data") / "manifests" / "demo.csv"
+        (self.root / manifest).write_bytes((finished / manifest).read_bytes())
+
+    def run(self, text: str) -> str:
+        """Runs shell text; raises AssertionError with the end of what it printed where it fails."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text], cwd=self.root, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{text}\nexit code {done.returncode}\n{done.stdout[-3000:]}"
+        return done.stdout
+
+
+def run_here(words: list[str]) -> tuple[int, str]:
+    """Runs `.venv/bin/echoshift …` in this process and folder, patterns first; gives exit code and output."""
+    from train.cli import main
+
+    assert words[0] == ".venv/bin/echoshift", words
+    arguments = [found for word in words[1:] for found in _expand(word)]
+    before, sys.argv = sys.argv, ["echoshift", *arguments]
+    out = io.StringIO()
+    code: object = 0
+    try:
+        with redirect_stdout(out), redirect_stderr(out):
+            main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+    assert isinstance(code, int)
+    return code, out.getvalue()
+
+
+def _expand(word: str) -> list[str]:
+    """Gives the files that a pattern means, as a shell does."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
+
+
+def write_distribution(site: Path, pyproject: str, files: Iterable[tuple[str, str]]) -> None:
+    """Puts a distribution where Python finds it, as installing it would: its modules, and its entry points by name."""
+    described = tomllib.loads(pyproject)
+    project = described["project"]
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    lines = [f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"]
+    (info / "METADATA").write_text("".join(lines))
+    points = []
+    for group, entries in project["entry-points"].items():
+        points += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(points) + "\n")
+    for name, text in files:
+        (site / name).write_text(text)

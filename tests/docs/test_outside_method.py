@@ -1,0 +1,198 @@
+"""Checks that a method of another distribution, the one that docs/ prints, trains and scores as echoshift's own do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.store.opening import list_stores, open_store
+from pipeline.tensor_files import read_tensors
+from train.alignment.config import METHOD_NAMES, AlignmentConfig
+from train.runs import RESULTS, RunRecord, read_runs
+
+PAGE, MODULE, NAME = "docs/adding-a-method.md", "variance_matching.py", "variance_matching"
+SETTINGS = (
+    "alignment.network.width=8",
+    "iterations.n_steps=30",
+    "iterations.n_batch=8",
+    "iterations.lr_drop_step=10",
+    "iterations.n_checkpoints=3",
+    "iterations.checkpoint_every=5",
+)
+
+
+@pytest.fixture(scope="module")
+def extracted(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Extracts the small data set's features; nobody changes them."""
+    root = tmp_path_factory.mktemp("method")
+    tiny = tiny_shift.TinyShift(root, root / "runs")
+    tiny.make()
+    places = ["--media", tiny.media, "--cache", root / "cache", "--manifests", root, "--device", "cpu"]
+    for encoder, settings in (
+        ("slowfast_demo", ("frame.short_side=36", "frame.crop=32", "clip.n_frames=4")),
+        ("resnet_demo", ("audio.duration_s=1.0",)),
+    ):
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        code, _, err = tiny_shift.run("extract", "tiny", *places, "--encoders", encoder, *chosen)
+        assert code == 0, err
+    return tiny
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doc_checkout: ModuleType, blocks: ModuleType) -> Any:
+    """Gives what puts the page's distribution on the path, with its text changed, under another name if asked."""
+
+    def put(name: str = NAME, change: tuple[str, str] = ("", "")) -> Path:
+        text, pyproject = blocks.find_file(PAGE, MODULE), blocks.find_file(PAGE, "pyproject.toml")
+        assert change[0] in text
+        folder = tmp_path / f"site-{name}"
+        text = text.replace(*change) if change[0] else text
+        doc_checkout.write_distribution(folder, pyproject.replace(NAME, name), [(f"{name}.py", text)])
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return folder / f"{name}.py"
+
+    return put
+
+
+def align(tiny: Any, tiny_shift: ModuleType, method: str, *settings: str) -> tuple[int, str]:
+    chosen = [part for s in (*SETTINGS, f"alignment.method={method}", *settings) for part in ("--set", s)]
+    places = ["--cache", tiny.root / "cache", "--manifests", tiny.root, "--runs", tiny.runs, "--device", "cpu"]
+    code, _, err = tiny_shift.run("align", "tiny", "--shift", "s-t", *places, *chosen)
+    return code, err
+
+
+def list_records(tiny: Any) -> list[RunRecord]:
+    return read_runs(tiny.runs / "tiny" / RESULTS)
+
+
+def count_trained(tiny: Any) -> int:
+    return sum(path.is_dir() for path in tiny.steps.glob(f"{NAME}_rgb-*"))
+
+
+def predict_by_hand(weights: dict[str, np.ndarray], visual: np.ndarray, sound: np.ndarray) -> np.ndarray:
+    """Predicts segments, visual [n, clip, C] and sound [n, C_a]: the mean over clips of softmax(visual + sound)."""
+
+    def stream(name: str, x: np.ndarray) -> np.ndarray:
+        part = {key.partition(".")[2]: value for key, value in weights.items()}
+        hidden = np.maximum(x @ part[f"project_{name}.weight"].T + part[f"project_{name}.bias"], 0)
+        return hidden @ part[f"classify_{name}.weight"].T + part[f"classify_{name}.bias"]
+
+    logits = stream("visual", visual) + stream("audio", sound)[:, None]
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (odds / odds.sum(axis=-1, keepdims=True)).mean(axis=1)
+
+
+def test_it_trains_and_scores(extracted: Any, tiny_shift: ModuleType, install: Any, tmp_path: Path) -> None:
+    file = install()
+    tiny = extracted.with_runs(tmp_path / "runs")
+    code, err = align(tiny, tiny_shift, NAME)
+    assert code == 0, err
+    mean, last = list_records(tiny)
+    assert (mean.selection, last.selection) == ("mean_last", "last")
+    config = mean.config["alignment"]["alignment"]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert config["method"] == NAME and config["own"] == {"weight": 0.1}
+    assert config["source"] == f"variance-matching 1.0 (variance_matching:VarianceMatching), file's sha256 {sha256}"
+    step = tiny.steps / f"{NAME}_rgb-{mean.steps['trained_rgb']}"
+    [done] = [json.loads(path.read_text()) for path in step.glob("*.json")]
+    assert done["outcome"]["loss_names"] == ["class", "variance"]
+
+    stores = {open_store(path).spec.encoder: open_store(path) for path in list_stores(tiny.root / "cache")}
+    assert all("encoder_source" not in store.attributes for store in stores.values()), "echoshift's own need none"
+    with np.load(step / "epochs.npz") as arrays:
+        ids, predicted = arrays["target_test ids"].tolist(), arrays["target_test"][-1]
+    weights = {name: value.numpy() for name, value in read_tensors(step / "trained.safetensors").items()}
+    visual = stores["slowfast_demo"].read(ids, "pooled").astype(np.float32)
+    sound = stores["resnet_demo"].read(ids, "pooled")[:, 0].astype(np.float32)
+    by_hand = predict_by_hand(weights, visual, sound)
+    np.testing.assert_allclose(predicted, by_hand, rtol=1e-4, atol=1e-5)
+    rows = [ids.index(f"t-test-{i}") for i in range(4)]
+    accuracy = (by_hand[rows].argmax(axis=1) == np.array([0, 1, 0, 1])).mean()
+    assert last.scores.main.value == pytest.approx(accuracy)
+
+
+def test_its_settings_and_its_file_name_a_run(
+    extracted: Any, tiny_shift: ModuleType, install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    tiny = extracted.with_runs(tmp_path / "runs")
+    for settings in ((), (), ("alignment.own.weight=5",)):
+        code, err = align(tiny, tiny_shift, NAME, *settings)
+        assert code == 0, err
+    assert len({record.config_hash for record in list_records(tiny)}) == 2
+    assert count_trained(tiny) == 2, "the same settings train once"
+    first = tmp_path / f"site-{NAME}"
+    first.rename(tmp_path / "before")
+    install(change=("gap.square()", "gap.abs()"))
+    first.rename(tmp_path / "changed")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "changed"), *(p for p in sys.path if p != str(first))])
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    code, err = align(tiny, tiny_shift, NAME)
+    assert code == 0, err
+    assert count_trained(tiny) == 3, "another file trains anew"
+
+
+WRONG = {
+    "no_losses": (("def losses(", "def loss("), (), "lacks losses"),
+    "no_module": (("(nn.Module)", ""), (), "names a class derived from torch.nn.Module"),
+    "odd_settings": (("class Settings(SpecModel)", "class Settings"), (), "Settings must derive from pipeline.specs"),
+    "unknown_key": (("", ""), ("alignment.own.wieght=1",), "own.wieght: Extra inputs are not permitted; it has weight"),
+    "wrong_value": (("", ""), ("alignment.own.weight=-1",), "own.weight: Input should be greater than or equal to 0"),
+    "not_built": (("super().__init__()", "raise OSError('no file')"), (), "can't be built: OSError: no file"),
+    "more_terms": (('("class", "variance")', '("class",)'), (), "are of shape [2], its loss_names are 1"),
+    "needs_target": (('loss_names = ("', 'adapts = True\n    loss_names = ("'), (), "adapts to the target; it needs"),
+    "not_there": (("import torch\n", "import no_such_module\n"), (), "can't be loaded: ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_method_is_one_clear_line(
+    kind: str, extracted: Any, tiny_shift: ModuleType, install: Any, tmp_path: Path
+) -> None:
+    change, settings, message = WRONG[kind]
+    name = f"wrong_{kind}"
+    install(name, change)
+    code, err = align(extracted.with_runs(tmp_path / "runs"), tiny_shift, name, *settings)
+    assert code == 2
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in err
+
+
+def test_a_name_that_is_taken_is_refused(
+    extracted: Any,
+    tiny_shift: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    install: Any,
+    doc_checkout: ModuleType,
+    blocks: ModuleType,
+) -> None:
+    install()
+    pyproject = blocks.find_file(PAGE, "pyproject.toml").replace('variance_matching = "', 'rna = "')
+    doc_checkout.write_distribution(tmp_path / "twin", pyproject.replace("variance-matching", "twin"), [])
+    monkeypatch.syspath_prepend(tmp_path / "twin")
+    code, err = align(extracted.with_runs(tmp_path / "runs"), tiny_shift, "rna")
+    assert code == 2 and "'rna' of twin 1.0" in err and "has the name of one of echoshift's own" in err
+
+
+def test_own_settings_belong_to_methods_from_outside(extracted: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+    code, err = align(extracted.with_runs(tmp_path), tiny_shift, "rna", "alignment.own.weight=1")
+    assert code == 2 and "`own` and `source` belong to methods from outside the package" in err
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_runs_of_echoshifts_own_methods_keep_their_names(method: str) -> None:
+    fields = {"setting": "uda", "network": {"batch_norm": True, "fusion": "mid" if method == "yang_rerun" else "late"}}
+    described = AlignmentConfig.model_validate({"method": method, **fields}).model_dump(mode="json")
+    assert "own" not in described and "source" not in described
+    assert set(described) == set(AlignmentConfig.model_fields) - {"own", "source"}
+    assert AlignmentConfig.model_validate(described).method == method

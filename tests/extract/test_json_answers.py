@@ -1,0 +1,68 @@
+"""Checks that reports become JSON unrounded, and that what has no place in JSON is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from extract.commands.json_answers import make_jsonable, print_json
+from pipeline.store.location import locate
+
+
+class Form(StrEnum):
+    npz = "npz"
+
+
+class Inner(BaseModel):
+    value: float
+    when: datetime
+
+
+@dataclass(frozen=True)
+class Report:
+    path: Path
+    inner: Inner
+    form: Form
+    counts: dict[str, np.int64]
+    values: np.ndarray
+    names: frozenset[str]
+
+
+def test_a_report_of_every_kind_is_one_document_with_all_its_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    share = float(np.nextafter(0.1, 1))  # differs from 0.1 in the last digit alone
+    report = Report(
+        Path("a/b"),
+        Inner(value=share, when=datetime(2026, 11, 26, 14, tzinfo=UTC)),
+        Form.npz,
+        {"n": np.int64(2**53 + 1)},
+        np.array([1.5, math.nan]),
+        frozenset({"z", "y"}),
+    )
+    print_json({"report": report, "place": locate("s3://bucket/x.zarr"), "inf": math.inf, "missing": None})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {
+        "report": {
+            "path": "a/b",
+            "inner": {"value": share, "when": "2026-11-26T14:00:00+00:00"},
+            "form": "npz",
+            "counts": {"n": 2**53 + 1},
+            "values": [1.5, None],
+            "names": ["y", "z"],
+        },
+        "place": "s3://bucket/x.zarr",
+        "inf": None,
+        "missing": None,
+    }
+
+
+def test_what_json_cannot_hold_is_refused_by_its_type() -> None:
+    with pytest.raises(TypeError, match=r"^complex has no place in JSON$"):
+        make_jsonable({"deep": [1, (2j,)]})
