@@ -55,7 +55,7 @@ class ReportRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReportOutcome:
-    """Is the page that was written, and what it says in a line each."""
+    """Is the page that was written: where, how large, and of how many runs and stores."""
 
     path: Path
     n_bytes: int

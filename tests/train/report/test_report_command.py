@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,17 @@ def test_it_changes_nothing_and_needs_nothing_else(tiny_shift: ModuleType, copie
     addresses = re.findall(r'(?:src|href)="([^"]{1,40})', page)
     assert addresses and all(address.startswith(("#", "data:")) for address in addresses)
     assert not re.search(r"https?://(?!www\.w3\.org)|@import|url\((?!#)", page)
+
+
+def test_json_says_what_was_written_and_nothing_else(tiny_shift: ModuleType, finished: Any, tmp_path: Path) -> None:
+    places = ["--media", finished.media, "--manifests", finished.root, "--runs", finished.runs, "--segments", 0]
+    places += ["--cache", finished.root / "cache", "--reports", tmp_path, "--quiet", "--json"]
+    code, out, err = tiny_shift.run("report", "tiny", *places)
+    assert (code, err) == (0, "")
+    path = tmp_path / "tiny" / "index.html"
+    answer = json.loads(out)
+    assert answer == {"path": str(path), "n_bytes": path.stat().st_size, "n_runs": 1, "n_stores": answer["n_stores"]}
+    assert answer["n_stores"] == len(list((finished.root / "cache" / "tiny").glob("*.zarr")))
 
 
 def test_a_run_of_no_grid_is_listed_all_the_same(tiny_shift: ModuleType, copied: Any, tmp_path: Path) -> None:
