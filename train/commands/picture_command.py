@@ -36,7 +36,7 @@ KindArgument = Annotated[
     PictureKind,
     typer.Argument(
         help="norms: feature norms before and after alignment; shares: what each modality weighs; embedding: features "
-        "before and after Stage 1 in the plane; cam: where in a clip a network sees a class.",
+        "before and after adaptation in the plane; cam: where in a clip a network sees a class.",
         show_default=False,
     ),
 ]
@@ -52,7 +52,12 @@ def picture(
     row: Annotated[
         list[str] | None, typer.Option(help="Of a run of this row of a grid; cam takes several, one below the other.")
     ] = None,
-    method: Annotated[str, typer.Option(help="norms, shares: the method of alignment; default: the last run.")] = "",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="The method of alignment; norms, shares: default the last run's; embedding: default Stage 1."
+        ),
+    ] = "",
     segment: Annotated[str, typer.Option(help="cam: whose middle clip it is.")] = "",
     class_: Annotated[str, typer.Option("--class", help="cam: which class; default: the most probable.")] = "",
     points: Annotated[int, typer.Option(help="embedding: the most segments, drawn at random.", min=5)] = 1000,

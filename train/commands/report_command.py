@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, ManifestOption, ManifestsOption
-from pipeline.cards import MANIFESTS_DIR
+from extract.commands.terminal import QuietOption, make_notifier, show_progress
+from pipeline.places import MANIFESTS_DIR
 from train.commands.run_options import (
     DEFAULT_RUNS,
     ConfigChoice,
@@ -46,14 +48,15 @@ def report(
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
     reports: Annotated[Path, typer.Option(help="Where reports lie.", envvar="ECHOSHIFT_REPORTS")] = DEFAULT_REPORTS,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write reports/DATASET/index.html, a page that needs nothing else; trains and extracts nothing."""
-    from extract.commands.terminal import show_progress
     from train.report.grid_facts import PRESETS
     from train.report.making import PAGE, ReportRequest, make_report
 
     choices = RunChoices(dataset, media, cache, manifest, manifests, "cpu", preset or PRESETS[0], config, set_)
-    places = open_places(choices)
+    places = open_places(choices, make_notifier(quiet=quiet))
 
     def resolve(name: str, stage: Stage, overrides: tuple[str, ...]) -> Mapping[str, Any]:
         return resolve_choices(stage, places.card, replace(choices, preset=name), overrides).describe()
@@ -68,6 +71,9 @@ def report(
         n_segments=segments,
         segment_ids=tuple(segment or ()),
     )
-    with show_progress("parts") as progress:
+    with show_progress("parts", quiet=quiet) as progress:
         outcome = make_report(request, reports / places.card.name / PAGE, progress)
+    if as_json:
+        print_json(outcome)
+        return
     typer.echo(f"{outcome.path}: {outcome.n_bytes / 1e6:.1f} MB, {outcome.n_runs} runs, {outcome.n_stores} stores")

@@ -78,7 +78,7 @@ def _print(view: SegmentView, n_top: int) -> None:
             said = [write_score(score) for score in found.top] + [""] * (n_top - len(found.top))
             right = {True: "right", False: "wrong", None: ""}[found.is_right]
             rows.append([found.run, SPEAKERS[found.speaker], found.role, *said, right, found.pseudo_label])
-        columns = ("run", "who says it", "is to it", *(f"{i}." for i in range(1, n_top + 1)), "", "pseudo-label")
+        columns = ("run", "who says it", "is to it", *(f"{i}." for i in range(1, n_top + 1)), "result", "pseudo-label")
         print_table("predictions, percent; * is the label", columns, rows)
     if "predictions" in view.missing:
         typer.echo(view.missing["predictions"])

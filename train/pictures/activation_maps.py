@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,17 +20,22 @@ from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec, FrameSpec, fingerprint
 from pipeline.store.interface import FeatureStore
 from pipeline.store.opening import list_stores, open_store
+from train.alignment.two_streams import TwoStreams
+from train.cached.batches import Dropouts, FeatureBatch
 from train.data_places import DataPlaces
 from train.runs import RunRecord
 from train.segment_view.gates import read_facts
 from train.segment_view.run_predictions import describe_run
-from train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, build_encoder, read_checkpoint
+from train.splits import TRAIN, find_shift
+from train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
 from train.stage1.clip_reading import read_clips
 from train.stage1.config import Stage1Config
 from train.stage1.encoder_steps import CHECKPOINT
 from train.stage1.gated_encoder import CLIP
-from train.stage1.input_stores import choose_visual
+from train.stage1.input_stores import choose_sound, choose_visual
 from train.stage1.sound_features import SoundFeatures
+
+Classify = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,25 +65,34 @@ class ActivationMap:
 class ActivationMapper:
     """Makes activation maps with one checkpoint; for one thread.
 
-    Raises RunError where the checkpoint has no classifier of its own (a method of alignment stands on it), or the store
-    of sound that its gates are made of isn't in the cache.
+    Where a method of alignment stands on the encoder, the logits are the method's. Raises RunError where the store of
+    sound that the gates, or the method, are made for isn't in the cache.
     """
 
     def __init__(self, places: DataPlaces, runs_dir: Path, record: RunRecord) -> None:
         path = runs_dir / "steps" / f"encoder-{record.steps['encoder']}" / CHECKPOINT
         facts = read_facts(path)
-        self._config = Stage1Config.model_validate_json(facts.config)
-        if self._config.objective.enabled:
-            raise RunError(
-                f"{path} has no classifier of its own, whose activations could be mapped; choose another run"
-            )
+        config = Stage1Config.model_validate_json(facts.config)
         self._places, self._run = places, describe_run(record)
-        self._sound = SoundFeatures(_find_sound(places, facts.sound)) if self._config.attention.enabled else None
-        choice = choose_visual(self._config.visual, places, self._config.visual.test_preset)
+        hears = config.attention.enabled or config.objective.enabled
+        self._sound = SoundFeatures(_find_sound(places, facts.sound)) if hears else None
+        choice = choose_visual(config.visual, places, config.visual.test_preset)
         self._spec: FeatureSpec = choice.spec
-        network = load_encoder(self._config.visual.encoder, choice.weights)
-        n_map_channels = self._sound.map_shape[0] if self._sound is not None else 0
-        self._model = build_encoder(network, n_map_channels, len(facts.classes), self._config, seed=0)
+        sound_network = None
+        if config.objective.enabled:
+            sound_network = load_encoder(config.sound.encoder, choose_sound(config.sound).weights)
+        source = find_shift(places.card, record.shift).source
+        there = {segment.domain for segment in places.manifest if segment.split == TRAIN}
+        self._model = build_encoder(
+            load_encoder(config.visual.encoder, choice.weights),
+            self._sound.map_shape[0] if self._sound is not None else 0,
+            len(facts.classes),
+            config,
+            seed=0,
+            sound_network=sound_network,
+            source_domains=sorted(there & set(source)),
+            multi_label=places.card.task == "multi-label",
+        )
         read_checkpoint(path, self._model)
         self._model.eval()
 
@@ -92,18 +107,13 @@ class ActivationMapper:
         read = read_clips(media, segment, self._spec)
         entry = len(read.clips) // 2
         clip = read.clips[entry : entry + 1]
-        gates = None
-        if self._sound is not None:
-            ids = [segment.segment_id]
-            with torch.no_grad():
-                heard = torch.from_numpy(self._sound.has_audio(ids))
-                gates = self._model.compute_gates(self._sound.read_maps(ids), heard)
+        classify = self._make_classifier(segment)
         with torch.no_grad():
-            logits = self._model.gated({CLIP: clip}, gates)[0]
+            logits = classify(clip)[0]
         is_multi_label = self._places.card.task == "multi-label"
         probabilities = logits.sigmoid() if is_multi_label else logits.softmax(dim=0)
         target = classes.index(class_name) if class_name else int(logits.argmax())
-        values, layer = compute_activation_map(self._model, clip, gates, target)
+        values, layer = compute_activation_map(self._model.gated.network, classify, clip, target)
         assert self._spec.frame is not None, "the visual encoder sees"
         return ActivationMap(
             run=self._run,
@@ -115,6 +125,27 @@ class ActivationMapper:
             probability=float(probabilities[target]),
             layer=layer,
         )
+
+    def _make_classifier(self, segment: Segment) -> Classify:
+        """Makes what gives logits [1, K] of a clip [1, C, T, H, W] of a segment, whose sound is given."""
+        model, gates = self._model, None
+        if self._sound is None:
+            return lambda clip: model.gated({CLIP: clip})
+        ids = [segment.segment_id]
+        maps, heard = self._sound.read_maps(ids), torch.from_numpy(self._sound.has_audio(ids))
+        with torch.no_grad():
+            gates = model.compute_gates(maps, heard)
+            audio = None if model.objective is None else model.objective.sound(maps, heard)
+        if model.objective is None:
+            return lambda clip: model.gated({CLIP: clip}, gates)
+        streams = cast(TwoStreams, model.objective.method.streams)
+
+        def classify(clip: Tensor) -> Tensor:
+            pooled = model.gated.compute_pooled({CLIP: clip}, gates).float()
+            inputs = FeatureBatch({"pooled": pooled[:, None]}, cast(Tensor, audio), heard)
+            return streams.classify(streams.encode(inputs, "target"), Dropouts())
+
+        return classify
 
     def _plan_times(self, media: OpenMedia, segment: Segment, entry: int) -> np.ndarray:
         """Plans when the pictures of an entry are shown, as reading it does."""
@@ -134,43 +165,40 @@ class ActivationMapper:
 
 
 def compute_activation_map(
-    model: AudioAdaptiveEncoder, clip: Tensor, gates: dict[str, Tensor] | None, target: int
+    network: EncoderNetwork, classify: Classify, clip: Tensor, target: int
 ) -> tuple[np.ndarray, str]:
     """Computes Grad-CAM of class `target` for one clip, float32 [1, C, T, H, W]; gives [T, H, W] and the layer's name.
 
-    Activations of the last block are weighed by the mean gradient of the class's logit, summed over channels, what is
-    below zero cut off, and interpolated (trilinear) to the clip's size. Of several paths the first is taken, SlowFast's
-    slow one.
+    `classify` runs the network and gives logits [1, K]. Activations of the network's last block are weighed by the mean
+    gradient of the class's logit, summed over channels, what is below zero cut off, and interpolated (trilinear) to the
+    clip's size. Of several paths the first is taken, SlowFast's slow one.
     """
     from captum.attr import LayerAttribution, LayerGradCam
 
-    name, layer = find_last_block(model.gated.network, lambda: model.gated({CLIP: clip}, gates))
-
-    def classify(x: Tensor) -> Tensor:
-        return model.gated({CLIP: x}, gates)
-
+    name, layer = find_last_block(network, lambda: classify(clip))
     found = cast(Tensor, LayerGradCam(classify, layer).attribute(clip, target=target, relu_attributions=True))
     size: Any = tuple(clip.shape[2:])
     scaled = cast(Tensor, LayerAttribution.interpolate(found.detach(), size, interpolate_mode="trilinear"))
     return scaled[0, 0].numpy().astype(np.float32), name
 
 
-def find_last_block(network: EncoderNetwork, run: Any) -> tuple[str, nn.Module]:
+def find_last_block(network: EncoderNetwork, run: Callable[[], Tensor]) -> tuple[str, nn.Module]:
     """Finds the first module, outermost first, of the last stage before the classifier that gives [B, C, T, H, W].
 
     `run` runs the network once, which tells what modules give. Raises RunError where none gives that.
     """
     stage = tuple(network.stages)[-2]
-    candidates = [(name, m) for name, m in network.named_modules() if name and _is_within(network, stage, name)]
-    candidates.sort(key=lambda each: each[0].count("."))
-    gives: dict[str, bool] = {}
+    found = [(name, module) for name, module in network.named_modules() if name and _is_within(network, stage, name)]
+    found.sort(key=lambda each: each[0].count("."))
+    gives_map: set[str] = set()
+
+    def watch(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 5:
+            gives_map.add(name)
+
     hooks = [
-        module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: gives.__setitem__(
-                name, isinstance(output, Tensor) and output.ndim == 5
-            )
-        )
-        for name, module in candidates
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: watch(name, output))
+        for name, module in found
     ]
     try:
         with torch.no_grad():
@@ -178,8 +206,8 @@ def find_last_block(network: EncoderNetwork, run: Any) -> tuple[str, nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    for name, module in candidates:
-        if gives.get(name):
+    for name, module in found:
+        if name in gives_map:
             return name, module
     raise RunError(f"no module of the stage {stage} of {type(network).__name__} gives a map in time and space")
 

@@ -1,4 +1,4 @@
-"""Reads visual features before and after Stage 1 adapted the encoder, of the segments of a shift."""
+"""Embeds the features of a shift's segments before and after adaptation, by Stage 1 or by a method of alignment."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.store.opening import list_stores, open_store
 from train.cached.feature_rows import read_visual
 from train.data_places import DataPlaces
 from train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segments, embed
+from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
 from train.runs import RunRecord
 from train.segment_view.run_predictions import describe_run
 from train.splits import find_shift
@@ -40,6 +41,35 @@ def embed_adaptation(
     stores = zip((before, after), titles, strict=True)
     first, second = (embed_store(store, title, chosen, len(segments), seed) for store, title in stores)
     return first, second
+
+
+def embed_alignment(
+    places: DataPlaces, runs_dir: Path, record: RunRecord, *, seed: int = 0, max_points: int = MAX_POINTS
+) -> tuple[EmbeddedFeatures, EmbeddedFeatures]:
+    """Embeds the test segments of a shift's domains as a run of alignment was given them, and as it projects them.
+
+    The features of both modalities side by side, each the mean over clips; zeros where there is no sound.
+    """
+    before = read_cached_features(places, runs_dir, record)
+    after = read_projected_features(places, runs_dir, record)
+    chosen = choose_segments(before.segments, max_points, seed)
+    titles = ("before: the features of both modalities", f"after: {describe_run(record)}")
+    first, second = (
+        EmbeddedFeatures(
+            title,
+            tuple(features.segments[i] for i in chosen),
+            embed(join_modalities(features)[chosen], seed),
+            len(features.segments),
+        )
+        for features, title in zip((before, after), titles, strict=True)
+    )
+    return first, second
+
+
+def join_modalities(features: ModalityFeatures) -> np.ndarray:
+    """Joins the mean over clips of both modalities, float32 [n, D_v + D_a]; zeros where there is no sound."""
+    audio = np.where(features.heard[:, None], features.audio.mean(axis=1), 0)
+    return np.concatenate([features.visual.mean(axis=1), audio], axis=1).astype(np.float32)
 
 
 def embed_store(store: FeatureStore, title: str, segments: list[Segment], n_all: int, seed: int) -> EmbeddedFeatures:

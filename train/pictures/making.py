@@ -14,8 +14,9 @@ from train.pictures.figures import Picture
 from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
 from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
 from train.pictures.norm_shares import N_TOP, compute_shares, draw_shares
-from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run, find_method, find_source_only
+from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run, find_source_only
 from train.runs import RunRecord
+from train.segment_view.run_predictions import find_method
 
 KINDS = ("norms", "shares", "embedding", "cam")
 
@@ -52,11 +53,19 @@ def make_norm_shares(places: DataPlaces, runs_dir: Path, choice: RunChoice, n_to
 def make_embedding(
     places: DataPlaces, runs_dir: Path, choice: RunChoice, *, tsne_seed: int = 0, max_points: int = MAX_POINTS
 ) -> Picture:
-    """Draws visual features before and after Stage 1 in the plane; raises RunError where no run exported any."""
-    from train.pictures.adapted_features import embed_adaptation
+    """Draws features before and after adaptation in the plane.
 
-    record = choose_stage1_run(runs_dir, choice, with_features=True)
-    parts = embed_adaptation(places, runs_dir, record, seed=tsne_seed, max_points=max_points)
+    Visual ones of Stage 1, or, where the choice names a method of alignment, those of both modalities. Raises RunError
+    where no run fits, or Stage 1 exported none.
+    """
+    from train.pictures.adapted_features import embed_adaptation, embed_alignment
+
+    if choice.method:
+        record = choose_alignment_run(runs_dir, choice)
+        parts = embed_alignment(places, runs_dir, record, seed=tsne_seed, max_points=max_points)
+    else:
+        record = choose_stage1_run(runs_dir, choice, with_features=True)
+        parts = embed_adaptation(places, runs_dir, record, seed=tsne_seed, max_points=max_points)
     return draw_embedding(parts, places.card.classes, describe_data(places, record), tsne_seed)
 
 

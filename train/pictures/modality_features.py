@@ -19,8 +19,8 @@ from train.alignment.two_streams import StreamShapes, TwoStreams
 from train.cached.batches import Domain, FeatureBatch
 from train.cached.feature_bank import Rows
 from train.data_places import DataPlaces
-from train.pictures.run_choice import find_method
 from train.runs import RESULTS, RunRecord, hash_config, read_runs
+from train.segment_view.run_predictions import find_method
 from train.splits import find_shift
 from train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
 
@@ -81,8 +81,8 @@ def read_projected_features(
 ) -> ModalityFeatures:
     """Computes f^v and f^a, what a run's classifiers see, of every test segment of its shift.
 
-    With `network.clips` `one` each clip has features of its own. Raises RunError where the run's checkpoint is gone, or
-    the features that it was trained on.
+    Of several views the first is projected. With `network.clips` `one` each clip has features of its own. Raises
+    RunError where the run's checkpoint is gone, or the features that it was trained on.
     """
     name = _list_networks(record)[network]
     path = runs_dir / "steps" / _name_step(record, name) / _CHECKPOINT

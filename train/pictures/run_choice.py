@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import RunError
 from train.runs import RESULTS, RunRecord, keep_latest, read_runs
+from train.segment_view.run_predictions import find_method
 from train.stage1.encoder_steps import CHECKPOINT as ENCODER
 
 
@@ -35,12 +36,6 @@ class RunChoice:
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         parts += [] if self.row is None else [f"row {self.row!r}"]
         return ", ".join(parts)
-
-
-def find_method(record: RunRecord) -> str:
-    """Gives the method of a run of alignment, "" of another stage's."""
-    alignment = record.config.get("alignment", {}) if record.stage == "alignment" else {}
-    return str(alignment.get("alignment", {}).get("method", ""))
 
 
 def choose_alignment_run(runs_dir: Path, choice: RunChoice) -> RunRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ _SENTENCE_IN = 0.4
 _N_GATE_BINS = 25
 _N_DRAWN_SAMPLES = 2000
 _MAX_ROWS = 40
+_MAX_CLASSES = 12
 
 
 def draw_segment(view: SegmentView) -> Figure:
@@ -133,14 +135,15 @@ def _draw_predictions(axis: Any, view: SegmentView, shown: tuple[SegmentPredicti
         return
     from matplotlib.patches import Rectangle
 
-    table = np.stack([prediction.probabilities for prediction in shown])
+    columns = choose_classes(view, shown)
+    classes = [view.classes[i] for i in columns]
+    table = np.stack([prediction.probabilities for prediction in shown])[:, columns]
     n_rows, n_classes = table.shape
     axis.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    if n_classes <= 12:
-        for (row, column), value in np.ndenumerate(table):
-            colour = "white" if value > 0.6 else "black"
-            axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    for column, name in enumerate(view.classes):
+    for (row, column), value in np.ndenumerate(table):
+        colour = "white" if value > 0.6 else "black"
+        axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    for column, name in enumerate(classes):
         if name in view.segment.labels:
             axis.add_patch(
                 Rectangle(
@@ -149,16 +152,26 @@ def _draw_predictions(axis: Any, view: SegmentView, shown: tuple[SegmentPredicti
             )
     names = [f"{p.run}: {SPEAKERS[p.speaker]}" + (f" [{p.pseudo_label}]" if p.pseudo_label else "") for p in shown]
     axis.set_yticks(range(n_rows), names, fontsize=7)
-    rotation = 0 if n_classes <= 12 else 90
-    axis.set_xticks(range(n_classes), view.classes, fontsize=8 if n_classes <= 12 else 5, rotation=rotation)
-    for tick, name in zip(axis.get_xticklabels(), view.classes, strict=True):
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, classes)) > 12 else {}
+    axis.set_xticks(range(n_classes), [textwrap.shorten(name, 40) for name in classes], fontsize=8, **slanted)
+    for tick, name in zip(axis.get_xticklabels(), classes, strict=True):
         if name in view.segment.labels:
             tick.set_color(TRUE_COLOUR)
             tick.set_fontweight("bold")
-    left_out = len(view.predictions) - len(shown)
-    more = f"; the first {len(shown)} of {len(view.predictions)}" if left_out else ""
+    more = "" if len(shown) == len(view.predictions) else f"; the first {len(shown)} of {len(view.predictions)} runs"
+    more += "" if n_classes == len(view.classes) else f"; {n_classes} of {len(view.classes)} classes"
     axis.set_title(f"probabilities, percent; the frame is the label, [in brackets] the pseudo-label{more}")
     axis.tick_params(length=0)
+
+
+def choose_classes(view: SegmentView, shown: Sequence[SegmentPrediction]) -> list[int]:
+    """Chooses the classes that are drawn, in index order: the segment's own, and those that predictions say most."""
+    if len(view.classes) <= _MAX_CLASSES:
+        return list(range(len(view.classes)))
+    own = [i for i, name in enumerate(view.classes) if name in view.segment.labels][:_MAX_CLASSES]
+    most = np.stack([prediction.probabilities for prediction in shown]).max(axis=0)
+    others = [i for i in np.argsort(-most, kind="stable").tolist() if i not in own]
+    return sorted([*own, *others[: _MAX_CLASSES - len(own)]])
 
 
 def _say(axis: Any, view: SegmentView, part: Part) -> None:

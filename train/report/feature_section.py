@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
+from threadpoolctl import threadpool_limits
 
-from pipeline.errors import RunError
+from pipeline.errors import EchoshiftError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE
 from train.data_places import DataPlaces
@@ -75,14 +76,15 @@ def _tell_faults(show: Callable[[], list[Block]]) -> list[Block]:
     """Shows something, or says why it can't be."""
     try:
         return show()
-    except RunError as error:
+    except EchoshiftError as error:
         words = " ".join(str(error).split())
         return [MissingBlock(f"{words[:1].upper()}{words[1:].rstrip('.')}.")]
 
 
 def _show_adaptation(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> list[Block]:
     record = choose_stage1_run(runs_dir, RunChoice(shift=shift), with_features=True)
-    parts = embed_adaptation(places, runs_dir, record, max_points=MAX_POINTS)
+    with threadpool_limits(1):  # so few points make threads wait for one another, by far, where cores are shared
+        parts = embed_adaptation(places, runs_dir, record, max_points=MAX_POINTS)
     n, n_all = len(parts[0].segments), parts[0].n_all
     of_all = f"{n:,} of {n_all:,} test segments, drawn at random," if n < n_all else f"all {n:,} test segments"
     run = f"{record.row}, seed {record.seed}" if record.row else f"seed {record.seed}"

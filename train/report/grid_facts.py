@@ -8,61 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.cards import DatasetCard
 from pipeline.errors import EchoshiftError
 from train.grids import Grid, PlannedRun, Stage, list_grids, list_shifts, plan_runs, read_grid
 from train.hits import average_hits
+from train.report.breakdowns import Breakdown, LooseRuns, break_down, gather_loose
 from train.runs import RunKey, RunRecord, SelectionRule, keep_latest
-from train.tables import PERCENT, Table, make_table
+from train.tables import Table, make_table
 
 PRESETS = ("paper", "released", "quick")
 RULES: tuple[SelectionRule, ...] = ("last", "mean_last", "source_val", "target_oracle")
-MAX_SHOWN_CLASSES = 40
-MAX_CONFUSED_CLASSES = 20
 MAX_BREAKDOWNS = 30
-PARTS = ("silent", "audible", "rare", "frequent")
-OTHERS = "all others"
 
 Resolve = Callable[[str, Stage, tuple[str, ...]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class ClassBar:
-    """Is what one class, or part of the test set, scores, in percent: mean, lowest and highest over seeds.
-
-    `n` test segments are of it.
-    """
-
-    name: str
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
-class Breakdown:
-    """Is what the runs of one row scored in one shift, class by class.
-
-    Attributes:
-        seeds: of the runs that are done.
-        classes: in the card's order; of more than MAX_SHOWN_CLASSES the ones with the most test segments.
-        parts: silent, audible, rare and frequent test segments, those of them that the runs tell.
-        confused: names of the confusion matrix's rows and columns.
-        confusion: counts summed over seeds, rows are labels; of more than MAX_CONFUSED_CLASSES classes the ones with
-            the most test segments, and the others together. None where a run has none (multi-label, mean of networks).
-    """
-
-    row: str
-    shift: str
-    seeds: tuple[int, ...]
-    classes: tuple[ClassBar, ...]
-    n_classes: int
-    parts: tuple[ClassBar, ...]
-    confused: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +50,16 @@ class GridFacts:
 
 @dataclass(frozen=True, slots=True)
 class GridsFacts:
-    """Is all grids: those with runs, those of the dataset's task without (name and title), and which runs they show."""
+    """Is all grids: those with runs, those of the dataset's task without (name and title), and which runs they show.
+
+    `loose` are the runs that no grid shows, without `n_other_manifest` of them that are of another manifest.
+    """
 
     done: tuple[GridFacts, ...]
     without_runs: tuple[tuple[str, str], ...]
     shown: frozenset[RunKey]
+    loose: tuple[LooseRuns, ...]
+    n_other_manifest: int
 
 
 def gather_grids(
@@ -140,7 +103,8 @@ def gather_grids(
             without.append((str(name), grid.title))
         notify()
     done.sort(key=lambda grid: (*_order(grid), grid.name))
-    return GridsFacts(tuple(done), tuple(without), frozenset(shown))
+    loose, n_left_out = gather_loose(latest.values(), frozenset(shown), manifest_sha256)
+    return GridsFacts(tuple(done), tuple(without), frozenset(shown), tuple(loose), n_left_out)
 
 
 def _order(grid: GridFacts) -> tuple[float, int]:
@@ -215,70 +179,3 @@ def _make_facts(
         missing_shifts=tuple(shift for shift in of_grid if shift in present_shifts and shift not in shifts),
         command=f"make ablate GRID={name} DATASET={card.name}{chosen}",
     )
-
-
-def break_down(
-    planned: Sequence[PlannedRun], latest: Mapping[RunKey, RunRecord], rule: SelectionRule, manifest_sha256: str
-) -> list[Breakdown]:
-    """Breaks down by class what planned runs scored, row by row and shift by shift, without those that have no run."""
-    grouped: dict[tuple[str, str], list[RunRecord]] = {}
-    for run in planned:
-        record = latest.get((run.stage, run.config_hash, run.shift, run.seed, rule))
-        if record is not None and record.manifest_sha256 == manifest_sha256:
-            grouped.setdefault((run.row, run.shift), []).append(record)
-    rows = list(dict.fromkeys(run.row for run in planned))
-    ordered = sorted(grouped.items(), key=lambda item: (rows.index(item[0][0]),))
-    return [_break_down(row, shift, records) for (row, shift), records in ordered]
-
-
-def _break_down(row: str, shift: str, records: Sequence[RunRecord]) -> Breakdown:
-    per_class = [record.scores.per_class for record in records]
-    bars = [
-        _average(scores[0].name, [score.value for score in scores], scores[0].n)
-        for scores in zip(*per_class, strict=True)
-    ]
-    parts = []
-    for part in PARTS:
-        scores = [getattr(record.scores, part) for record in records]
-        if all(score is not None for score in scores):
-            parts.append(_average(part, [score.value for score in scores], scores[0].n))
-    shown = _find_largest(bars, MAX_SHOWN_CLASSES)
-    confused = _find_largest(bars, MAX_CONFUSED_CLASSES)
-    matrices = [record.scores.confusion for record in records]
-    summed = None
-    if all(matrix is not None for matrix in matrices):
-        total = np.sum([np.array(matrix) for matrix in matrices], axis=0)
-        summed = tuple(tuple(int(count) for count in line) for line in fold_confusion(total, confused))
-    return Breakdown(
-        row=row,
-        shift=shift,
-        seeds=tuple(record.seed for record in records),
-        classes=tuple(bars[k] for k in shown),
-        n_classes=len(bars),
-        parts=tuple(parts),
-        confused=(*(bars[k].name for k in confused), *([OTHERS] if len(confused) < len(bars) else [])),
-        confusion=summed,
-    )
-
-
-def fold_confusion(counts: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Keeps the rows and columns of some classes, and adds up those of all others, int64 [k + 1, k + 1] from [K, K].
-
-    All classes kept is the matrix itself.
-    """
-    if len(kept) == len(counts):
-        return counts
-    others = [k for k in range(len(counts)) if k not in set(kept)]
-    rows = np.concatenate([counts[kept], counts[others].sum(axis=0, keepdims=True)])
-    return np.concatenate([rows[:, kept], rows[:, others].sum(axis=1, keepdims=True)], axis=1)
-
-
-def _find_largest(bars: Sequence[ClassBar], n: int) -> list[int]:
-    """Finds the n classes with the most test segments, in the card's order."""
-    return sorted(sorted(range(len(bars)), key=lambda k: (-bars[k].n, k))[:n])
-
-
-def _average(name: str, values: Sequence[float | None], n: int) -> ClassBar:
-    there = [value * PERCENT for value in values if value is not None]
-    mean = float(np.mean(there)) if there else None
-    return ClassBar(name, mean, min(there, default=None), max(there, default=None), n)

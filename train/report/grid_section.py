@@ -23,7 +23,8 @@ from train.report.blocks import (
     number,
     percent,
 )
-from train.report.grid_facts import Breakdown, ClassBar, GridFacts, GridsFacts
+from train.report.breakdowns import PARTS, Breakdown, ClassBar, LooseRuns
+from train.report.grid_facts import MAX_BREAKDOWNS, GridFacts, GridsFacts
 from train.runs import RunKey, RunRecord
 from train.table_formats import lay_out
 from train.tables import Table, TableRow
@@ -40,15 +41,20 @@ def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: Datase
         blocks += _make_grid_blocks(i, grid)
     partial = [grid for grid in facts.done if grid.n_rows_done < len(grid.table.rows)]
     if partial:
-        blocks.append(HeadingBlock("Grids of which some rows have runs", "partial-grids"))
-    for i, grid in enumerate(partial, start=len(whole)):
-        how = f"{grid.n_rows_done} of {len(grid.table.rows)} rows, preset {grid.preset}, rule {grid.selection}"
-        summary = f"{grid.table.title}: {grid.name} ({how})"
-        blocks.append(DetailsBlock(summary, tuple(_make_grid_blocks(i, grid)[1:])))
+        inner = tuple(
+            DetailsBlock(
+                f"{grid.table.title}: {grid.name} ({grid.n_rows_done} of {len(grid.table.rows)} rows, "
+                f"preset {grid.preset}, rule {grid.selection})",
+                tuple(_make_grid_blocks(i, grid)[1:]),
+            )
+            for i, grid in enumerate(partial, start=len(whole))
+        )
+        blocks.append(DetailsBlock(f"{len(partial)} tables of which some rows have runs", inner, is_open=not whole))
     if not facts.done:
         name = "a-table2" if card.task == "single-label" else "a-table3"
         text = "No grid has a run yet." if not runs else "The runs there are belong to no grid with these settings."
         blocks.append(MissingBlock(text, f"make ablate GRID={name} DATASET={card.name}"))
+    blocks += _make_loose_blocks(facts)
     if facts.without_runs:
         rows = tuple(
             (Cell(name), Cell(title), Cell(f"make ablate GRID={name} DATASET={card.name}"))
@@ -125,13 +131,68 @@ def _make_grid_blocks(i: int, grid: GridFacts) -> list[Block]:
     blocks.append(_make_table_block(f"grid-table-{i}", table, grid))
     panels = []
     for breakdown in grid.breakdowns:
-        panels.append((f"{breakdown.row}, {breakdown.shift}", _make_breakdown(breakdown, grid)))
+        panels.append((f"{breakdown.row}, {breakdown.shift}", _make_breakdown(breakdown, grid.name)))
     if panels:
         blocks.append(ChoiceBlock(f"choice-{i}", "Class by class: row and shift", tuple(panels)))
     if grid.n_breakdowns > len(grid.breakdowns):
         text = f"The first {len(grid.breakdowns)} of {grid.n_breakdowns} rows and shifts can be chosen."
         blocks.append(TextBlock(text, "quiet"))
     return blocks
+
+
+def _make_loose_blocks(facts: GridsFacts) -> list[Block]:
+    """Shows runs that are in no table: a line each configuration and shift, and the same breakdowns."""
+    if not facts.loose:
+        return []
+    text = (
+        "Runs made with settings of their own (`--set`, `--config`) are in no table above; give the report the same, "
+        "and their grid's table is here."
+    )
+    panels = tuple(
+        (
+            f"{loose.breakdown.row}, {loose.breakdown.shift}, {loose.stage}, {loose.selection}, {loose.config_hash}",
+            _make_breakdown(loose.breakdown, f"{loose.stage}, {loose.selection}, {loose.config_hash}"),
+        )
+        for loose in facts.loose[:MAX_BREAKDOWNS]
+    )
+    blocks: list[Block] = [
+        HeadingBlock("Runs outside the grids", "loose-runs"),
+        TextBlock(text, "quiet"),
+        _make_loose_table(facts.loose, facts.n_other_manifest),
+        ChoiceBlock("choice-loose", "Class by class: row, shift, stage, rule, settings", panels),
+    ]
+    if len(facts.loose) > MAX_BREAKDOWNS:
+        blocks.append(TextBlock(f"The first {MAX_BREAKDOWNS} of {len(facts.loose)} can be chosen.", "quiet"))
+    return blocks
+
+
+def _make_loose_table(found: Sequence[LooseRuns], n_other_manifest: int) -> TableBlock:
+    names = ("row", "stage", "shift", "rule", "settings")
+    numbers = ("score, %", "± half width", "seeds", "silent, %", "audible, %", "rare, %", "frequent, %")
+    rows = []
+    for loose in found:
+        parts = {part.name: part.mean for part in loose.breakdown.parts}
+        interval = loose.interval
+        rows.append(
+            (
+                Cell(loose.breakdown.row),
+                Cell(loose.stage),
+                Cell(loose.breakdown.shift),
+                Cell(loose.selection),
+                Cell(loose.config_hash),
+                number(interval.mean if interval else None),
+                number(interval.half_width if interval else None),
+                count(len(loose.breakdown.seeds)),
+                *(number(parts.get(part)) for part in PARTS),
+            )
+        )
+    notes = ["Mean over seeds, and half width of the 95 % t-interval; one seed has none."]
+    if any(loose.selection == "target_oracle" for loose in found):
+        notes.append("The rule target_oracle sees the target's test labels: an upper bound, no result.")
+    if n_other_manifest:
+        notes.append(f"Runs on another manifest that are left out: {n_other_manifest:,}.")
+    columns = (*(Column(name, TEXT) for name in names), *map(Column, numbers))
+    return TableBlock("loose", "By configuration and shift, over seeds", columns, tuple(rows), tuple(notes))
 
 
 def make_score_bars(table: Table) -> BarsBlock:
@@ -182,7 +243,7 @@ def _find_value(table: Table, row: TableRow, column: str) -> float | None:
     return row.difference.p_value if column == "p" else row.difference.difference
 
 
-def _make_breakdown(breakdown: Breakdown, grid: GridFacts) -> tuple[Block, ...]:
+def _make_breakdown(breakdown: Breakdown, whose: str) -> tuple[Block, ...]:
     n = len(breakdown.seeds)
     over = f"mean of {n} seeds, the thin line from the lowest to the highest" if n > 1 else f"seed {breakdown.seeds[0]}"
     blocks: list[Block] = [BarsBlock(f"By class, %, and test segments: {over}", _make_bars(breakdown.classes, n))]
@@ -191,7 +252,7 @@ def _make_breakdown(breakdown: Breakdown, grid: GridFacts) -> tuple[Block, ...]:
         blocks.append(TextBlock(text, "quiet"))
     if breakdown.confusion is not None:
         summed = f", summed over {n} seeds" if n > 1 else ""
-        caption = f"Confusion of {breakdown.row}, {breakdown.shift} ({grid.name}): test segments{summed}"
+        caption = f"Confusion of {breakdown.row}, {breakdown.shift} ({whose}): test segments{summed}"
         blocks.append(ConfusionBlock(caption, breakdown.confused, breakdown.confusion))
     else:
         text = "There is no confusion matrix: segments have several labels, or the score is a mean of networks'."

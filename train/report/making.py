@@ -18,6 +18,7 @@ from train.report.feature_section import make_feature_section
 from train.report.grid_facts import PRESETS, GridsFacts, gather_grids
 from train.report.grid_section import make_grid_section, make_run_section
 from train.report.page import write_page
+from train.report.segment_choice import choose_segments
 from train.report.segment_section import make_segment_section
 from train.report.stage1_facts import read_stage1_facts
 from train.report.stage1_section import make_stage1_section
@@ -54,7 +55,7 @@ class ReportRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReportOutcome:
-    """Is the page that was written, and what it says in a line each."""
+    """Is the page that was written: where, how large, and of how many runs and stores."""
 
     path: Path
     n_bytes: int
@@ -68,6 +69,7 @@ def make_report(request: ReportRequest, path: Path, watcher: EpochWatcher) -> Re
     Raises what reading manifests, stores and results raises; what isn't there yet is said in the page instead.
     """
     places, card = request.places, request.places.card
+    choose_segments(places.manifest, 0, request.segment_ids)  # a wrong name is told before the work, not after it
     stores = list_dataset_stores(places.cache_dir, card.name)
     watcher.start("stores", sum(len(store.spec.outputs) for store in stores))
     store_facts = [
@@ -144,8 +146,8 @@ def make_tiles(
         if scored:
             row, interval = scored[-1]
             spread = "" if interval.half_width is None else f" ±{interval.half_width:.1f}"
-            words = f"{row.name}, {column}, {grid.name}; {interval.n} seeds"
-            tiles.append(Tile("Last row of the first table", f"{interval.mean:.1f}{spread} %", words))
+            words = f"%: {row.name}, {column}, {grid.name}, {interval.n} seeds"
+            tiles.append(Tile("Last row of the first table", f"{interval.mean:.1f}{spread}", words))
     return tuple(tiles)
 
 

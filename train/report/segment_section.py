@@ -21,7 +21,7 @@ from train.report.segment_choice import choose_segments
 from train.segment_view.reading import SegmentViews, ViewOptions
 from train.segment_view.view import SegmentGate, SegmentPrediction, SegmentView
 
-MAX_PREDICTIONS = 12
+MAX_PREDICTIONS = 8
 N_FRAMES, N_CLASSES, N_CHANNELS = 4, 3, 3
 _SPEAKERS = {
     "sound": "sound (p_a)",

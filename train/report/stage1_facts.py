@@ -149,6 +149,8 @@ def _read_outcome(runs_dir: Path, name: str, key: str) -> Mapping[str, Any] | No
 
 def _read_absent(record: RunRecord, runs_dir: Path, manifest: Manifest, card: DatasetCard) -> AbsentFacts:
     steps = runs_dir / "steps"
+    if record.shift not in [shift.name for shift in card.shifts]:
+        return AbsentFacts(0, (), "the card has this shift no more, so its marks can't be held against labels")
     try:
         marks = np.load(steps / f"absent_labels-{record.steps['absent_labels']}" / "absent.npy", allow_pickle=False)
         ids = _list_marked(record, steps, manifest, card)

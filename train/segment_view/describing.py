@@ -110,13 +110,14 @@ def list_gates(view: SegmentView) -> list[str]:
 
 
 def describe_hearer(view: SegmentView) -> str:
-    """Says whose input the spectrogram is, and how much of it is a repetition."""
+    """Says whose input the spectrogram is, and how much of it isn't the segment's own."""
     spectrogram = view.spectrogram
     assert spectrogram is not None, "asked for where there is one"
     whose = f"as {spectrogram.encoder} hears it" if spectrogram.encoder else f"recipe {spectrogram.recipe}"
     n_frames = spectrogram.values.shape[1]
     if spectrogram.n_own_frames < n_frames:
-        return f"{whose}; its last {n_frames - spectrogram.n_own_frames} frames repeat the segment"
+        then = "are of zeros" if spectrogram.recipe == "planamente2021" else "repeat the segment"
+        return f"{whose}; its last {n_frames - spectrogram.n_own_frames} frames {then}"
     return whose
 
 

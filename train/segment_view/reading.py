@@ -25,7 +25,6 @@ from train.segment_view.pictures_and_sound import read_segment_sound, read_shown
 from train.segment_view.run_predictions import PredictionReader, StoredPredictions, describe_run
 from train.segment_view.sound_specs import choose_sound_spec
 from train.segment_view.view import ClassScore, Part, SegmentGate, SegmentPrediction, SegmentView
-from train.splits import find_shift
 from train.stage1.encoder_steps import CHECKPOINT
 
 N_FRAMES, N_TOP = 5, 5
@@ -137,8 +136,11 @@ class SegmentViews:
 
     def _iterate_records(self, segment: Segment) -> Iterator[tuple[RunRecord, str]]:
         """Gives the runs whose shift has the segment's domain, each with what the segment is to it."""
+        shifts = {shift.name: shift for shift in self._places.card.shifts}
         for record in self._records:
-            shift = find_shift(self._places.card, record.shift)
+            shift = shifts.get(record.shift)
+            if shift is None:  # _read_predictions says so
+                continue
             if segment.domain == shift.target:
                 yield record, f"target {segment.split}"
             elif segment.domain in shift.source:
@@ -188,7 +190,9 @@ class SegmentViews:
     def _read_predictions(self, segment: Segment) -> tuple[tuple[SegmentPrediction, ...], str]:
         numbers = {record.key: number for number, record in enumerate(self._records)}
         predictions: list[SegmentPrediction] = []
-        faults: list[str] = []
+        shifts = {shift.name for shift in self._places.card.shifts}
+        unknown = [record for record in self._records if record.shift not in shifts]
+        faults = [f"{describe_run(record)}: the card has no such shift any more" for record in unknown]
         for record, role in self._iterate_records(segment):
             stored, fault = self._read_stored(numbers[record.key])
             if fault:

@@ -111,10 +111,18 @@ class PredictionReader:
 
 
 def describe_run(record: RunRecord) -> str:
-    """Names a run for people: stage, shift, seed, its grid's row where it has one, and the rule unless it is `last`."""
+    """Names a run for people: stage, method of alignment, shift, seed, its grid's row, and the rule unless `last`."""
+    method = find_method(record)
+    stage = f"{record.stage} {method}" if method else record.stage
     row = f", {record.row}" if record.row else ""
     rule = "" if record.selection == "last" else f", rule {record.selection}"
-    return f"{record.stage} {record.shift}, seed {record.seed}{row}{rule}"
+    return f"{stage} {record.shift}, seed {record.seed}{row}{rule}"
+
+
+def find_method(record: RunRecord) -> str:
+    """Gives the method of a run of alignment, "" of another stage's."""
+    alignment = record.config.get("alignment", {}) if record.stage == "alignment" else {}
+    return str(alignment.get("alignment", {}).get("method", ""))
 
 
 def _number(segment_ids: Sequence[str]) -> dict[str, int]:

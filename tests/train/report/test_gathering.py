@@ -13,7 +13,7 @@ from pipeline.manifest_csv import read_manifest
 from pipeline.store.interface import Failure
 from pipeline.store.layout import FAILED
 from pipeline.store.ledger import write_failures
-from train.report.grid_facts import break_down, fold_confusion
+from train.report.breakdowns import break_down, fold_confusion, gather_loose
 from train.report.stage1_facts import count_right_marks, read_stage1_facts
 from train.report.store_facts import describe_store, list_dataset_stores, read_silence
 from train.runs import RESULTS, keep_latest, read_runs
@@ -107,6 +107,27 @@ def test_steps_whose_folders_are_gone_are_named(copied: Any) -> None:
     (facts,) = read_stage1_facts(read_runs(copied.runs / "tiny" / RESULTS), copied.runs / "tiny", manifest, card)
     assert facts.lost == ("clusters",) and facts.clusters == ()
     assert facts.absent is not None and facts.absent.accuracy is None and "is gone" in facts.absent.fault
+
+
+def test_a_shift_that_the_card_has_no_more_is_said(finished: Any) -> None:
+    card = read_card(finished.root / "tiny.toml")
+    manifest = read_manifest(finished.root / "tiny.csv", card)
+    records = read_runs(finished.runs / "tiny" / RESULTS)
+    other = card.model_copy(update={"shifts": card.shifts[1:]})
+    (facts,) = read_stage1_facts(records, finished.runs / "tiny", manifest, other)
+    assert facts.absent is not None and facts.absent.fault.startswith("the card has this shift no more")
+    assert facts.losses and facts.absent.accuracy is None
+
+
+def test_runs_of_no_grid_are_averaged_over_seeds(reported: Any) -> None:
+    records = reported.records
+    shown = frozenset(record.key for record in records if record.row == "gated")
+    (loose,), n_left_out = gather_loose(records, shown, records[0].manifest_sha256)
+    assert n_left_out == 0 and loose.breakdown.row == "plain" and loose.breakdown.seeds == (0, 1)
+    # Of 4 segments one and two are right; Student's t of 1 degree of freedom at 97.5 % is 12.706.
+    assert loose.interval is not None and loose.interval.mean == pytest.approx(37.5)
+    assert loose.interval.half_width == pytest.approx(12.706 * 12.5, rel=1e-4)
+    assert gather_loose(records, shown, "another manifest") == ([], 2)
 
 
 def test_a_large_confusion_is_folded_and_loses_no_segment() -> None:

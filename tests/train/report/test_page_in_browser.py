@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def find_column(page: Any, table: str, name: str) -> int:
     headers: list[str] = page.evaluate(
         "(id) => [...document.getElementById(id).tHead.rows[0].cells].map((cell) => cell.innerText.trim())", table
     )
-    return headers.index(name)
+    return [header.replace("\u00a0", " ") for header in headers].index(name)
 
 
 def test_it_asks_for_nothing_and_complains_of_nothing(opened: Any, reported: Any) -> None:
@@ -108,6 +109,19 @@ def test_its_numbers_are_those_of_the_results(opened: Any, reported: Any) -> Non
     assert listed == [r.scores.main.value * PERCENT for r in reported.records]
     assert f"mean of {2} seeds" in page.inner_text("#choice-0")
     assert PRESETS[0] in page.inner_text("#results")
+
+
+def test_a_grids_table_is_the_one_that_the_command_prints(opened: Any, reported: Any, tiny_shift: ModuleType) -> None:
+    page, _, _ = opened
+    places = ["--cache", reported.cache, "--manifests", reported.tiny.root, "--runs", reported.tiny.runs]
+    grid = reported.cache.parent / "two.toml"
+    code, out, err = tiny_shift.run("table", "tiny", "--grid", grid, "--shifts", "s-t", "--form", "markdown", *places)
+    assert code == 0, err
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line)
+    for i, name in enumerate(header):
+        shown = read_column(page, "grid-table-0", find_column(page, "grid-table-0", name))
+        assert shown == [row[i] for row in rows], name
+    assert {"s-t", "difference to plain", "p"} <= set(header)
 
 
 def test_tables_sort_both_ways_and_what_has_no_number_comes_last(opened: Any) -> None:
@@ -174,7 +188,7 @@ def test_axe_finds_nothing_serious(opened: Any, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-playwright-python")
     page, _, _ = opened
     page.emulate_media(color_scheme=scheme)
-    found = axe.Axe().run(page).response["violations"]
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
     page.emulate_media(color_scheme="light")
     assert [(f["id"], f["nodes"][0]["html"]) for f in found if f["impact"] in ("serious", "critical")] == []
 

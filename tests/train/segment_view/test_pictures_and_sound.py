@@ -16,6 +16,7 @@ from PIL import Image
 
 from extract.open_media import OpenMedia
 from extract.readers.pyav_audio import read_audio
+from extract.sound.recipes import PLANAMENTE2021
 from pipeline.cards import MediaLayout
 from pipeline.errors import MediaError, MediaNotFoundError
 from pipeline.segments import Segment
@@ -151,6 +152,21 @@ def test_the_spectrogram_is_scipys(media: OpenMedia, media_root: Path) -> None:
     assert image.size == (shown.n_own_frames, 257)
     brightness = np.asarray(image.convert("L"), dtype=float).mean(axis=1)
     assert 256 - brightness.argmax() in (9, 10)  # 300 Hz, bands of 31.25 Hz from the bottom
+
+
+def test_of_sound_around_clips_the_middle_one_is_shown(media: OpenMedia, media_root: Path) -> None:
+    clip = ClipSpec(n_frames=4, rate_hz=12.0, n_clips=3)
+    spec = SPEC.model_copy(update={"audio": PLANAMENTE2021, "clip": clip})
+    shown = read_spectrogram(media, make_segment("loud", 2.0, 5.0), spec, is_stored=True)
+    # 36 frames, clips of 4: a = 33 / 3, offsets 5, 16, 27; the middle clip runs from 2 + 16 / 12 to 2 + 20 / 12 s.
+    middle_s = 2 + 18 / 12
+    assert (shown.start_s, shown.stop_s) == pytest.approx((middle_s - 1.279 / 2, middle_s + 1.279 / 2))
+    assert shown.values.shape == (256, 256) and shown.n_own_frames == 256
+    samples = read_audio(media_root / "loud.mp4", shown.start_s, shown.stop_s, 24000).astype(np.float64)
+    window = np.pad(scipy.signal.get_window("hann", 240), (135, 136))
+    middle = samples[128 * 120 - 255 : 128 * 120 + 256] * window  # frame 128 is centred on sample 128 * 120
+    expected = np.log(np.abs(np.fft.rfft(middle)) ** 2 + 1e-6)
+    np.testing.assert_allclose(shown.values[:, 128], expected, atol=2e-3)
 
 
 def test_the_picture_of_a_spectrogram_has_low_bands_at_the_bottom() -> None:

@@ -134,6 +134,15 @@ def test_runs_of_another_manifest_are_left_out(all_stages: Any, open_tiny: Any) 
     assert view.missing["predictions"] == ("Left out: stage1 s-t, seed 0: made of another manifest, and 3 more runs.")
 
 
+def test_runs_of_a_shift_that_is_gone_are_left_out(all_stages: Any, open_tiny: Any) -> None:
+    places = open_tiny(all_stages)
+    other = replace(places, card=places.card.model_copy(update={"shifts": places.card.shifts[1:]}))
+    view = read_segment_view(other, all_stages.runs / "tiny", "t-test-0", ViewOptions(with_media=False))
+    assert view.predictions == () and view.gate is None
+    why = "Left out: stage1 s-t, seed 0: the card has no such shift any more, and 3 more runs."
+    assert view.missing["predictions"] == why
+
+
 def test_predictions_of_unknown_segments_are_left_out(all_stages: Any, open_tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(all_stages.runs, tmp_path / "runs")
     tiny = all_stages.with_runs(tmp_path / "runs")

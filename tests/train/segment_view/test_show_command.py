@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.pictures.segment_figure import choose_classes, draw_segment
 from train.segment_view.describing import draw_histogram, draw_loudness, make_view_json
-from train.segment_view.reading import read_segment_view
+from train.segment_view.reading import ViewOptions, read_segment_view
 
 
 def show(tiny: Any, tiny_shift: ModuleType, *arguments: object) -> tuple[int, str, str]:
@@ -78,3 +80,19 @@ def test_levels_are_drawn_in_decibels() -> None:
     samples = np.repeat([1.0, 0.0, 10**-1.5, 1.0], 10)  # 0 dB, silence, -30 dB, 0 dB
     assert draw_loudness(samples, 4) == "█▁▅█"
     assert draw_histogram(np.array([0.1, 0.1, 0.1, 0.1, 0.9]), 4) == "█  ▃"
+
+
+def test_of_many_classes_the_segments_own_and_the_likely_are_drawn(all_stages: Any, open_tiny: Any) -> None:
+    view = read_segment_view(open_tiny(all_stages), all_stages.runs / "tiny", "t-test-0", ViewOptions(with_media=False))
+    assert choose_classes(view, view.predictions) == [0, 1, 2]
+    p = np.zeros(30)
+    p[[29, 17, 3]] = (0.5, 0.3, 0.2)
+    many = replace(
+        view,
+        classes=tuple(f"c{i}" for i in range(30)),
+        segment=replace(view.segment, labels=("c25",)),
+        predictions=(replace(view.predictions[0], probabilities=p),),
+    )
+    chosen = choose_classes(many, many.predictions)
+    assert chosen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 17, 25, 29]
+    assert "12 of 30 classes" in draw_segment(many).axes[-1].get_title(loc="left")
