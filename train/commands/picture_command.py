@@ -55,7 +55,7 @@ def picture(
     method: Annotated[
         str,
         typer.Option(
-            help="The method of alignment; norms, shares: default the last run's; embedding: default Stage 1."
+            help="The method of alignment; default: norms, shares the last run's; embedding, cam Stage 1's own."
         ),
     ] = "",
     segment: Annotated[str, typer.Option(help="cam: whose middle clip it is.")] = "",
