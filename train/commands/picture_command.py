@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, ManifestOption, ManifestsOption
 from pipeline.cards import MANIFESTS_DIR
 from train.commands.run_options import (
@@ -46,7 +46,7 @@ def picture(
     kind: KindArgument,
     dataset: DatasetChoice = "",
     to: Annotated[Path | None, typer.Option(help="A .png or .svg file; default reports/DATASET/KIND.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers behind it as JSON.")] = False,
+    as_json: JsonOption = False,
     shift: Annotated[str, typer.Option(help="Of a run of this shift; default: the last run.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of a run of this seed; default: the last run.", min=0)] = None,
     row: Annotated[
@@ -55,7 +55,7 @@ def picture(
     method: Annotated[
         str,
         typer.Option(
-            help="The method of alignment; norms, shares: default the last run's; embedding: default Stage 1."
+            help="The method of alignment; default: norms, shares the last run's; embedding, cam Stage 1's own."
         ),
     ] = "",
     segment: Annotated[str, typer.Option(help="cam: whose middle clip it is.")] = "",
@@ -70,7 +70,7 @@ def picture(
 ) -> None:
     """Draw a picture of features or of a network from what is extracted and trained; nothing is computed anew.
 
-    norms and shares are Figures 6 and 7 of Planamente et al. 2021.
+    norms and shares are Figures 6 and 7 of Planamente et al. 2021. With --json the numbers behind it are printed.
     """
     from pipeline.errors import RunError
     from train.pictures import making
@@ -93,10 +93,8 @@ def picture(
         made = making.make_activation_maps(places, runs_dir, choice, segment, rows, class_)
     path = to or PICTURES_DIR / places.card.name / f"{kind.value}.png"
     write_figure(made.figure, path)
-    typer.echo(json.dumps(dict(made.numbers), default=_to_json) if as_json else made.description)
+    if as_json:
+        print_json({"kind": kind.value, "path": path, "description": made.description, "numbers": made.numbers})
+    else:
+        typer.echo(made.description)
     typer.echo(f"picture: {path}", err=True)
-
-
-def _to_json(value: Any) -> Any:
-    """Gives NumPy's arrays as lists."""
-    return value.tolist()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from extract.commands.json_answers import JsonOption, print_json
 from extract.commands.spec_options import DEFAULT_CACHE, CacheOption, ManifestOption, ManifestsOption
 from pipeline.cards import MANIFESTS_DIR
 from train.commands.run_options import (
@@ -29,7 +29,7 @@ def show(
     segment: SegmentArgument,
     dataset: DatasetChoice = "",
     to: Annotated[Path | None, typer.Option(help="Write it as one picture, a .png or .svg file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: JsonOption = False,
     shift: Annotated[str, typer.Option(help="Only runs of this shift.")] = "",
     seed: Annotated[int | None, typer.Option(help="Only runs of this seed.", min=0)] = None,
     frames: Annotated[int, typer.Option(help="How many frames.", min=1, max=64)] = 5,
@@ -59,7 +59,7 @@ def show(
 
         write_figure(draw_segment(view), to)
     if as_json:
-        typer.echo(json.dumps(make_view_json(view), ensure_ascii=False))
+        print_json(make_view_json(view))
     else:
         _print(view, top)
     if to is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_st
 from train.runs import RunRecord
 from train.segment_view.run_predictions import find_method
 
-KINDS = ("norms", "shares", "embedding", "cam")
+SOURCE_ONLY = "source_only"
 
 
 def make_norm_histograms(places: DataPlaces, runs_dir: Path, choice: RunChoice) -> Picture:
@@ -74,9 +75,10 @@ def make_activation_maps(
 ) -> Picture:
     """Draws class activation maps of a segment's middle clip (Planamente et al., Figure 6).
 
-    `rows` are those of a grid whose runs are drawn one below the other; none: the last run that fits. `target` "" is
-    the class that each run finds most probable. Raises RunError where no run fits, MediaError where the segment can't
-    be read, ManifestError for an unknown segment.
+    `rows` are those of a grid whose runs are drawn one below the other; none: the last run that fits, and above it,
+    where the choice names a method that Stage 1 was trained by end to end, the last one of the same shift and seed by
+    `source_only`, if there is one. `target` "" is the class that each run finds most probable. Raises RunError where no
+    run fits, MediaError where the segment can't be read, ManifestError for an unknown segment.
     """
     from extract.open_media import OpenMedia
     from pipeline.errors import MediaNotFoundError
@@ -88,8 +90,10 @@ def make_activation_maps(
     if not segment_id:
         raise ManifestError("a class activation map is of one segment; name it (--segment)")
     segment = find_segment({s.segment_id: s for s in places.manifest}, segment_id, places.card.name)
-    choices = [RunChoice(choice.shift, choice.seed, row) for row in rows] or [choice]
+    choices = [replace(choice, row=row) for row in rows] or [choice]
     records = [choose_stage1_run(runs_dir, each) for each in choices]
+    if choice.method not in ("", SOURCE_ONLY) and not rows:
+        records = [*_find_end_to_end_source_only(runs_dir, records[0]), *records]
     with OpenMedia(places.media_root, places.card.media) as media:
         maps = [ActivationMapper(places, runs_dir, record).map(media, segment, target) for record in records]
         try:
@@ -97,6 +101,13 @@ def make_activation_maps(
         except MediaNotFoundError:
             sound = None  # drawn as "no sound"
     return draw_activation_maps(maps, sound, _name_dataset(places))
+
+
+def _find_end_to_end_source_only(runs_dir: Path, record: RunRecord) -> list[RunRecord]:
+    try:
+        return [choose_stage1_run(runs_dir, RunChoice(record.shift, record.seed, None, SOURCE_ONLY))]
+    except RunError:
+        return []  # then the run stands alone
 
 
 def describe_data(places: DataPlaces, record: RunRecord) -> str:

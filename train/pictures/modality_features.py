@@ -141,6 +141,8 @@ def _load_streams(
     streams = TwoStreams(config.alignment.network, shapes, n_classes, per_domain_statistics=of_domain)
     prefix = "streams."
     tensors = {n.removeprefix(prefix): t for n, t in read_tensors(path).items() if n.startswith(prefix)}
+    if not tensors:
+        raise RunError(f"{path}: {config.alignment.method} has no two streams whose features could be drawn")
     check_tensors(tensors, streams.state_dict(), str(path))
     streams.load_state_dict(tensors)
     return streams.eval(), config

@@ -39,7 +39,9 @@ def compute_norms(features: ModalityFeatures) -> ModalityNorms:
     """Computes the norms of both modalities; raises RunError where no segment has sound or its features are zero."""
     visual, audio = measure_norms(features.visual), measure_norms(features.audio)
     if not audio[features.heard].any():
-        raise RunError(f"{features.title}: no segment has sound whose norm could be compared")
+        raise RunError(
+            f"{features.title}: no segment has sound, or the network doesn't hear, so that there is no norm to compare"
+        )
     domains = np.array([segment.domain for segment in features.segments])
     ratios = {}
     for domain in dict.fromkeys(domains.tolist()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import RunError
 from train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from train.segment_view.run_predictions import find_method
+from train.segment_view.run_predictions import find_method, find_objective
 from train.stage1.encoder_steps import CHECKPOINT as ENCODER
 
 
@@ -27,7 +27,7 @@ class RunChoice:
             self.shift in ("", record.shift)
             and self.seed in (None, record.seed)
             and self.row in (None, record.row)
-            and self.method in ("", find_method(record))
+            and self.method in ("", find_method(record) or find_objective(record))
         )
 
     def describe(self) -> str:

@@ -146,7 +146,7 @@ def _describe_group(group: GateGroup) -> dict[str, Any]:
         "name": group.name,
         "mean": group.mean,
         "spread": group.spread,
-        "values": [round(float(value), 6) for value in group.values],
+        "values": group.values.tolist(),
         "most_open": [channel.number for channel in group.most_open],
         "most_closed": [channel.number for channel in group.most_closed],
     }

@@ -111,8 +111,8 @@ class PredictionReader:
 
 
 def describe_run(record: RunRecord) -> str:
-    """Names a run for people: stage, method of alignment, shift, seed, its grid's row, and the rule unless `last`."""
-    method = find_method(record)
+    """Names a run for people: stage, method (unless Stage 1's own), shift, seed, row, and the rule unless `last`."""
+    method = find_method(record) or find_objective(record)
     stage = f"{record.stage} {method}" if method else record.stage
     row = f", {record.row}" if record.row else ""
     rule = "" if record.selection == "last" else f", rule {record.selection}"
@@ -123,6 +123,12 @@ def find_method(record: RunRecord) -> str:
     """Gives the method of a run of alignment, "" of another stage's."""
     alignment = record.config.get("alignment", {}) if record.stage == "alignment" else {}
     return str(alignment.get("alignment", {}).get("method", ""))
+
+
+def find_objective(record: RunRecord) -> str:
+    """Gives the method by which a run of Stage 1 was trained end to end, "" where it is Stage 1's own."""
+    objective = record.config.get("objective", {}) if record.stage == "stage1" else {}
+    return str(objective.get("method", "")) if objective.get("enabled") else ""
 
 
 def _number(segment_ids: Sequence[str]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from extract.open_media import OpenMedia
 from pipeline.specs import FrameSpec
 from train.pictures.activation_figure import draw_activation_maps, overlay_map
 from train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures
+from train.pictures.making import make_activation_maps
 from train.pictures.run_choice import RunChoice, choose_stage1_run
 from train.stage1.clip_reading import read_clips
 
@@ -150,17 +151,17 @@ def test_where_a_method_stands_on_the_encoder_its_logits_are_mapped(
     tiny = finished.with_runs(tmp_path / "runs")
     settings = (
         "objective.enabled=true",
-        "objective.method=rna",
         "objective.network.width=8",
         "absent.weight=0",
         "balance.kind=none",
         "training.n_epochs=1",
     )
-    code, _, err = tiny.stage1("--no-export", settings=settings)
-    assert code == 0, err
+    for method in ("source_only", "rna"):
+        code, _, err = tiny.stage1("--no-export", settings=(*settings, f"objective.method={method}"))
+        assert code == 0, err
     runs_dir, places = tiny.runs / "tiny", open_tiny(tiny)
     segment = next(s for s in places.manifest if s.segment_id == "t-test-1")
-    mapper = ActivationMapper(places, runs_dir, choose_stage1_run(runs_dir, RunChoice()))
+    mapper = ActivationMapper(places, runs_dir, choose_stage1_run(runs_dir, RunChoice(method="rna")))
     with OpenMedia(places.media_root, places.card.media) as media:
         found = mapper.map(media, segment, "low")
         clips = read_clips(media, segment, mapper._spec).clips
@@ -170,7 +171,10 @@ def test_where_a_method_stands_on_the_encoder_its_logits_are_mapped(
     for clip in clips:
         with torch.no_grad():
             said.append(mapper._make_classifier(segment)(clip[None]).softmax(dim=1)[0].numpy())
-    with np.load(tiny.find_step("predictions") / "predictions.npz") as arrays:
+    record = choose_stage1_run(runs_dir, RunChoice(method="rna"))
+    with np.load(tiny.steps / f"predictions-{record.steps['predictions']}" / "predictions.npz") as arrays:
         stored = arrays["probabilities"][arrays["segment_ids"].tolist().index("t-test-1")]
     np.testing.assert_allclose(np.mean(said, axis=0), stored, atol=1e-4)
     assert found.probability == pytest.approx(said[len(clips) // 2][0], abs=1e-5)
+    drawn = make_activation_maps(places, runs_dir, RunChoice(method="rna"), "t-test-1")
+    assert list(drawn.numbers) == ["stage1 source_only s-t, seed 0", "stage1 rna s-t, seed 0"]

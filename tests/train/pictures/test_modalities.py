@@ -50,7 +50,7 @@ def test_norms_are_means_over_clips_of_sounding_segments() -> None:
 
 def test_silence_has_no_norm() -> None:
     ones = np.ones((2, 1, 3))
-    with pytest.raises(RunError, match="no segment has sound whose norm could be compared"):
+    with pytest.raises(RunError, match="no segment has sound, or the network doesn't hear"):
         compute_norms(make_features(visual=ones, audio=ones, heard=np.zeros(2, dtype=bool)))
 
 
