@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.cards import read_dataset_card
+from pipeline.manifest_csv import read_manifest
+from train.data_places import DataPlaces
+
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -75,3 +79,15 @@ def copied(finished: Any, tmp_path: Path) -> Any:
     """Gives the same data and cache, with a copy of the runs of this test's own."""
     shutil.copytree(finished.runs, tmp_path / "runs")
     return finished.with_runs(tmp_path / "runs")
+
+
+@pytest.fixture
+def open_tiny() -> Any:
+    """Gives what opens a tiny data set's places."""
+
+    def open_places(tiny: Any) -> DataPlaces:
+        card = read_dataset_card("tiny", tiny.root)
+        manifest = read_manifest(tiny.root / "tiny.csv", card)
+        return DataPlaces(card, manifest, tiny.media, tiny.root / "cache", "cpu")
+
+    return open_places

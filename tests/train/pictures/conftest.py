@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.manifest_csv import read_manifest
-from train.data_places import DataPlaces
-
 ALIGNMENT = (
     "features.of=stage1",
     "alignment.network.width=8",
@@ -34,15 +30,3 @@ def compared(finished: Any, tiny_shift: ModuleType, tmp_path_factory: pytest.Tem
         code, _, err = tiny_shift.run(*tiny.list_arguments("align", "tiny", "--shift", "s-t", settings=settings))
         assert code == 0, err
     return tiny
-
-
-@pytest.fixture
-def open_tiny() -> Any:
-    """Gives what opens a tiny data set's places."""
-
-    def open_places(tiny: Any) -> DataPlaces:
-        card = read_dataset_card("tiny", tiny.root)
-        manifest = read_manifest(tiny.root / "tiny.csv", card)
-        return DataPlaces(card, manifest, tiny.media, tiny.root / "cache", "cpu")
-
-    return open_places

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.manifest_csv import read_manifest
-from train.data_places import DataPlaces
-
 ALIGNMENT = (
     "features.of=stage1",
     "alignment.network.width=8",
@@ -35,15 +31,3 @@ def all_stages(finished: Any, tiny_shift: ModuleType, tmp_path_factory: pytest.T
     code, _, err = tiny_shift.run(*arguments)
     assert code == 0, err
     return tiny
-
-
-@pytest.fixture
-def open_tiny() -> Any:
-    """Gives what opens a tiny data set's places."""
-
-    def open_places(tiny: Any) -> DataPlaces:
-        card = read_dataset_card("tiny", tiny.root)
-        manifest = read_manifest(tiny.root / "tiny.csv", card)
-        return DataPlaces(card, manifest, tiny.media, tiny.root / "cache", "cpu")
-
-    return open_places
