@@ -162,3 +162,14 @@ def test_what_is_not_in_the_cache_or_there_twice_is_said(aligned: Any, tiny_shif
     code, _, err = tiny_shift.run(*command, "--cache", aligned.root / "cache", "--set", "alignment.method=rnaa")
     assert code == 2
     assert "there is no method 'rnaa'; did you mean 'rna'" in err
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_setting(
+    aligned: Any, tiny_shift: ModuleType, tmp_path: Path
+) -> None:
+    chosen = [part for s in (*SETTINGS, "iterations.lr=1e30") for part in ("--set", s)]
+    places = ["--cache", aligned.root / "cache", "--manifests", aligned.root, "--runs", tmp_path, "--device", "cpu"]
+    code, _, err = tiny_shift.run("align", "tiny", "--shift", "s-t", *places, *chosen)
+    assert code == 2
+    assert "the loss is no number any more" in err and "lower iterations.lr (1e+30)" in err
+    assert not list_records(aligned.with_runs(tmp_path))

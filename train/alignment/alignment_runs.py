@@ -173,6 +173,7 @@ class AlignmentRun:
             signature=hash_json(same),
             over_clips=self.over_clips,
             keeps_states=True,
+            lr_name="iterations.lr",
         )
 
     def build(self) -> nn.Module:

@@ -86,6 +86,7 @@ class TrainingJob:
         signature: jobs with the same one have equal shapes and schedules but for n_steps, and may be stacked.
         over_clips: how predictions of single clips are combined, where `one_clip`.
         keeps_states: the weights at the snapshots are kept, for who may open what is predicted only afterwards.
+        lr_name: the setting that a loss that is no number any more asks to lower.
     """
 
     title: str
@@ -97,6 +98,7 @@ class TrainingJob:
     signature: str
     over_clips: Literal["mean", "max"] = "mean"
     keeps_states: bool = False
+    lr_name: str = "schedule.lr"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,8 +165,8 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
             losses[run].append(of_chunk[:, run])
             if not np.isfinite(of_chunk[:, run]).all():
                 raise RunError(
-                    f"{job.title}: the loss is no number any more after {step} steps; lower schedule.lr "
-                    f"({job.schedule.lr:g})"
+                    f"{job.title}: the loss is no number any more after {step} steps; lower "
+                    f"{job.lr_name} ({job.schedule.lr:g})"
                 )
             if step in job.schedule.snapshots or step == job.schedule.n_steps:
                 for name, (rows, index, domain) in job.predict.items():
