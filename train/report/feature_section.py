@@ -16,6 +16,7 @@ from pipeline.store.layout import DONE
 from train.data_places import DataPlaces
 from train.pictures.adapted_features import embed_adaptation, find_cached_store, open_adapted_store
 from train.pictures.embedding import EmbeddedFeatures
+from train.pictures.making import make_activation_maps, make_norm_shares
 from train.pictures.modality_features import read_cached_features, read_projected_features
 from train.pictures.norm_histograms import ModalityNorms, compute_norms
 from train.pictures.run_choice import (
@@ -27,8 +28,10 @@ from train.pictures.run_choice import (
 )
 from train.report.blocks import Block, Figure, FiguresBlock, HeadingBlock, MissingBlock, Section, TextBlock
 from train.report.charts import draw_histogram, draw_scatter
+from train.report.inline_svg import inline_figure
 from train.report.store_facts import sample_norms
 from train.runs import RunRecord
+from train.splits import TEST
 
 MAX_SHIFTS = 3
 MAX_POINTS = 600
@@ -57,6 +60,7 @@ def make_feature_section(
         blocks.append(MissingBlock(text, f"make stage1 DATASET={places.card.name}"))
     for i, shift in enumerate(adapted[:MAX_SHIFTS]):
         blocks += _tell_faults(partial(_show_adaptation, i, shift, places, runs_dir))
+        blocks += _tell_faults(partial(_show_activation, i, shift, places, runs_dir))
         advance()
     blocks.append(HeadingBlock("Norms of both modalities, before and after alignment", "alignment"))
     if not aligned:
@@ -64,6 +68,8 @@ def make_feature_section(
         blocks.append(MissingBlock(text, f"make align METHOD=rna DATASET={places.card.name}"))
     for i, shift in enumerate(aligned[:MAX_SHIFTS]):
         blocks += _tell_faults(partial(_show_alignment, i, shift, places, runs_dir))
+        if places.card.task == "single-label":
+            blocks += _tell_faults(partial(_show_shares, i, shift, places, runs_dir))
         advance()
     for what, shifts in (("Stage 1", adapted), ("alignment", aligned)):
         if len(shifts) > MAX_SHIFTS:
@@ -147,6 +153,26 @@ def _show_alignment(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> l
     edges = np.linspace(0, float(top) * 1.02 or 1.0, N_BINS + 1)
     figures = tuple(_draw_modality_norms(f"modality-norms-{i}-{j}", each, edges) for j, each in enumerate(norms))
     return [*blocks, FiguresBlock(figures)]
+
+
+def _show_activation(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> list[Block]:
+    """Shows where a clip's class is seen: the target's first test segment by its id."""
+    target = next(each.target for each in places.card.shifts if each.name == shift)
+    segment_id = min((s.segment_id for s in places.manifest if s.domain == target and s.split == TEST), default="")
+    if not segment_id:
+        return []
+    picture = make_activation_maps(places, runs_dir, RunChoice(shift=shift), segment_id)
+    svg = inline_figure(picture.figure, f"activation-{i}", picture.description)
+    words = f"Class activation map (Grad-CAM) of {segment_id}. For others: echoshift picture cam --segment ID."
+    return [FiguresBlock((Figure(words, Markup(svg)),), wide=True)]
+
+
+def _show_shares(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> list[Block]:
+    picture = make_norm_shares(places, runs_dir, RunChoice(shift=shift))
+    svg = inline_figure(picture.figure, f"shares-{i}", picture.description)
+    words = f"{shift}: what each modality weighs. Its accuracies read the target's labels."
+    caption = "As Figure 7 of Planamente et al.; the top features are those of the largest classifier weights."
+    return [TextBlock(words, "analysis"), FiguresBlock((Figure(caption, Markup(svg)),), wide=True)]
 
 
 def _draw_modality_norms(name: str, norms: ModalityNorms, edges: np.ndarray) -> Figure:

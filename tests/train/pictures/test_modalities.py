@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipeline.errors import RunError
 from pipeline.segments import Segment
 from pipeline.store.opening import open_store
 from pipeline.tensor_files import read_tensors
+from train.pictures.making import make_norm_shares
 from train.pictures.modality_features import (
     Classifier,
     ModalityFeatures,
@@ -21,6 +23,7 @@ from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
 from train.pictures.norm_shares import compute_shares, draw_shares, share_norm
 from train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
 from train.prediction_table import read_prediction_table
+from train.report.feature_section import make_feature_section
 from train.runs import RESULTS, read_runs
 from train.segment_view.run_predictions import find_method
 
@@ -142,3 +145,15 @@ def test_a_lost_checkpoint_is_said(compared: Any, open_tiny: Any, tmp_path: Any)
     record = choose_alignment_run(compared.runs / "tiny", RunChoice())
     with pytest.raises(RunError, match=r"trained\.safetensors is gone; run `echoshift align` for s-t, seed 0, again"):
         read_projected_features(open_tiny(compared), tmp_path, record)
+
+
+def test_the_report_has_both_pictures_with_their_numbers(compared: Any, open_tiny: Any) -> None:
+    runs_dir = compared.runs / "tiny"
+    section = make_feature_section(open_tiny(compared), runs_dir, read_runs(runs_dir / RESULTS))
+    figures = [figure for block in section.blocks if block.kind == "figures" for figure in block.figures]
+    shares = make_norm_shares(open_tiny(compared), runs_dir, RunChoice())
+    (drawn,) = (figure for figure in figures if "Figure 7" in figure.caption)
+    assert html.escape(shares.description, quote=True) in drawn.svg
+    features = read_projected_features(open_tiny(compared), runs_dir, choose_alignment_run(runs_dir, RunChoice()))
+    (told,) = (figure.caption for figure in figures if figure.caption.startswith("rna: mean norm"))
+    assert told.endswith(f"pictures / sound {compute_norms(features).ratio:.2f}.")

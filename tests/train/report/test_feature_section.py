@@ -25,7 +25,9 @@ def test_medians_of_norms_are_those_of_the_stores(reported: Any) -> None:
     runs_dir = reported.tiny.runs / "tiny"
     records = read_runs(runs_dir / RESULTS)
     section = make_feature_section(open_places(reported.tiny, reported.cache), runs_dir, records)
-    caption = [block for block in section.blocks if block.kind == "figures"][-1].figures[0].caption
+    *_, norms, activation = [block for block in section.blocks if block.kind == "figures"]
+    assert "of t-test-0." in activation.figures[0].caption and "<image" in activation.figures[0].svg
+    caption = norms.figures[0].caption
     pooled = [
         store
         for store in map(open_store, list_stores(reported.cache))
@@ -48,5 +50,5 @@ def test_without_runs_or_features_a_sentence_says_so(finished: Any, tmp_path: An
     ]
     records = read_runs(finished.runs / "tiny" / RESULTS)
     section = make_feature_section(open_places(finished, tmp_path), finished.runs / "tiny", records)
-    (first, _) = [block for block in section.blocks if block.kind == "missing"]
+    first, *_ = [block for block in section.blocks if block.kind == "missing"]
     assert "has no pooled features of tiny by slowfast_demo" in first.text
