@@ -33,12 +33,12 @@ class AngularAlignment(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [3]."""
-        features = self.streams.encode(step.source.inputs, "source")
+        features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         of_source = alignment_loss(*features)
         of_target = torch.zeros_like(of_source)
-        if step.target is not None:
-            of_target = alignment_loss(*self.streams.encode(step.target.inputs, "target"))
+        if target is not None:
+            of_target = alignment_loss(*target)
         weight = self.config.align.weight
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 

@@ -64,11 +64,10 @@ class GradientReversal(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [3]."""
-        source = self.streams.encode(step.source.inputs, "source")
+        source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         of_visual = of_audio = torch.zeros_like(of_class)
-        if step.target is not None:
-            target = self.streams.encode(step.target.inputs, "target")
+        if target is not None:
             factor = compute_reversal(step.progress, self.config.grl.peak)
             everything = torch.ones_like(source.heard), torch.ones_like(target.heard)
             of_visual = adversarial_loss(self.tell_visual, source.visual, target.visual, *everything, factor)

@@ -49,7 +49,7 @@ class HardNormAlignment(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [3]."""
-        features = self.streams.encode(step.source.inputs, "source")
+        features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         if self.config.hna.norm == 0:
             self.norm.copy_(torch.where(step.progress == 0, find_middle_norm(*features), self.norm))
@@ -57,8 +57,8 @@ class HardNormAlignment(nn.Module):
         norm = self.norm.clone()
         of_source = hard_norm_loss(*features, norm)
         of_target = torch.zeros_like(of_source)
-        if step.target is not None:
-            of_target = hard_norm_loss(*self.streams.encode(step.target.inputs, "target"), norm)
+        if target is not None:
+            of_target = hard_norm_loss(*target, norm)
         weight = self.config.hna.weight
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 

@@ -28,12 +28,11 @@ class MultiModalSelfSupervisedAdversarial(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [5]."""
-        source = self.streams.encode(step.source.inputs, "source")
+        source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         in_source = self._judge(source, step.source.inputs)
         in_target = of_visual = of_audio = torch.zeros_like(of_class)
-        if step.target is not None:
-            target = self.streams.encode(step.target.inputs, "target")
+        if step.target is not None and target is not None:
             in_target = self._judge(target, step.target.inputs)
             factor = compute_reversal(step.progress, self.config.grl.peak)
             everything = torch.ones_like(source.heard), torch.ones_like(target.heard)

@@ -56,11 +56,10 @@ class MaximumMeanDiscrepancy(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [3]."""
-        source = self.streams.encode(step.source.inputs, "source")
+        source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         of_visual = of_audio = torch.zeros_like(of_class)
-        if step.target is not None:
-            target = self.streams.encode(step.target.inputs, "target")
+        if target is not None:
             gammas = self.config.mmd.gammas
             all_source, all_target = torch.ones_like(source.heard), torch.ones_like(target.heard)
             of_visual = discrepancy_loss(source.visual, target.visual, all_source, all_target, gammas)

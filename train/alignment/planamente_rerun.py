@@ -29,12 +29,11 @@ class PlanamenteRerun(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [4]."""
-        source = self.streams.encode(step.source.inputs, "source")
+        source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         in_source = relative_norm_loss_by_source(source, step.source.domains, self.streams.n_sources)
         of_visual = in_target = torch.zeros_like(of_class)
-        if step.target is not None:
-            target = self.streams.encode(step.target.inputs, "target")
+        if target is not None:
             factor = compute_reversal(step.progress, self.config.grl.peak)
             everything = torch.ones_like(source.heard), torch.ones_like(target.heard)
             of_visual = adversarial_loss(self.tell_visual, source.visual, target.visual, *everything, factor)

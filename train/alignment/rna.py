@@ -43,12 +43,12 @@ class RelativeNormAlignment(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [3]."""
-        features = self.streams.encode(step.source.inputs, "source")
+        features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         of_source = relative_norm_loss_by_source(features, step.source.domains, self.streams.n_sources)
         of_target = torch.zeros_like(of_source)
-        if step.target is not None:
-            of_target = relative_norm_loss(*self.streams.encode(step.target.inputs, "target"))
+        if target is not None:
+            of_target = relative_norm_loss(*target)
         weight = self.config.rna.weight
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 

@@ -26,12 +26,11 @@ class RelativeNormAlignmentWithReversal(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [5]."""
-        source = self.streams.encode(step.source.inputs, "source")
+        source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         in_source = relative_norm_loss_by_source(source, step.source.domains, self.streams.n_sources)
         in_target = of_visual = of_audio = torch.zeros_like(of_class)
-        if step.target is not None:
-            target = self.streams.encode(step.target.inputs, "target")
+        if target is not None:
             in_target = relative_norm_loss(*target)
             factor = compute_reversal(step.progress, self.config.grl.peak)
             everything = torch.ones_like(source.heard), torch.ones_like(target.heard)

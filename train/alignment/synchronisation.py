@@ -59,12 +59,12 @@ class Synchronisation(nn.Module):
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
         """Computes the weighted terms, float32 [3]."""
-        features = self.streams.encode(step.source.inputs, "source")
+        features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         of_source = self._judge(features, step.source.inputs)
         of_target = torch.zeros_like(of_source)
-        if step.target is not None:
-            of_target = self._judge(self.streams.encode(step.target.inputs, "target"), step.target.inputs)
+        if step.target is not None and target is not None:
+            of_target = self._judge(target, step.target.inputs)
         weight = self.config.synchronisation.weight
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from train.alignment.config import NetworkConfig
 from train.alignment.masked_batch_norm import MaskedBatchNorm
-from train.cached.batches import Domain, Dropouts, FeatureBatch
+from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
 from train.stage2.recogniser_losses import compute_class_loss
 
 
@@ -71,22 +71,46 @@ class TwoStreams(nn.Module):
 
     def encode(self, inputs: FeatureBatch, domain: Domain) -> StreamFeatures:
         """Computes the features of segments, all of one domain, source domains being one."""
-        heard = inputs.has_audio
-        nothing = inputs.audio.new_zeros(len(heard), self.config.width)
+        return self._normalise(*self._project(inputs), inputs.has_audio, domain)
+
+    def encode_step(self, step: StepInputs) -> tuple[StreamFeatures, StreamFeatures | None]:
+        """Computes the features of a step's source and, where there is one, of its target.
+
+        Both go through one product a projection, whose weights and gradients are read and written once then.
+        """
+        source = step.source.inputs
+        if step.target is None:
+            return self.encode(source, "source"), None
+        target = step.target.inputs
+        n = len(source.has_audio)
+        visual = {name: torch.cat([values, target.visual[name]]) for name, values in source.visual.items()}
+        both = FeatureBatch(
+            visual, torch.cat([source.audio, target.audio]), torch.cat([source.has_audio, target.has_audio])
+        )
+        seen, heard = self._project(both)
+        return (
+            self._normalise(seen[:n], heard[:n], source.has_audio, "source"),
+            self._normalise(seen[n:], heard[n:], target.has_audio, "target"),
+        )
+
+    def _project(self, inputs: FeatureBatch) -> tuple[Tensor, Tensor]:
+        nothing = inputs.audio.new_zeros(len(inputs.has_audio), self.config.width)
         visual, audio = nothing, nothing
         if self.project_visual is not None:
             clips = _summarise(inputs.visual)
             if self.config.clips == "mean":
                 clips = clips.mean(dim=1, keepdim=True)
             visual = F.relu(self.project_visual(clips)).mean(dim=1)
-            if self.norm_visual is not None:
-                visual = self.norm_visual(visual, torch.ones_like(heard), domain)
         if self.project_audio is not None:
             audio = F.relu(self.project_audio(inputs.audio))
-            if self.norm_audio is not None:
-                audio = self.norm_audio(audio, heard, domain)
-            audio = audio * heard[:, None]
-        return StreamFeatures(visual, audio, heard)
+        return visual, audio
+
+    def _normalise(self, visual: Tensor, audio: Tensor, heard: Tensor, domain: Domain) -> StreamFeatures:
+        if self.norm_visual is not None:
+            visual = self.norm_visual(visual, torch.ones_like(heard), domain)
+        if self.norm_audio is not None:
+            audio = self.norm_audio(audio, heard, domain)
+        return StreamFeatures(visual, audio * heard[:, None], heard)
 
     def classify(self, features: StreamFeatures, dropouts: Dropouts) -> Tensor:
         """Computes the logits, float [B, K]."""
