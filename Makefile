@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## Make .venv with the tried versions
 
-demo: $(INSTALLED) ## Generate the demo data, extract its features, train both stages, print Table 2's seven rows (13 minutes on 2 cores)
+demo: $(INSTALLED) ## Generate the demo data, extract its features, train both stages, print Table 2's seven rows (8 to 13 minutes on 2 cores)
 	$(BIN)/echoshift demo generate
 	$(BIN)/echoshift extract demo --backend $(BACKEND) --device $(DEVICE) --cache $(CACHE) $(ARGS)
 	$(BIN)/echoshift store ls --cache $(CACHE)
