@@ -76,7 +76,8 @@ def test_a_run_prints_the_scores_of_its_stored_predictions(recognised: Any) -> N
 
 def test_it_runs_where_nothing_that_makes_features_can_be_imported(own: Any) -> None:
     shutil.rmtree(own.steps / f"recogniser_rgb-{list_results(own)[0].steps['trained_rgb']}")
-    code = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from train.cli import main; main()"
+    absent = (*HEAVY, "torch._dynamo")  # torch's compiler would cost a start seconds
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); from train.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *own.list_stage2()],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

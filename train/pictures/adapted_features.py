@@ -18,7 +18,7 @@ from train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segmen
 from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
 from train.runs import RunRecord
 from train.segment_view.run_predictions import describe_run
-from train.splits import find_shift
+from train.splits import TEST, find_shift
 from train.steps import RECORD
 
 
@@ -35,7 +35,7 @@ def embed_adaptation(
     shift = find_shift(places.card, record.shift)
     domains = {*shift.source, shift.target}
     there = _list_done(before) & _list_done(after)
-    segments = [s for s in places.manifest if s.domain in domains and s.split == "test" and s.segment_id in there]
+    segments = [s for s in places.manifest if s.domain in domains and s.split == TEST and s.segment_id in there]
     chosen = [segments[i] for i in choose_segments(segments, max_points, seed)]
     titles = (f"before: {before.spec.encoder} as extracted", f"after: {describe_run(record)}")
     stores = zip((before, after), titles, strict=True)

@@ -21,7 +21,7 @@ from train.cached.feature_bank import Rows
 from train.data_places import DataPlaces
 from train.runs import RESULTS, RunRecord, hash_config, read_runs
 from train.segment_view.run_predictions import find_method
-from train.splits import find_shift
+from train.splits import TEST, find_shift
 from train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
 
 _CHECKPOINT = "trained.safetensors"
@@ -198,7 +198,7 @@ def _list_test_segments(places: DataPlaces, inputs: StreamInputs, record: RunRec
     return tuple(
         segment
         for segment in places.manifest
-        if segment.split == "test" and segment.domain in domains and segment.segment_id in kept
+        if segment.split == TEST and segment.domain in domains and segment.segment_id in kept
     )
 
 

@@ -31,7 +31,7 @@ from train.report.charts import draw_histogram, draw_scatter
 from train.report.inline_svg import inline_figure
 from train.report.store_facts import sample_norms
 from train.runs import RunRecord
-from train.splits import TEST
+from train.splits import TEST, find_shift
 
 MAX_SHIFTS = 3
 MAX_POINTS = 600
@@ -157,7 +157,7 @@ def _show_alignment(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> l
 
 def _show_activation(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> list[Block]:
     """Shows where a clip's class is seen: the target's first test segment by its id."""
-    target = next(each.target for each in places.card.shifts if each.name == shift)
+    target = find_shift(places.card, shift).target
     segment_id = min((s.segment_id for s in places.manifest if s.domain == target and s.split == TEST), default="")
     if not segment_id:
         return []

@@ -17,7 +17,7 @@ from pipeline.segments import Manifest
 from train.prediction_table import PredictionTable, read_prediction_table
 from train.runs import RunRecord
 from train.scoring import read_hits
-from train.splits import find_shift
+from train.splits import TEST, find_shift
 from train.steps import RECORD, hash_json
 
 _TABLE, _PREDICTIONS = "table.parquet", "predictions.npz"
@@ -103,7 +103,7 @@ class PredictionReader:
             raise RunError(f"{folder / RECORD} isn't a step's record; delete the folder and run again") from error
         hits = read_hits(self._steps / f"scores-{record.steps.get('scores', '')}")
         target = find_shift(self._card, record.shift).target
-        of_manifest = [s.segment_id for s in self._manifest if s.domain == target and s.split == "test"]
+        of_manifest = [s.segment_id for s in self._manifest if s.domain == target and s.split == TEST]
         for ids in ([] if hits is None else hits[0], of_manifest):
             if hash_json(ids) == wanted:
                 return ids
