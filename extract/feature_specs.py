@@ -54,23 +54,30 @@ def make_feature_spec(
     try:
         specs = {part: type(getattr(entry, part)).model_validate(fields) for part, fields in parts.items()}
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise SpecError(f"{encoder}: {'.'.join(map(str, fault['loc'])) or 'override'}: {fault['msg']}") from error
+        raise _name_fault(encoder, error) from error
     shapes = entry.output_shapes(specs["clip"], specs.get("frame") or specs["audio"])
     chosen = _expand_outputs(outputs or ("default",), entry, tuple(shapes))
     for name in chosen:
         if name not in shapes:
             raise SpecError(f"{encoder} has no output {name!r}; {suggest(name, shapes, there='it has')}")
-    return FeatureSpec(
-        encoder=encoder,
-        weights=weights.sha256,
-        outputs=tuple(OutputSpec(name=name, shape=shapes[name]) for name in chosen),
-        dtype=options.dtype,
-        precision=options.precision,
-        decoder=options.decoder,
-        revision=entry.revision,
-        **specs,
-    )
+    try:
+        return FeatureSpec(
+            encoder=encoder,
+            weights=weights.sha256,
+            outputs=tuple(OutputSpec(name=name, shape=shapes[name]) for name in chosen),
+            dtype=options.dtype,
+            precision=options.precision,
+            decoder=options.decoder,
+            revision=entry.revision,
+            **specs,
+        )
+    except ValidationError as error:  # what one part alone can't know
+        raise _name_fault(encoder, error) from error
+
+
+def _name_fault(encoder: str, error: ValidationError) -> SpecError:
+    fault = error.errors()[0]
+    return SpecError(f"{encoder}: {'.'.join(map(str, fault['loc'])) or 'override'}: {fault['msg']}")
 
 
 def _expand_outputs(names: Sequence[str], entry: EncoderEntry, known: tuple[str, ...]) -> tuple[str, ...]:

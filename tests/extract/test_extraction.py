@@ -314,6 +314,7 @@ def test_a_value_too_large_for_float16_fails_its_row(
         ("n_clips=3", "is not"),
         ("clip.n_clips=0", "greater than 0"),
         ("frame.crop=300", "can't be larger than `short_side`"),
+        ("clip.n_views=2", "^slowfast_demo: .*views are all the same"),
         ("slowfast_demi.clip.n_clips=3", "did you mean 'slowfast_demo'"),
     ],
 )

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
-
 from simulated_tensors import RUNNER, DeviceTensor
+from torch.utils._pytree import tree_flatten
 
 _WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
 _BATCH_NORMS = {"aten::native_batch_norm", "aten::_batch_norm_with_update"}  # whose schemas don't say what they write
@@ -27,10 +26,9 @@ class SimulatedGraph:
         """Runs the operations again."""
         self.n_replays += 1
         for func, args, kwargs, out in self._calls:
-            found, kept = tree_flatten(func(*args, **kwargs))[0], tree_flatten(out)[0]
-            returns = func._schema.returns
-            for i, (value, place) in enumerate(zip(found, kept, strict=True)):
-                if isinstance(place, DeviceTensor) and returns[min(i, len(returns) - 1)].alias_info is None:
+            given = {_find_memory(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
+            for value, place in zip(tree_flatten(func(*args, **kwargs))[0], tree_flatten(out)[0], strict=True):
+                if isinstance(place, DeviceTensor) and _find_memory(place.inner) not in given:
                     place.inner.copy_(value)
 
     @contextmanager
@@ -66,3 +64,8 @@ class SimulatedGraph:
             RUNNER.before = RUNNER.recorder = None
         for storage, values in before.values():
             storage.copy_(values)
+
+
+def _find_memory(x: torch.Tensor) -> int:
+    """Gives where a tensor's memory begins; views have the same place as what they are views of."""
+    return x.untyped_storage().data_ptr()

@@ -1,8 +1,8 @@
 """Simulates the tensors of a GPU: another device to torch and to the code, the CPU's numbers underneath.
 
-What a CUDA device refuses is refused: operands on two devices, NumPy's view of device memory, a CPU generator for device
-numbers. Copies that don't block arrive when an event, or anything that waits for the device, says so; until then their
-target holds NaN. What isn't simulated: kernels of its own (numbers are a CPU's), memory limits, timing, autocast.
+What a CUDA device refuses is refused: operands on two devices, NumPy's view of device memory, a CPU generator for
+numbers there. Copies that don't block arrive when an event, or anything that waits for the device, says so; until then
+their target holds NaN. What isn't simulated: a GPU's own kernels (numbers are a CPU's), autocast, memory, timing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -119,8 +120,15 @@ class Runner:
             return self._copy_back(args[0], inner_args[1], bool((args[2:] or [kwargs.get("non_blocking")])[0]))
         if name == "aten::_to_copy" and target == "cpu":
             inner_kwargs.pop("non_blocking", None)
-            return inner_args[0].clone() if _is_plain_copy(inner_args[0], inner_kwargs) else func(*inner_args, **inner_kwargs)
+            return (
+                inner_args[0].clone()
+                if _is_plain_copy(inner_args[0], inner_kwargs)
+                else func(*inner_args, **inner_kwargs)
+            )
         out = func(*inner_args, **inner_kwargs)
+        if torch.Tag.inplace_view in func.tags:  # the tensor's own shape changes, too
+            with no_dispatch():
+                func(*args, **kwargs)
         if target == "cuda":
             out = _wrap_outputs((args, kwargs), out)
         if self.recorder is not None:
@@ -154,7 +162,7 @@ class PythonMode(TorchFunctionMode):
     """Does what torch does before it comes to operations: indices of devices, pinned memory, NumPy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_name_index, args), tree_map(_name_index, kwargs or {})
+        args, kwargs = tuple(map(_name_index, args)), {k: _name_index(v) for k, v in (kwargs or {}).items()}
         _check_generator(args, kwargs)
         name = getattr(func, "__name__", "")
         if name in _FROM_MEMORY and args and isinstance(args[0], DeviceTensor):
@@ -162,6 +170,12 @@ class PythonMode(TorchFunctionMode):
                 RUNNER.wait()
                 return args[0].inner.tolist()
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if name in ("__getitem__", "__setitem__") and isinstance(
+            args[0], DeviceTensor
+        ):  # lists would go past the modes
+            args = (args[0], tree_map(_index_by_tensor, args[1], is_leaf=lambda x: isinstance(x, list)), *args[2:])
+        if name == "cuda":
+            return args[0].to(CUDA)
         if name == "pin_memory":
             if isinstance(args[0], DeviceTensor):
                 raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
@@ -193,8 +207,14 @@ def _is_on(kind: str, x: Any) -> bool:
 
 
 def _name_index(x: Any) -> Any:
-    is_bare = (isinstance(x, torch.device) and x.type == "cuda" and x.index is None) or (isinstance(x, str) and x == "cuda")
+    is_bare = (isinstance(x, torch.device) and x.type == "cuda" and x.index is None) or (
+        isinstance(x, str) and x == "cuda"
+    )
     return CUDA if is_bare else x
+
+
+def _index_by_tensor(x: Any) -> Any:
+    return torch.tensor(x) if isinstance(x, list) else x
 
 
 def _is_plain_copy(x: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
@@ -222,9 +242,12 @@ def _check_devices(func: Any, args: tuple[Any, ...], flat: Sequence[Any]) -> Non
         flat = [args[0], *tree_flatten(args[2:])[0]]
     for x in flat:
         if isinstance(x, torch.Tensor) and not isinstance(x, DeviceTensor):
+            if x.device.type == "meta":
+                raise RuntimeError(f"the simulation lost the numbers of an operand of {name}")
             if x.device.type == "cpu" and (x.ndim > 0 or name.startswith(_NO_CPU_SCALARS)):
                 raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+                    "Expected all tensors to be on the same device, but found at least two devices, "
+                    f"cuda:0 and cpu! ({name})"
                 )
 
 
