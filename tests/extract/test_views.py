@@ -154,9 +154,7 @@ def test_views_that_would_be_the_same_are_refused():
 def test_every_preset_fits_every_encoder(preset, encoder):
     record = resolve_weights("random:0", "slowfast_demo")
     if (preset, encoder) == ("zhang-sound-train", "bninception_audio"):
-        with pytest.raises(
-            SpecError, match=r"^bninception_audio: .*those of planamente2021 aren't.*set `standardise`$"
-        ):
+        with pytest.raises(SpecError, match=r"^bninception_audio: .*those of planamente2021 aren't.*`standardise`$"):
             make_feature_spec(encoder, record, StoreOptions(), preset=preset)
         return
     spec = make_feature_spec(encoder, record, StoreOptions(), preset=preset)

@@ -13,6 +13,7 @@ from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.flow_choice import choose_flow
 from extract.media_survey import MediaSurvey, identify_segments
 from extract.run_options import RunOptions
+from extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
 from extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
 from pipeline.errors import RunError
 from pipeline.rows import compute_digests
@@ -36,12 +37,22 @@ class EncoderChoice:
 
 
 def choose_sound(config: SoundConfig) -> EncoderChoice:
-    """Makes the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`."""
+    """Makes the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`.
+
+    With views it is that of an extraction with `list_view_settings`.
+    """
     record = resolve_weights(config.weights or default_weights(config.encoder), config.encoder)
-    spec = make_feature_spec(
-        config.encoder, record, StoreOptions(), outputs=("map", "pooled"), overrides=config.overrides
-    )
+    overrides = (*list_view_settings(config.n_views), *config.overrides)
+    spec = make_feature_spec(config.encoder, record, StoreOptions(), outputs=("map", "pooled"), overrides=overrides)
     return EncoderChoice(spec, record)
+
+
+def list_view_settings(n_views: int) -> tuple[str, ...]:
+    """Lists what `extract --set` takes for views of sound as A's training has them; nothing for one view."""
+    if n_views == 1:
+        return ()
+    values = {"n_views": n_views, "noise": ZHANG2022_NOISE, "n_masked_bins": ZHANG2022_N_MASKED_BINS}
+    return tuple(f"audio.{name}={value}" for name, value in values.items())
 
 
 def choose_visual(
@@ -99,9 +110,14 @@ def fill_store(
 
 
 def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments: Sequence[Segment]) -> FeatureStore:
-    missing = (
-        f"extract {places.card.name} with --encoders {choice.spec.encoder}, or say with --media where its media lie"
-    )
+    settings, hint = "", ""
+    audio = choice.spec.audio
+    if audio is not None and audio.n_views > 1:
+        named = (("n_views", audio.n_views), ("noise", audio.noise), ("n_masked_bins", audio.n_masked_bins))
+        settings = "".join(f" --set audio.{name}={value}" for name, value in named)
+        hint = ", or train on clean sound with sound.n_views=1"
+    command = f"extract {places.card.name} with --encoders {choice.spec.encoder}{settings}"
+    missing = f"{command}, or say with --media where its media lie{hint}"
     if not has_store(path):
         raise RunError(f"no media at {places.media_root}, and no store {path}; {missing}")
     store = open_store(path)
