@@ -30,10 +30,11 @@ from train.stage1.config import SoundConfig, VisualConfig
 
 @dataclass(frozen=True, slots=True)
 class EncoderChoice:
-    """Is a specification with the weights that it names."""
+    """Is a specification with the weights that it names; of sound, `settings` are what `extract --set` makes it by."""
 
     spec: FeatureSpec
     weights: WeightsRecord
+    settings: tuple[str, ...] = ()
 
 
 def choose_sound(config: SoundConfig) -> EncoderChoice:
@@ -44,7 +45,7 @@ def choose_sound(config: SoundConfig) -> EncoderChoice:
     record = resolve_weights(config.weights or default_weights(config.encoder), config.encoder)
     overrides = (*list_view_settings(config.n_views), *config.overrides)
     spec = make_feature_spec(config.encoder, record, StoreOptions(), outputs=("map", "pooled"), overrides=overrides)
-    return EncoderChoice(spec, record)
+    return EncoderChoice(spec, record, overrides)
 
 
 def list_view_settings(n_views: int) -> tuple[str, ...]:
@@ -110,14 +111,13 @@ def fill_store(
 
 
 def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments: Sequence[Segment]) -> FeatureStore:
-    settings, hint = "", ""
-    audio = choice.spec.audio
-    if audio is not None and audio.n_views > 1:
-        named = (("n_views", audio.n_views), ("noise", audio.noise), ("n_masked_bins", audio.n_masked_bins))
-        settings = "".join(f" --set audio.{name}={value}" for name, value in named)
-        hint = ", or train on clean sound with sound.n_views=1"
-    command = f"extract {places.card.name} with --encoders {choice.spec.encoder}{settings}"
-    missing = f"{command}, or say with --media where its media lie{hint}"
+    settings = "".join(f" --set {setting}" for setting in choice.settings)
+    missing = (
+        f"extract {places.card.name} with --encoders {choice.spec.encoder}{settings}, or say with --media where its "
+        f"media lie"
+    )
+    if choice.spec.n_sound_views > 1:
+        missing += ", or train on clean sound with sound.n_views=1"
     if not has_store(path):
         raise RunError(f"no media at {places.media_root}, and no store {path}; {missing}")
     store = open_store(path)
