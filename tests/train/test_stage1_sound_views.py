@@ -130,6 +130,22 @@ def test_training_alone_hears_what_is_augmented(
     assert heard[0].features.tobytes() == heard[1].features.tobytes()
 
 
+def test_the_encoder_draws_anew_in_each_epoch(tiny_encoder: ModuleType, tmp_path: Path) -> None:
+    ids, config = tiny_encoder.list_ids(), tiny_encoder.make_config(n_epochs=2)
+    drawn = np.array([[draw_by_hand(name, 3, epoch, 4) for epoch in range(2)] for name in ids])  # tiny_encoder's seed
+    number = np.arange(1, 4)
+    is_first, is_second = (drawn[:, epoch, None] == number for epoch in range(2))
+    for name, poisoned in (("never", ~is_first & ~is_second), ("second", is_second & ~is_first)):
+        assert poisoned.any(axis=1).sum() > len(ids) / 2
+        views = np.where(poisoned[:, :, None, None, None], np.nan, np.ones((1, 1, *tiny_encoder.MAP)))
+        sound = write_views(tiny_encoder, tmp_path / name, ids, views)
+        if name == "never":
+            assert len(tiny_encoder.train(tmp_path / f"on-{name}", config, sound)[1]) == 2
+        else:
+            with pytest.raises(RunError, match="the loss is nan in batch 0 of epoch 1"):
+                tiny_encoder.train(tmp_path / f"on-{name}", config, sound)
+
+
 def test_views_that_are_all_alike_train_what_clean_sound_does(tiny_encoder: ModuleType, tmp_path: Path) -> None:
     ids, config = tiny_encoder.list_ids(), tiny_encoder.make_config(dropout=0.3, n_epochs=2)
     clean: SoundFeatures = tiny_encoder.write_sound(tmp_path, ids)
