@@ -16,6 +16,7 @@ from pipeline.errors import EchoshiftError, MediaError, StoreError
 from pipeline.manifest_csv import locate_manifest, read_manifest
 from pipeline.rows import NO_MEDIA, compute_digest
 from pipeline.segments import Segment
+from pipeline.specs import AudioSpec
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE, FAILED
 from pipeline.store.ledger import read_failures
@@ -149,12 +150,21 @@ def _describe_done(store: FeatureStore, row: int, bare: RowExplanation) -> RowEx
         loudness = float(store.read_array("loudness_dbfs", row, row + 1)[0])
         heard = bool(store.read_array("has_audio", row, row + 1)[0])
         why = (f"sound: {loudness:.1f} dBFS" if heard else "sound: none; its features are NaN",)
+        if store.spec.audio.n_views > 1:
+            why = (*why, _describe_views(store.spec.audio))
     return replace(
         bare,
         status="done",
         why=why,
         times_s=tuple((start, stop) for start, stop in times.tolist()),
         frames=tuple((first, last) for first, last in frames.tolist()),
+    )
+
+
+def _describe_views(audio: AudioSpec) -> str:
+    return (
+        f"{audio.n_views} views of each window of sound, one after the other: the first as it is, the others with "
+        f"noise of +-{audio.noise:g} and {audio.n_masked_bins} bands masked"
     )
 
 

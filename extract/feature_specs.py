@@ -45,7 +45,7 @@ def make_feature_spec(
     """
     entry = find_encoder(encoder)
     parts: dict[str, dict[str, Any]] = {
-        part: getattr(entry, part).model_dump() for part in SPEC_PARTS if getattr(entry, part) is not None
+        part: dict(getattr(entry, part)) for part in SPEC_PARTS if getattr(entry, part) is not None
     }
     if preset:
         apply_preset(find_preset(preset), entry, parts)

@@ -103,8 +103,8 @@ def identify_sources(identify: Callable[[Segment, Modality], str], segment: Segm
 def count_clips_at_most(survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec) -> int:
     """Gives the length of a store's clip axis."""
     if spec.audio is not None and spec.audio.span == "segment":
-        return 1
+        return spec.n_sound_views
     if spec.clip.sampling != "windows":
         return spec.clip.n_clips * spec.n_entries_per_clip
-    n_crops = spec.n_entries_per_clip // spec.clip.n_views
-    return n_crops * max((survey.count_clips(spec, segment) for segment in segments), default=1)
+    n_of_view = spec.n_entries_per_clip // spec.clip.n_views  # crops, or views of the same sound
+    return n_of_view * max((survey.count_clips(spec, segment) for segment in segments), default=1)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from extract.encoders.registry import EncoderEntry
-from extract.sound.recipes import PLANAMENTE2021
+from extract.sound.recipes import PLANAMENTE2021, ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
 from pipeline.errors import SpecError
 from pipeline.suggestions import suggest
 
@@ -54,6 +54,12 @@ _PRESETS = (
         {"sampling": "random", "n_clips": 5},
         {**_TRAIN, "crop_for": "view"},
         "part",
+    ),
+    Preset(
+        "zhang-sound-train",
+        "sound in 4 views, the first as it is, the others with noise and 9 bands masked; pictures as they are",
+        {},
+        audio={"n_views": 4, "noise": ZHANG2022_NOISE, "n_masked_bins": ZHANG2022_N_MASKED_BINS},
     ),
     Preset("zhang-stage2-test", "5 uniform clips, centre crop", {"n_clips": 5}),
     Preset(

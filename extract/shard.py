@@ -23,6 +23,7 @@ from extract.shard_inputs import (
 )
 from extract.shard_rows import ShardRows
 from extract.sound.spectrograms import log_spectrogram
+from extract.sound.views import list_views
 from pipeline.devices import resolve_device
 from pipeline.errors import MediaMemoryError
 from pipeline.execution import ShardReport
@@ -76,9 +77,12 @@ class _Computation:
         n_batch = plan.options.n_clips_per_batch or choose_batch(device)
         self._encoders = {path: ShardEncoder(plan.targets[path], self._rows[path], device, n_batch) for path in paths}
         self._assembler = ClipAssembler(self._specs, device, self._encode)
+        self._ids: dict[int, str] = {}
         self.n_rows_ended = 0
         for row, segment in enumerate(work.segments, start=work.task.shard.start_row):
-            if segment is None:
+            if segment is not None:
+                self._ids[row] = segment.segment_id
+            else:
                 for rows in self._rows.values():
                     rows.skip(row)
 
@@ -114,12 +118,17 @@ class _Computation:
         elif isinstance(item, PictureStretch):
             self._assembler.feed(item)
         elif isinstance(item, SoundSpan):
-            self._rows[item.store_path].start_row(item.row, item.times, item.frames)
+            n_views = self._specs[item.store_path].n_sound_views
+            self._rows[item.store_path].start_row(
+                item.row, item.times.repeat(n_views, axis=0), item.frames.repeat(n_views, axis=0)
+            )
         elif isinstance(item, SoundWindow):
-            spec = self._specs[item.store_path].audio
-            assert spec is not None, "sound goes to stores of sound"
+            spec = self._specs[item.store_path]
+            assert spec.audio is not None, "sound goes to stores of sound"
             samples = torch.from_numpy(item.samples)[None].to(self._device)
-            self._encode(item.store_path, item.row, item.entry, log_spectrogram(samples, spec)[0])
+            spectrogram = log_spectrogram(samples, spec.audio)[0]
+            for entry, view in list_views(spectrogram, spec, self._ids[item.row], item.entry):
+                self._encode(item.store_path, item.row, entry, view)
         elif isinstance(item, SoundEnd):
             self._rows[item.store_path].end_sound(item.row, item.has_audio, item.loudness_dbfs)
         elif isinstance(item, RowFailure):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 
 class SpecModel(BaseModel):
@@ -125,6 +125,9 @@ class AudioSpec(SpecModel):
     `span` = `segment`: one window, the segment's own span, at most `duration_s`; shorter ones are tiled.
     `span` = `clip`: one window of `duration_s` centred on each clip, zeros beyond the ends of the file.
     `n_mels`, `f_min_hz` and `f_max_hz` belong to the mel recipe `chen2020` and to no other.
+    `n_views` is how often each window's standardised spectrogram is stored: view 0 as it is, the others with uniform
+    noise of +-`noise` on every value and `n_masked_bins` neighbouring bands set to 0 [A-code: 0.05 and 9]. With one
+    view the three fields are left out of what is dumped: stores made before there were any keep their fingerprint.
     """
 
     recipe: Literal["zhang2022", "planamente2021", "chen2020"]
@@ -139,6 +142,33 @@ class AudioSpec(SpecModel):
     n_mels: int | None = Field(default=None, gt=0)
     f_min_hz: float | None = Field(default=None, ge=0)
     f_max_hz: float | None = Field(default=None, gt=0)
+    n_views: int = Field(default=1, gt=0)
+    noise: float = Field(default=0.0, ge=0)
+    n_masked_bins: int = Field(default=0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_single_view(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        if self.n_views == 1:
+            for name in ("n_views", "noise", "n_masked_bins"):
+                fields.pop(name, None)
+        return fields
+
+    @model_validator(mode="after")
+    def _check_views(self) -> AudioSpec:
+        is_augmented = self.noise > 0 or self.n_masked_bins > 0
+        if self.n_views == 1 and is_augmented:
+            raise ValueError("`noise` and `n_masked_bins` change the views after the first: set `n_views` to 2 or more")
+        if self.n_views > 1 and not is_augmented:
+            raise ValueError(
+                f"{self.n_views} views of sound are all the same: set `noise` and `n_masked_bins`, such as 0.05 and 9"
+            )
+        if self.n_views > 1 and not self.standardise:
+            raise ValueError(
+                f"views of sound are of standardised spectrograms, whose mean is 0; those of {self.recipe} aren't: "
+                f"leave out `n_views`, `noise` and `n_masked_bins`, or set `standardise`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_mels(self) -> AudioSpec:
@@ -212,9 +242,14 @@ class FeatureSpec(SpecModel):
     def n_entries_per_clip(self) -> int:
         """Gives how many entries of the second axis come from one clip: its views, or its crops.
 
-        Entry number (clip * n_views + view) * n_crops + crop.
+        Entry number (clip * n_views + view) * n_crops + crop; of sound, its own view stands in the place of the crop.
         """
-        return self.clip.n_views * (1 if self.frame is None else self.frame.n_crops)
+        return self.clip.n_views * (self.n_sound_views if self.frame is None else self.frame.n_crops)
+
+    @property
+    def n_sound_views(self) -> int:
+        """Gives how many views there are of each window of sound, the first as it is; 1 where there is no sound."""
+        return 1 if self.audio is None else self.audio.n_views
 
     @property
     def holds_sound(self) -> bool:

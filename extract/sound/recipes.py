@@ -48,6 +48,10 @@ CHEN2020 = AudioSpec(
 """The log-mels of the VAS data (RegNet, Chen et al. 2020): 80 bands x 862 frames, of which the data keep 860."""
 
 
+ZHANG2022_NOISE, ZHANG2022_N_MASKED_BINS = 0.05, 9
+"""What A's training adds to a standardised spectrogram, and how many bands it sets to 0 [A-code]."""
+
+
 def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
     """Computes (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
     if spec.n_hop > spec.n_window or spec.n_window > spec.n_fft:
@@ -58,6 +62,8 @@ def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
     if spec.n_samples < spec.n_window:
         raise SpecError(f"audio window of {spec.n_samples} samples is shorter than n_window = {spec.n_window}")
     n_bands = spec.n_fft // 2 + 1 if spec.n_mels is None else spec.n_mels
+    if spec.n_masked_bins >= n_bands:
+        raise SpecError(f"n_masked_bins = {spec.n_masked_bins} masks all of the {n_bands} bands; take fewer, such as 9")
     if spec.recipe == "zhang2022":
         n_frames = (spec.n_samples - spec.n_window) // spec.n_hop + 1
     else:

@@ -48,29 +48,6 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
     return torch.stack([_window_spectrogram(row, window.to(row.device), spec) for row in rows])[:, None]
 
 
-def augment_spectrograms(
-    spectrograms: Tensor, seed: int, noise: float = 0.05, n_band: int = 9, n_band_starts: int = 247
-) -> Tensor:
-    """Adds A's training noise to standardised spectrograms [B, 1, F, N] and sets one band of each to zero.
-
-    Uniform noise of +-`noise` on every value, then `n_band` neighbouring frequency bins set to zero, the first of them
-    drawn from 0..n_band_starts-1 [A-code: 247, so that the top bins are never hit] (METHODS section 3). The input is
-    left as it is. The noise is drawn on the CPU: a seed gives the same values on every device.
-    """
-    if spectrograms.ndim != 4:
-        raise SpecError(f"spectrograms must be [B, 1, F, N], have the shape {tuple(spectrograms.shape)}")
-    n_rows, n_bins = spectrograms.shape[0], spectrograms.shape[2]
-    if n_band > n_bins:
-        raise SpecError(f"a band of {n_band} bins doesn't fit into {n_bins}")
-    generator = torch.Generator().manual_seed(seed)
-    shift = torch.empty(spectrograms.shape).uniform_(-noise, noise, generator=generator)
-    starts = torch.randint(0, min(n_band_starts, n_bins - n_band + 1), (n_rows,), generator=generator)
-    augmented = spectrograms + shift.to(spectrograms)
-    for row, start in zip(augmented, starts.tolist(), strict=True):
-        row[:, start : start + n_band] = 0
-    return augmented
-
-
 def rms_dbfs(samples: Tensor) -> float:
     """Computes the level of samples [n] in dB relative to full scale: a full-scale sine has -3.01, silence -inf."""
     _check_samples(samples)

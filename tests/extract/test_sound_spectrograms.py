@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from extract.readers.pyav_audio import read_audio
 from extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
-from extract.sound.spectrograms import augment_spectrograms, log_spectrogram, rms_dbfs
+from extract.sound.spectrograms import log_spectrogram, rms_dbfs
 from pipeline.errors import SpecError
 from pipeline.specs import AudioSpec
 
@@ -196,28 +196,8 @@ def test_what_cannot_be_computed_is_said():
         log_spectrogram(torch.randn(1, 5), ZHANG2022.model_copy(update={"n_fft": 256}))
     with pytest.raises(SpecError, match="160 samples is shorter than n_window = 512"):
         plan_spectrogram_shape(ZHANG2022.model_copy(update={"duration_s": 0.01}))
-
-
-def test_augmentation_adds_noise_and_zeroes_one_band():
-    spectrograms = torch.randn(40, 1, 257, 30) + 3
-    before = spectrograms.clone()
-    augmented = augment_spectrograms(spectrograms, seed=3)
-    assert torch.equal(spectrograms, before)
-    assert torch.equal(augmented, augment_spectrograms(spectrograms, seed=3))
-    assert not torch.equal(augmented, augment_spectrograms(spectrograms, seed=4))
-    first_bins = set()
-    for row, original in zip(augmented[:, 0], spectrograms[:, 0], strict=True):
-        empty = (row == 0).all(dim=1).nonzero()[:, 0].tolist()
-        assert len(empty) == 9 and empty[-1] - empty[0] == 8
-        first_bins.add(empty[0])
-        kept = torch.ones(257, dtype=torch.bool)
-        kept[empty] = False
-        difference = (row - original)[kept]
-        assert difference.abs().max() <= 0.05 + 1e-6
-        assert difference.std() == pytest.approx(0.1 / math.sqrt(12), rel=0.05)
-    assert len(first_bins) > 20 and max(first_bins) <= 246
-    with pytest.raises(SpecError, match="band of 9 bins doesn't fit into 4"):
-        augment_spectrograms(torch.zeros(1, 1, 4, 4), seed=0)
+    with pytest.raises(SpecError, match="n_masked_bins = 257 masks all of the 257 bands"):
+        plan_spectrogram_shape(ZHANG2022.model_copy(update={"n_views": 2, "n_masked_bins": 257}))
 
 
 def test_rms_dbfs():

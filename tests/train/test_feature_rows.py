@@ -24,7 +24,14 @@ CPU = torch.device("cpu")
 
 
 def write_store(
-    path: Path, values: np.ndarray, n_valid: list[int], *, n_views: int, n_crops: int, is_sound: bool = False
+    path: Path,
+    values: np.ndarray,
+    n_valid: list[int],
+    *,
+    n_views: int,
+    n_crops: int,
+    is_sound: bool = False,
+    n_sound_views: int = 1,
 ) -> FeatureStore:
     """Writes a store whose one output has these values [n, entries, C]."""
     spec = FeatureSpec(
@@ -44,7 +51,9 @@ def write_store(
         dtype="float16",
     )
     if is_sound:
-        heard = make_feature_spec("resnet_demo", resolve_weights("random:0", "resnet_demo"), StoreOptions())
+        settings = [f"audio.n_views={n_sound_views}", f"audio.noise={0.05 if n_sound_views > 1 else 0}"]
+        weights = resolve_weights("random:0", "resnet_demo")
+        heard = make_feature_spec("resnet_demo", weights, StoreOptions(), overrides=settings)
         spec = spec.model_copy(update={"encoder": heard.encoder, "frame": None, "audio": heard.audio})
     n, n_entries = values.shape[:2]
     store = create_store(
@@ -91,6 +100,16 @@ def test_a_clip_that_is_not_there_repeats_those_that_are(tmp_path: Path) -> None
     store = write_store(tmp_path / "a.zarr", values, [5, 2], n_views=1, n_crops=1)
     visual = read_visual(store, ["s1", "s0"])["pooled"][:, 0, :, 0].tolist()
     assert visual == [[5, 6, 5, 6, 5], [0, 1, 2, 3, 4]]
+
+
+def test_of_views_of_sound_the_clean_one_is_read(tmp_path: Path) -> None:
+    values = np.arange(24.0).reshape(2, 6, 2)
+    values[1, 4:] = 0
+    store = write_store(tmp_path / "a.zarr", values, [6, 4], n_views=1, n_crops=1, is_sound=True, n_sound_views=2)
+    sound = read_sound(store, ["s1", "s0"], 3)
+    assert sound.clip_audio is not None
+    assert sound.clip_audio.tolist() == [[[12, 13], [16, 17], [12, 13]], [[0, 1], [4, 5], [8, 9]]]
+    assert sound.audio[1].tolist() == [4, 5]
 
 
 def test_sound_around_clips_goes_with_its_clip_and_a_segment_s_is_its_mean(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from train.splits import LabelledSegments
 from train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, build_encoder
 from train.stage1.config import Stage1Config
 from train.stage1.encoder_training import EncoderTask, EpochRecord, train_encoder
+from train.stage1.input_stores import list_view_settings
 from train.stage1.sound_features import SoundFeatures
 from train.stage1.visual_inputs import ClipFacts
 
@@ -171,14 +172,25 @@ def write_sound(
     has_audio: np.ndarray | None = None,
     *,
     pooled: np.ndarray | None = None,
+    views: np.ndarray | None = None,
     encoder: str = "resnet_demo",
 ) -> SoundFeatures:
-    """Writes a store of maps [n, C, F, N] and pooled features, drawn where not given; every fourth row is silent."""
+    """Writes a store of maps [n, C, F, N] and pooled features, drawn where not given; every fourth row is silent.
+
+    `views` are the maps of further views, [n, k, C, F, N]; their pooled features are 1e6.
+    """
     n, rng = len(ids), np.random.default_rng(0)
     maps = rng.standard_normal((n, *MAP)) if maps is None else maps
     pooled = rng.standard_normal((n, N_POOLED)) if pooled is None else pooled
     has_audio = np.arange(n) % 4 != 3 if has_audio is None else has_audio
-    plain = make_feature_spec(encoder, resolve_weights("random:0", encoder), StoreOptions(), outputs=("map", "pooled"))
+    n_views = 1 if views is None else 1 + views.shape[1]
+    plain = make_feature_spec(
+        encoder,
+        resolve_weights("random:0", encoder),
+        StoreOptions(),
+        outputs=("map", "pooled"),
+        overrides=list_view_settings(n_views),
+    )
     outputs = (OutputSpec(name="map", shape=maps.shape[1:]), OutputSpec(name="pooled", shape=pooled.shape[1:]))
     spec = plain.model_copy(update={"outputs": outputs, "dtype": "float32"})
     order = np.argsort(np.array(ids))
@@ -187,21 +199,24 @@ def write_sound(
         "tiny",
         spec,
         [ids[i] for i in order],
-        n_clips=1,
+        n_clips=n_views,
         manifest_sha256="m",
         weights_source="w",
         n_rows_per_shard=n,
     )
     (shard,) = plan_shards(store.layout)
-    for name, values in (("map", maps), ("pooled", pooled)):
+    further = {"map": views, "pooled": np.full((n, n_views - 1, *pooled.shape[1:]), 1e6)}
+    for name, values in (("map", maps[:, None]), ("pooled", pooled[:, None])):
+        if views is not None:
+            values = np.concatenate([values, further[name]], axis=1)
         values = np.where(has_audio.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
-        store.write_outputs(name, 0, values[order][:, None].astype(np.float32))
+        store.write_outputs(name, 0, values[order].astype(np.float32))
     store.commit_shard(
         shard,
         ShardIndex(
-            times=np.zeros((n, 1, 2)),
-            frames=np.zeros((n, 1, 2), np.int64),
-            n_valid=np.ones(n, np.int32),
+            times=np.zeros((n, n_views, 2)),
+            frames=np.zeros((n, n_views, 2), np.int64),
+            n_valid=np.full(n, n_views, np.int32),
             digest=np.zeros((n, 16), np.uint8),
             state=np.full(n, DONE, np.uint8),
             has_audio=has_audio[order].astype(np.uint8),

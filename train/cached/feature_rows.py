@@ -111,13 +111,15 @@ class Sound(NamedTuple):
 def read_sound(store: FeatureStore, segment_ids: Sequence[str], n_clips: int = 1) -> Sound:
     """Reads pooled features of sound, one a segment: where a store holds several clips of it, their mean.
 
-    With as many clips as there are of pictures, `n_clips` > 1, it also gives those. Raises StoreError as `read_visual`.
+    With as many clips as there are of pictures, `n_clips` > 1, it also gives those. Of a store with views of sound, the
+    clean one of each clip. Raises StoreError as `read_visual`.
     """
-    values = store.read(segment_ids, "pooled").astype(np.float32)
+    n_views = store.spec.n_sound_views
+    values = store.read(segment_ids, "pooled")[:, ::n_views].astype(np.float32)
     rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
     has_audio = store.read_array("has_audio")[rows] == 1
     values[~has_audio] = 0
-    _repeat_clips(values, store.read_array("n_valid")[rows])
+    _repeat_clips(values, store.read_array("n_valid")[rows] // n_views)
     of_clips = torch.from_numpy(values) if values.shape[1] == n_clips > 1 else None
     return Sound(torch.from_numpy(values.mean(axis=1)), torch.from_numpy(has_audio), of_clips)
 

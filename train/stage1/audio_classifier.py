@@ -106,6 +106,7 @@ def train_audio_classifier(
 ) -> tuple[AudioClassifier, list[float]]:
     """Trains on the segments that have sound; gives the classifier and each epoch's mean loss.
 
+    Where the store has views of sound, one is drawn of each segment in each epoch.
     `network` is the audio encoder with its pretrained weights, which isn't changed. labels: int64 [n], or float32
     [n, K] where the task is multi-label (binary cross-entropy). Adam; the last batch of an epoch may be smaller, but
     one of a single segment joins the batch before. Raises RunError when fewer than two segments have sound.
@@ -129,7 +130,7 @@ def train_audio_classifier(
         n_batches = max(1, len(order) // config.batch)
         total = 0.0
         for rows in np.array_split(order, n_batches):
-            logits, _ = model(sound.read_maps([segment_ids[i] for i in rows]).to(device))
+            logits, _ = model(sound.draw_maps([segment_ids[i] for i in rows], seed, epoch).to(device))
             loss = compute_class_loss(logits, targets[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -33,11 +33,24 @@ class VisualConfig(SpecModel):
 
 
 class SoundConfig(SpecModel):
-    """Says which network hears the sound; `weights` and `overrides` as in VisualConfig."""
+    """Says which network hears the sound; `weights` and `overrides` as in VisualConfig.
+
+    `n_views` is how many views of a segment's sound are stored, of which training draws one each time it takes a
+    segment: the clean one, and n_views - 1 with noise and masked bands [A-code: 0.05 and 9; `overrides` of audio.noise
+    and audio.n_masked_bins say otherwise]. 1 trains on clean sound; whatever isn't training hears the clean view.
+    """
 
     encoder: str
     weights: str = ""
     overrides: tuple[str, ...] = ()
+    n_views: int = Field(default=1, gt=0)
+
+    @model_validator(mode="after")
+    def _check_overrides(self) -> SoundConfig:
+        for override in self.overrides:
+            if override.partition("=")[0].strip().endswith("audio.n_views"):
+                raise ValueError(f"override {override!r}: say it as sound.n_views, so that training draws the views")
+        return self
 
 
 class AudioClassifierConfig(SpecModel):
@@ -219,6 +232,8 @@ class Stage1Config(SpecModel):
         described = self.model_dump(mode="json")
         for name in ("n_readers", "n_cached_mb"):
             del described["visual"][name]
+        if self.sound.n_views == 1:
+            del described["sound"]["n_views"]  # runs from before there were views are the same runs
         if not self.objective.enabled:
             del described["objective"]  # what it would be decides nothing
         return described

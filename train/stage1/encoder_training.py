@@ -85,9 +85,9 @@ def train_encoder(
 ) -> list[EpochRecord]:
     """Trains in place, in `folder`, where a state is kept after each epoch; a run that was killed goes on from it.
 
-    Whatever is random in an epoch is drawn from (seed, epoch, rank), so that a run that was interrupted and one that
-    wasn't come to the same. Losses go to TensorBoard files in `folder`/tensorboard. Raises RunError where a loss is no
-    longer a number.
+    Whatever is random in an epoch is drawn from (seed, epoch, rank), views of sound from (seed, epoch, segment), so
+    that a run that was interrupted and one that wasn't come to the same. Losses go to TensorBoard files in
+    `folder`/tensorboard. Raises RunError where a loss is no longer a number.
     """
     size = min(config.n_source, len(task.source))
     if size < ranks.n_ranks:
@@ -114,7 +114,7 @@ def train_encoder(
             planned = plan_epoch(*sizes, config, seed=seed, epoch=epoch)
             with _seeded(seed, epoch, ranks.rank, device):
                 losses = _run_epoch(
-                    trained, model, optimizer, planned, task, visual, sound, config, epoch, device, ranks, watcher
+                    trained, model, optimizer, planned, task, visual, sound, config, seed, epoch, device, ranks, watcher
                 )
             validation = None
             is_due = config.validate_every and (epoch + 1) % config.validate_every == 0
@@ -147,6 +147,7 @@ def _run_epoch(
     visual: VisualInputs,
     sound: SoundFeatures,
     config: TrainingConfig,
+    seed: int,
     epoch: int,
     device: torch.device,
     ranks: Ranks,
@@ -162,7 +163,9 @@ def _run_epoch(
         optimizer.zero_grad(set_to_none=True)
         for i_part, part in enumerate(batch):
             with_sound = model.attention is not None or model.objective is not None
-            inputs = _gather_inputs(_list_ids(task, part), next(loaded), sound, device, with_sound=with_sound)
+            part_ids = _list_ids(task, part)
+            maps = sound.draw_maps(part_ids, seed, epoch) if with_sound else None
+            inputs = _gather_inputs(part_ids, next(loaded), sound, maps, device)
             is_last = i_part == len(batch) - 1
             with _sync_if(trained, is_last):
                 if model.objective is None:
@@ -253,9 +256,9 @@ def _list_ids(task: EncoderTask, part: PlannedBatch) -> list[str]:
 
 
 def _gather_inputs(
-    ids: Sequence[str], visual: Mapping[str, Tensor], sound: SoundFeatures, device: torch.device, *, with_sound: bool
+    ids: Sequence[str], visual: Mapping[str, Tensor], sound: SoundFeatures, maps: Tensor | None, device: torch.device
 ) -> EncoderInputs:
-    maps = sound.read_maps(ids) if with_sound else torch.zeros(len(ids), *sound.map_shape[:1], 0, 0)
+    maps = torch.zeros(len(ids), *sound.map_shape[:1], 0, 0) if maps is None else maps
     return EncoderInputs(
         {name: _place(value, device) for name, value in visual.items()},
         maps.to(device),

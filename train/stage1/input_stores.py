@@ -13,6 +13,7 @@ from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.flow_choice import choose_flow
 from extract.media_survey import MediaSurvey, identify_segments
 from extract.run_options import RunOptions
+from extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
 from extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
 from pipeline.errors import RunError
 from pipeline.rows import compute_digests
@@ -29,19 +30,30 @@ from train.stage1.config import SoundConfig, VisualConfig
 
 @dataclass(frozen=True, slots=True)
 class EncoderChoice:
-    """Is a specification with the weights that it names."""
+    """Is a specification with the weights that it names; of sound, `settings` are what `extract --set` makes it by."""
 
     spec: FeatureSpec
     weights: WeightsRecord
+    settings: tuple[str, ...] = ()
 
 
 def choose_sound(config: SoundConfig) -> EncoderChoice:
-    """Makes the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`."""
+    """Makes the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`.
+
+    With views it is that of an extraction with `list_view_settings`.
+    """
     record = resolve_weights(config.weights or default_weights(config.encoder), config.encoder)
-    spec = make_feature_spec(
-        config.encoder, record, StoreOptions(), outputs=("map", "pooled"), overrides=config.overrides
-    )
-    return EncoderChoice(spec, record)
+    overrides = (*list_view_settings(config.n_views), *config.overrides)
+    spec = make_feature_spec(config.encoder, record, StoreOptions(), outputs=("map", "pooled"), overrides=overrides)
+    return EncoderChoice(spec, record, overrides)
+
+
+def list_view_settings(n_views: int) -> tuple[str, ...]:
+    """Lists what `extract --set` takes for views of sound as A's training has them; nothing for one view."""
+    if n_views == 1:
+        return ()
+    values = {"n_views": n_views, "noise": ZHANG2022_NOISE, "n_masked_bins": ZHANG2022_N_MASKED_BINS}
+    return tuple(f"audio.{name}={value}" for name, value in values.items())
 
 
 def choose_visual(
@@ -99,9 +111,13 @@ def fill_store(
 
 
 def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments: Sequence[Segment]) -> FeatureStore:
+    settings = "".join(f" --set {setting}" for setting in choice.settings)
     missing = (
-        f"extract {places.card.name} with --encoders {choice.spec.encoder}, or say with --media where its media lie"
+        f"extract {places.card.name} with --encoders {choice.spec.encoder}{settings}, or say with --media where its "
+        f"media lie"
     )
+    if choice.spec.n_sound_views > 1:
+        missing += ", or train on clean sound with sound.n_views=1"
     if not has_store(path):
         raise RunError(f"no media at {places.media_root}, and no store {path}; {missing}")
     store = open_store(path)

@@ -8,16 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extract.random_draws import draw_integer
 from pipeline.errors import RunError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE
 from pipeline.store.reading import RowFinder
+from train.stage1.visual_inputs import derive_epoch_seed
 
 MAP, POOLED = "map", "pooled"
 
 
 class SoundFeatures:
-    """Gives the sound of segments from a store of an audio encoder; rows without sound come as zeros."""
+    """Gives the sound of segments from a store of an audio encoder; rows without sound come as zeros.
+
+    Of a store with views it is the first, the clean one, unless views are asked for. Only what is asked for is read.
+    """
 
     def __init__(self, store: FeatureStore) -> None:
         names = {output.name for output in store.spec.outputs}
@@ -46,16 +51,32 @@ class SoundFeatures:
         """Says which segments have a usable track, bool [n]."""
         return self._has_audio[self._finder.find(str(self._store.path), segment_ids)]
 
-    def read_maps(self, segment_ids: Sequence[str]) -> Tensor:
-        """Reads layer3 maps, float32 [n, C, F, N]; raises StoreError for a row that isn't done."""
-        return torch.from_numpy(self._read(segment_ids, MAP))
+    def read_maps(self, segment_ids: Sequence[str], views: np.ndarray | None = None) -> Tensor:
+        """Reads layer3 maps, float32 [n, C, F, N], of the clean view or of `views`, int64 [n].
+
+        Raises StoreError for a row that isn't done.
+        """
+        return torch.from_numpy(self._read(segment_ids, MAP, views))
+
+    def draw_maps(self, segment_ids: Sequence[str], seed: int, epoch: int) -> Tensor:
+        """Reads one view's map of each segment, float32 [n, C, F, N], drawn evenly by seed, epoch and segment.
+
+        For training alone; where the store has one view, it is that one.
+        """
+        n_views = self._store.spec.n_sound_views
+        if n_views == 1:
+            return self.read_maps(segment_ids)
+        drawn_by = derive_epoch_seed(seed, epoch)
+        views = [draw_integer(0, n_views - 1, drawn_by, name, 0, 0, "view of sound") for name in segment_ids]
+        return self.read_maps(segment_ids, np.array(views, np.int64))
 
     def read_pooled(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Reads pooled features, float32 [n, D]."""
+        """Reads pooled features of the clean view, float32 [n, D]."""
         return self._read(segment_ids, POOLED)
 
-    def _read(self, segment_ids: Sequence[str], output: str) -> np.ndarray:
-        values = self._store.read(segment_ids, output)[:, 0].astype(np.float32)
+    def _read(self, segment_ids: Sequence[str], output: str, views: np.ndarray | None = None) -> np.ndarray:
+        views = np.zeros(len(segment_ids), np.int64) if views is None else views
+        values = self._store.read_clips(segment_ids, output, views).astype(np.float32)
         values[~self.has_audio(segment_ids)] = 0  # the store's NaN
         return values
 

@@ -117,7 +117,8 @@ def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
 def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamInputs:
     """Finds the stores of pooled features of a dataset that two encoders filled; a stream of them has no table.
 
-    Raises RunError where there is none, or more than one, saying how to name it.
+    Of sound with views and clean sound it is the clean one. Raises RunError where there is none, or more than one,
+    saying how to name it.
     """
     found = {}
     for encoder in (visual, sound):
@@ -128,6 +129,8 @@ def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamIn
             and store.spec.encoder == encoder
             and "pooled" in [output.name for output in store.spec.outputs]
         ]
+        # Views of sound are for training Stage 1; where clean sound has a store of its own, that one is meant.
+        stores = [path for path in stores if open_store(path).spec.n_sound_views == 1] or stores
         if len(stores) != 1:
             there = f"{len(stores)}: {', '.join(map(str, stores))}" if stores else "none"
             raise RunError(
@@ -150,7 +153,7 @@ def hears_clips(inputs: StreamInputs) -> bool:
     if inputs.table is not None or inputs.sound is None:
         return False
     seen, heard = open_store(inputs.features), open_store(inputs.sound)
-    return heard.layout.n_clips == seen.layout.n_clips // seen.spec.n_entries_per_clip > 1
+    return heard.layout.n_clips // heard.spec.n_sound_views == seen.layout.n_clips // seen.spec.n_entries_per_clip > 1
 
 
 def open_stream(

@@ -1,0 +1,215 @@
+"""Checks stored views of sound: values against NumPy, the same bytes whatever runs, fingerprints, commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from extract.feature_specs import StoreOptions, make_feature_spec
+from extract.inference import load_network
+from extract.random_draws import draw_array
+from extract.readers.pyav_audio import read_audio
+from extract.sound.recipes import ZHANG2022
+from extract.sound.spectrograms import log_spectrogram
+from extract.sound.views import augment_spectrogram
+from extract.weights.resolve import resolve_weights
+from pipeline.errors import SpecError
+from pipeline.specs import AudioSpec, FeatureSpec, fingerprint
+from pipeline.store.opening import list_stores, open_store
+
+VIEWS = ("--set", "audio.n_views=3", "--set", "audio.noise=0.05", "--set", "audio.n_masked_bins=9")
+SPEC = ZHANG2022.model_copy(update={"n_views": 3, "noise": 0.05, "n_masked_bins": 9})
+NO_WEIGHTS = replace(resolve_weights("random:0", "resnet_demo"), sha256="0" * 64)
+
+
+def augment_by_hand(spectrogram: np.ndarray, segment_id: str, view: int, window: int, seed: int = 0) -> np.ndarray:
+    """Computes [F, N] anew from hashlib and NumPy: 24-bit fractions for the noise, 53 bits for the band."""
+    n_bins = len(spectrogram)
+    name = f"{seed}\n{segment_id}\n{view}\n{window}\n".encode()
+    numbers = np.frombuffer(hashlib.shake_128(name + b"noise").digest(4 * spectrogram.size), "<u4") // 256 / 2**24
+    found = spectrogram + ((2 * numbers - 1) * 0.05).reshape(spectrogram.shape)
+    draw = int.from_bytes(hashlib.blake2b(name + b"masked band", digest_size=8).digest(), "big") / 2**64
+    start = int(draw * min(247, n_bins - 9 + 1))
+    found[start : start + 9] = 0
+    return found
+
+
+@pytest.mark.parametrize(("n_bins", "seed"), [(257, 0), (257, 4), (30, 0)])
+def test_an_augmented_view_is_noise_and_one_empty_band(n_bins, seed):
+    plain = torch.randn(1, n_bins, 50, generator=torch.Generator().manual_seed(1)) + 3
+    before, starts, noise = plain.clone(), set(), []
+    for i in range(60):
+        found = augment_spectrogram(plain, SPEC, seed, f"s{i}", 2, 1)
+        expected = augment_by_hand(plain[0].double().numpy(), f"s{i}", 2, 1, seed)
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found[0].numpy(), expected, rtol=0, atol=1e-6)
+        empty = (found[0] == 0).all(dim=1).numpy()
+        assert empty.sum() == 9 and np.flatnonzero(empty)[-1] - np.flatnonzero(empty)[0] == 8
+        starts.add(int(np.flatnonzero(empty)[0]))
+        noise.append((found - plain)[0][~empty].numpy().ravel())
+    assert torch.equal(plain, before)
+    assert max(starts) <= min(246, n_bins - 9) and len(starts) > 15
+    assert kstest(np.concatenate(noise)[::7], "uniform", args=(-0.05, 0.1)).pvalue > 1e-3
+
+
+def test_noise_and_band_can_be_had_alone():
+    plain = torch.full((1, 40, 5), 2.0)
+    noisy = augment_spectrogram(plain, SPEC.model_copy(update={"n_masked_bins": 0}), 0, "s", 1, 0)
+    assert (noisy - plain).abs().min() > 0 and (noisy - plain).abs().max() <= 0.05 + 1e-6
+    masked = augment_spectrogram(plain, SPEC.model_copy(update={"noise": 0.0}), 0, "s", 1, 0)
+    assert sorted(masked[0, :, 0].tolist()) == [0.0] * 9 + [2.0] * 31
+
+
+def test_arrays_are_drawn_by_name_and_evenly():
+    drawn = draw_array((300, 40), 0, "s", 1, 0, "noise")
+    assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() < 1
+    assert kstest(drawn.ravel(), "uniform").pvalue > 1e-3
+    assert drawn[0, :2].tolist() == [0.8876261711120605, 0.9571086168289185]  # the same on every machine
+    others = [(1, "s", 1, 0, "noise"), (0, "t", 1, 0, "noise"), (0, "s", 2, 0, "noise"), (0, "s", 1, 1, "noise")]
+    for name in (*others, (0, "s", 1, 0, "band")):
+        assert abs(np.corrcoef(drawn.ravel(), draw_array((300, 40), *name).ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("encoder", "preset", "expected"),
+    [
+        ("resnet18_audio", "", "feb198967592"),
+        ("resnet18_audio", "rna-test", "986485f5ba40"),
+        ("resnet_demo", "zhang-stage1-train", "32ce641b4db4"),
+        ("bninception_audio", "", "d2a270dc8486"),
+        ("slowfast_demo", "zhang-sound-train", "767111723e17"),  # pictures have no views of sound
+    ],
+)
+def test_without_views_stores_keep_the_names_they_had_before_there_were_any(encoder, preset, expected):
+    spec = make_feature_spec(encoder, NO_WEIGHTS, StoreOptions(), preset=preset)
+    assert fingerprint(spec) == expected
+    assert FeatureSpec.model_validate_json(spec.model_dump_json()) == spec
+    if spec.audio is not None:
+        assert not {"n_views", "noise", "n_masked_bins"} & spec.audio.model_dump().keys()
+
+
+def test_views_are_part_of_what_names_a_store_and_the_preset_sets_them():
+    preset = make_feature_spec("resnet18_audio", NO_WEIGHTS, StoreOptions(), preset="zhang-sound-train")
+    by_hand = ["audio.n_views=4", "audio.noise=0.05", "audio.n_masked_bins=9"]
+    assert preset == make_feature_spec("resnet18_audio", NO_WEIGHTS, StoreOptions(), overrides=by_hand)
+    assert FeatureSpec.model_validate_json(preset.model_dump_json()) == preset
+    names = {fingerprint(preset)}
+    for override in ("audio.n_views=3", "audio.noise=0.1", "audio.n_masked_bins=0"):
+        overrides = [*by_hand, override]
+        names.add(fingerprint(make_feature_spec("resnet18_audio", NO_WEIGHTS, StoreOptions(), overrides=overrides)))
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_views": 4}, "4 views of sound are all the same: set `noise` and `n_masked_bins`, such as 0.05 and 9"),
+        ({"noise": 0.05}, "change the views after the first: set `n_views` to 2 or more"),
+        ({"n_views": 4, "noise": 0.05, "standardise": False}, "those of zhang2022 aren't"),
+    ],
+)
+def test_views_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AudioSpec.model_validate({**ZHANG2022.model_dump(), **fields})
+    overrides = [f"audio.{name}={value}" for name, value in fields.items()]
+    with pytest.raises(SpecError, match=f"^resnet_demo: .*{message}"):
+        make_feature_spec("resnet_demo", NO_WEIGHTS, StoreOptions(), overrides=overrides)
+
+
+def read_outputs(cache):
+    """Reads all that a store of sound holds, by array."""
+    (path,) = [path for path in list_stores(cache) if "resnet_demo" in path.name]
+    store = open_store(path)
+    names = ["outputs/map", "outputs/pooled", "times", "frames", "n_valid", "has_audio", "loudness_dbfs"]
+    return store, {name: store.read_array(name) for name in names}
+
+
+def test_a_store_of_views_holds_what_the_network_makes_of_each(tiny, tiny_dataset):
+    tiny.add_videos("v", "w", n_each=2)
+    tiny_dataset.write_video(tiny.media / "w.mp4", sound="none")
+    base = ("--encoders", "resnet_demo", "--dtype", "float32")
+    code, out, err = tiny.run("plan", "tiny", *tiny.places, *base, *VIEWS, "--sample", "0", "--json")
+    assert code == 0, err
+    (planned,) = json.loads(out)["stores"]
+    assert planned["n_clips"] == 3 * 4
+    assert tiny.extract(*base, *VIEWS)[0] == 0
+    store, found = read_outputs(tiny.cache)
+    for output in planned["outputs"]:
+        files = (Path(store.path) / "outputs" / output["name"] / "c").rglob("*")
+        assert output["n_bytes"] == sum(file.stat().st_size for file in files if file.is_file())
+        assert output["n_bytes_a_row"] == found[f"outputs/{output['name']}"][0].nbytes
+    assert found["n_valid"].tolist() == [3] * 4 and found["has_audio"].tolist() == [1, 1, 0, 0]
+    assert (found["times"] == found["times"][:, :1]).all() and (found["frames"] == found["frames"][:, :1]).all()
+    assert np.isnan(found["outputs/pooled"][2:]).all() and np.isnan(found["outputs/map"][2:]).all()
+    assert np.isfinite(found["outputs/pooled"][:2]).all()
+
+    network = load_network("resnet_demo", resolve_weights("random:0", "resnet_demo"), "cpu")
+    samples = torch.from_numpy(read_audio(tiny.media / "v.mp4", 0.5, 1.7, 16000))
+    clean = log_spectrogram([samples], store.spec.audio)[0, 0].numpy()
+    shown = [clean, *(augment_by_hand(clean.astype(np.float64), "v-1", view, 0) for view in (1, 2))]
+    inputs = torch.from_numpy(np.stack(shown)[:, None].astype(np.float32))
+    with torch.inference_mode():
+        expected = network(inputs, ["map", "pooled"])
+    row = list(store.segment_ids).index("v-1")
+    for name in ("map", "pooled"):
+        values = found[f"outputs/{name}"][row]
+        np.testing.assert_allclose(values, expected[name].numpy(), rtol=1e-3, atol=1e-4)
+        assert len({view.tobytes() for view in values}) == 3
+
+    assert tiny.verify(store.path, "--sample", "100")[0] == 0
+    explained = tiny.run("store", "explain", "v-1", store.path, *tiny.places)[1]
+    assert "3 views of each window of sound" in explained and "noise of +-0.05 and 9 bands masked" in explained
+    assert "up to date" in explained
+
+
+def test_a_view_is_the_same_whatever_batch_shard_and_company(tiny, tmp_path):
+    tiny.add_videos("v", n_each=4)
+    base = ("--encoders", "resnet_demo", "--dtype", "float32")
+    held = {}
+    for name, options in {
+        "clean": (),
+        "one by one": (*VIEWS, "--batch", "1", "--rows-per-shard", "1"),
+        "together": (*VIEWS, "--batch", "5", "--readers", "3"),
+        "hdf5": (*VIEWS, "--backend", "hdf5", "--batch", "1"),
+    }.items():
+        tiny.cache = tmp_path / name
+        assert tiny.extract(*base, *options)[0] == 0
+        held[name] = read_outputs(tiny.cache)[1]
+    for name, of_one in held["one by one"].items():
+        np.testing.assert_allclose(of_one, held["together"][name], rtol=1e-4, atol=1e-5)
+        assert of_one.tobytes() == held["hdf5"][name].tobytes()
+        if name.startswith("outputs/"):
+            assert of_one[:, :1].tobytes() == held["clean"][name].tobytes()  # view 0 is the clean one
+            assert (of_one[:, 1] != of_one[:, 0]).reshape(4, -1).any(axis=1).all()
+
+
+def test_sound_around_each_clip_has_views_too_once_it_is_standardised(tiny):
+    tiny.add_videos("v", n_each=1)
+    base = ("--encoders", "resnet_demo", "--preset", "rna-test", "--dtype", "float32", "--outputs", "pooled")
+    code, _, err = tiny.extract(*base, *VIEWS)
+    assert code == 2 and "those of planamente2021 aren't: leave out" in err and len(err.strip().splitlines()) == 1
+    assert tiny.extract(*base, *VIEWS, "--set", "audio.standardise=true")[0] == 0
+    (path,) = list_stores(tiny.cache)
+    store = open_store(path)
+    pooled, times = store.read(["v-0"], "pooled")[0], store.read_array("times")[0]
+    assert pooled.shape[0] == 15 and (times.reshape(5, 3, 2) == times.reshape(5, 3, 2)[:, :1]).all()
+    assert len({view.tobytes() for view in pooled}) == 11  # the segment is shorter than a clip: five times the same
+    network = load_network("resnet_demo", resolve_weights("random:0", "resnet_demo"), "cpu")
+    audio = store.spec.audio
+    start_s, stop_s = times[4 * 3]
+    samples = read_audio(tiny.media / "v.mp4", max(0, start_s), stop_s, audio.rate_hz)
+    n_before = round(max(0, -start_s) * audio.rate_hz)
+    samples = np.pad(samples, (n_before, max(0, audio.n_samples - n_before - len(samples))))[: audio.n_samples]
+    clean = log_spectrogram([torch.from_numpy(samples)], audio)[0, 0].numpy()
+    shown = augment_by_hand(clean.astype(np.float64), "v-0", 2, 4)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(shown[None, None].astype(np.float32)), ["pooled"])["pooled"][0].numpy()
+    np.testing.assert_allclose(pooled[4 * 3 + 2], expected, rtol=1e-3, atol=1e-4)
+    assert tiny.verify(path, "--sample", "100")[0] == 0
