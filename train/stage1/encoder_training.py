@@ -105,7 +105,7 @@ def train_encoder(
     records = _read_state(folder / STATE, model, optimizer)
     trained: nn.Module = model
     if ranks.n_ranks > 1:
-        trained = nn.parallel.DistributedDataParallel(model, broadcast_buffers=True)
+        trained = nn.parallel.DistributedDataParallel(model)
     sizes = (len(task.source), len(task.labelled), len(task.target_ids))
     n_batches = len(plan_epoch(*sizes, config, seed=seed, epoch=0))
     watcher.start(title, n_batches * (config.n_epochs - len(records)))
