@@ -54,9 +54,9 @@ def run_training(
 ) -> TrainingOutcome:
     """Runs whatever of a planned run isn't done yet, and appends it to the results, one record a selection rule.
 
-    `trained` are, by the key of their step, runs that were trained together already. What is wrong with a network is said
-    in a line and kept in the records, also where it was trained before. Of the target's labels none is
-    read but, for the scores, those of its test split.
+    `trained` are, by the key of their step, runs that were trained together already. What is wrong with a network is
+    said in a line and kept in the records, also where it was trained before. Of the target's labels none is read but,
+    for the scores, those of its test split.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     trained = trained or {}

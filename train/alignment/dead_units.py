@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.alignment.stage_config import AlignmentStageConfig
 from train.alignment.two_streams import TwoStreams
@@ -33,7 +33,8 @@ def measure_dead_units(method: nn.Module, rows: Rows, index: np.ndarray, *, one_
     bank = make_bank([rows], torch.device("cpu"))
     spread = np.unique(np.linspace(0, len(index) - 1, min(len(index), _N_LOOKED_AT)).astype(np.int64))
     looked_at = torch.from_numpy(index[spread])
-    low, high = {}, {}
+    low: dict[str, Tensor] = {}
+    high: dict[str, Tensor] = {}
     n_seen = {"pictures": 0, "sound": 0}
     for part in looked_at.split(_N_AT_ONCE):
         view = torch.zeros_like(part)
