@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from train.alignment.collapse import measure_dead_units
 from train.alignment.config import AlignmentConfig
-from train.alignment.dead_units import measure_dead_units
 from train.alignment.masked_means import compute_mean_norm
 from train.alignment.methods import build_method
 from train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
@@ -214,7 +214,9 @@ def main() -> None:
     if options.lr is not None:
         schedule = schedule.model_copy(update={"lr": options.lr, "dropped_lr": options.lr / 10})
     curves: dict[str, np.ndarray] = {}
-    print("setting larger  method         last  mean_last  |f^v|/|f^a| in source  in target  dead v  dead a (each seed)")
+    print(
+        "setting larger  method         last  mean_last  |f^v|/|f^a| in source  in target  dead v  dead a (each seed)"
+    )
     for setting in options.settings.split():
         for larger in options.larger.split():
             for method in options.methods.split():

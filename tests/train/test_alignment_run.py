@@ -184,7 +184,8 @@ def test_a_killed_stream_is_said_kept_and_said_again(aligned: Any, tiny_shift: M
         code, _, err = tiny_shift.run("align", "tiny", "--shift", "s-t", *places, *chosen)
         assert code == 0, err
         [line] = [line for line in err.splitlines() if "the same for every segment" in line]
-        assert line.startswith("s-t, seed 0: training has left ") and line.endswith("lower iterations.lr (10000)")
+        assert line.startswith("s-t, seed 0: training has left 100.0% of the units of ")
+        assert line.endswith("lower iterations.lr (10000)")
     record = list_records(tiny)[-1]
-    assert len(record.warnings) == 1 and line.endswith(record.warnings[0])
-    assert align(tiny, tiny_shift, "source_only").warnings == ()
+    assert record.warnings and line == f"s-t, seed 0: {record.warnings[0]}"
+    assert not [text for text in align(tiny, tiny_shift, "source_only").warnings if "training has left" in text]

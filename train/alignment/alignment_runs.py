@@ -14,8 +14,8 @@ from torch import nn
 
 from pipeline.cards import DatasetCard, Shift
 from pipeline.segments import Manifest, Segment
+from train.alignment.collapse import describe_collapse, measure_dead_units
 from train.alignment.config import AlignmentConfig
-from train.alignment.dead_units import describe_dead_units, measure_dead_units
 from train.alignment.methods import build_method
 from train.alignment.schedule import plan_schedule
 from train.alignment.stage_config import AlignmentStageConfig
@@ -198,11 +198,12 @@ class AlignmentRun:
         }
 
     def examine(self, run: TrainedRun) -> tuple[str, ...]:
-        """Says whether training killed a stream."""
+        """Says whether training came to nothing: a dead stream, or no class learned."""
         method, rows = self.build(), self._open_trained()
         method.load_state_dict(run.state)
         source = rows.find([segment.segment_id for segment in self.source.segments])
-        return describe_dead_units(measure_dead_units(method, rows, source, one_clip=self.one_clip), self.config)
+        shares = measure_dead_units(method, rows, source, one_clip=self.one_clip)
+        return describe_collapse(run, shares, self.source.labels, self.config)
 
     def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Gives what decides what test segments are predicted from: nothing beside the training's own key."""
