@@ -214,9 +214,7 @@ def main() -> None:
     if options.lr is not None:
         schedule = schedule.model_copy(update={"lr": options.lr, "dropped_lr": options.lr / 10})
     curves: dict[str, np.ndarray] = {}
-    print(
-        "setting larger  method         last  mean_last  |f^v|/|f^a| source | target | dead v | dead a (each seed)"
-    )
+    print("setting larger  method         last  mean_last  |f^v|/|f^a| source | target | dead v | dead a (each seed)")
     for setting in options.settings.split():
         for larger in options.larger.split():
             for method in options.methods.split():

@@ -14,7 +14,7 @@ from train.cached.feature_bank import Rows, make_bank
 from train.cached.training import TrainedRun
 
 # Half of a stream's units are dead from the start where features are much the same, and adaptation that works leaves
-# up to 0.95 (benchmarks/README.md, grid_av and the demo).
+# up to 0.95 (DECISIONS.md, a dead stream).
 ALL_BUT_NONE = 0.99
 _N_LOOKED_AT, _N_AT_ONCE = 512, 128
 
