@@ -34,6 +34,8 @@ from train.scoring import TestSplit, make_scores, open_test_split, plan_scores_s
 from train.steps import StepResult, hash_json
 from train.watching import EpochWatcher
 
+WARNINGS = "warnings"  # in the outcome of a training, where there are any
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingOutcome:
@@ -52,16 +54,22 @@ def run_training(
 ) -> TrainingOutcome:
     """Runs whatever of a planned run isn't done yet, and appends it to the results, one record a selection rule.
 
-    `trained` are, by the key of their step, runs that were trained together already. Of the target's labels none is
-    read but, for the scores, those of its test split.
+    `trained` are, by the key of their step, runs that were trained together already. What is wrong with a network is
+    said in a line and kept in the records, also where it was trained before. Of the target's labels none is read but,
+    for the scores, those of its test split.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     trained = trained or {}
-    trainings = {}
+    trainings: dict[str, StepResult] = {}
+    warnings: list[str] = []
     for network in planned.networks:
         step = network.plan_step()
         make = _make_training(network, watcher, device, trained.get(step.key))
         trainings[network.name] = planned.runner.run(step, make)
+        found: Sequence[str] = trainings[network.name].outcome.get(WARNINGS, ())
+        for warning in found:
+            planned.runner.notify(f"{network.title}: {warning}")
+        warnings.extend(found)
     split = open_test_split(
         planned.manifest,
         planned.card,
@@ -97,6 +105,7 @@ def run_training(
                 ended=datetime.now(UTC),
                 duration_s=round(time.perf_counter() - clock, 3),
                 device=describe_device(device),
+                warnings=tuple(warnings),
             )
         )
     _append(planned.runs_dir / RESULTS, records)
@@ -128,7 +137,9 @@ def _make_training(
         if predictions:
             ids = {f"{name} ids": list_ids(rows, index) for name, (rows, index, _) in network.list_predicted().items()}
             write_arrays(folder / EPOCHS, {**predictions, **ids})
-        return {"n_steps": job.schedule.n_steps, "losses": run.losses.tolist(), "loss_names": list(run.loss_names)}
+        outcome = {"n_steps": job.schedule.n_steps, "losses": run.losses.tolist(), "loss_names": list(run.loss_names)}
+        warnings = network.examine(run)
+        return {**outcome, WARNINGS: list(warnings)} if warnings else outcome
 
     return make
 

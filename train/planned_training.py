@@ -14,7 +14,7 @@ from pipeline.cards import DatasetCard, Shift
 from pipeline.segments import Manifest
 from train.cached.batches import Domain
 from train.cached.feature_bank import Rows
-from train.cached.training import TrainingJob
+from train.cached.training import TrainedRun, TrainingJob
 from train.grids import Stage
 from train.selection_rules import SelectionRule
 from train.splits import ShiftSplits
@@ -58,6 +58,10 @@ class MethodRun(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Gives the facts that a checkpoint's header holds."""
+        ...
+
+    def examine(self, run: TrainedRun) -> tuple[str, ...]:
+        """Says, a line each, what is wrong with a network that was trained to its end; it may look at what it saw."""
         ...
 
     def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:

@@ -46,6 +46,7 @@ class RunRecord(BaseModel):
             `mean_last` is the mean of the scores of the last checkpoints.
         started, ended: with their time zone, UTC.
         device: in words, such as `cpu` or the GPU's name.
+        warnings: what is wrong with a network although it was trained to its end, a line each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +68,7 @@ class RunRecord(BaseModel):
     ended: datetime
     duration_s: float
     device: str
+    warnings: tuple[str, ...] = ()
 
     @field_validator("started", "ended")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from pipeline.cards import DatasetCard, PublishedNumber
 from train.runs import RunRecord
@@ -27,8 +28,12 @@ def write_notes(
     published: Sequence[PublishedNumber],
     selection: SelectionRule,
     with_target_labels: Sequence[str] = (),
+    warned: Mapping[str, Mapping[tuple[str, int], RunRecord]] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    """Writes a table's notes, each a sentence or two; `missing` maps a row to its runs done and planned."""
+    """Writes a table's notes, each a sentence or two.
+
+    `missing` maps a row to its runs done and planned, `warned` a row to its runs with warnings by shift and seed.
+    """
     notes = [NO_BENCHMARK] if card.synthetic else []
     notes.append(
         f"{_METRICS[card.task]} on the target's test split: mean ± half width of the 95 % t-interval (n seeds); one "
@@ -53,6 +58,12 @@ def write_notes(
         notes.append(f"Published: {number.paper}, {number.table}{setting}; theirs, not measured here.")
     for row, (n_done, n_planned) in missing.items():
         notes.append(f"Row {row!r} is not whole: {n_done} of {n_planned} runs are done.")
+    for row, runs in warned.items():
+        (shift, seed), record = next(iter(runs.items()))
+        notes.append(
+            f"Row {row!r}: {len(runs)} of its runs ended with a warning, such as {shift}, seed {seed}: "
+            f"{record.warnings[0]}."
+        )
     if n_other_manifest:
         notes.append(f"Runs on another manifest that are left out: {n_other_manifest}.")
     for what, values in (

@@ -145,6 +145,7 @@ def make_table(
             parts=[part for group in groups for part in _PARTS[group]],
             published=[published[row.name] for row in rows if row.published],
             selection=selection,
+            warned={name: runs for name in used if (runs := {p: r for p, r in used[name].items() if r.warnings})},
             with_target_labels=[name for name in used if any(_reads_target(run) for run in planned if run.row == name)],
         ),
     )

@@ -173,3 +173,19 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_setting(
     assert code == 2
     assert "the loss is no number any more" in err and "lower iterations.lr (1e+30)" in err
     assert not list_records(aligned.with_runs(tmp_path))
+
+
+def test_a_killed_stream_is_said_kept_and_said_again(aligned: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+    tiny = aligned.with_runs(tmp_path)
+    # 1e4 a step throws every unit to one side, but no further: a dead ReLU has no gradient.
+    chosen = [part for s in (*SETTINGS, "alignment.method=source_only", "iterations.lr=1e4") for part in ("--set", s)]
+    places = ["--cache", tiny.root / "cache", "--manifests", tiny.root, "--runs", tiny.runs, "--device", "cpu"]
+    for _ in range(2):
+        code, _, err = tiny_shift.run("align", "tiny", "--shift", "s-t", *places, *chosen)
+        assert code == 0, err
+        [line] = [line for line in err.splitlines() if "the same for every segment" in line]
+        assert line.startswith("s-t, seed 0: training has left 100.0% of the units of ")
+        assert line.endswith("lower iterations.lr (10000)")
+    record = list_records(tiny)[-1]
+    assert record.warnings and line == f"s-t, seed 0: {record.warnings[0]}"
+    assert not [text for text in align(tiny, tiny_shift, "source_only").warnings if "training has left" in text]

@@ -53,6 +53,9 @@ def test_presets_are_those_of_the_methods() -> None:
     assert (paper.absent.weight, paper.training.batch_norm, paper.absent.gamma) == (1.0, "eval", 0.05)
     assert (released.absent.weight, released.training.batch_norm) == (0.01, "train")
     assert released.export.label_preset == "zhang-encoder-test"
+    assert (paper.attention.p_missing, released.attention.p_missing) == (0.1, 0.0)
+    with pytest.raises(RunError, match=r"evaluation.sound 'missing' needs attention.p_missing above 0"):
+        resolve_config(make_card(), "released", overrides=["evaluation.sound=missing"])
     charades = [resolve_config(read_dataset_card("charades_ego"), preset) for preset in list_presets()]
     assert [(c.balance.beta, c.absent.gamma, c.target_labels.clusters_from) for c in charades] == [
         (0.999, 0.05, "source"),

@@ -101,6 +101,17 @@ def get_row(table, name):
     return next(row for row in table.rows if row.name == name)
 
 
+def test_a_row_whose_runs_ended_with_a_warning_says_so():
+    records = make_records()
+    for i, record in enumerate(records):
+        if record.row == "+ more" and (record.shift, record.seed) in (("D2-D1", 0), ("D1-D2", 2)):
+            records[i] = record.model_copy(update={"warnings": ("half of it is dead", "so is the rest")})
+    notes = make_table(GRID, records, PLANNED, CARD).notes
+    [note] = [note for note in notes if "warning" in note]
+    assert note == "Row '+ more': 2 of its runs ended with a warning, such as D2-D1, seed 0: half of it is dead."
+    assert not [note for note in make_table(GRID, make_records(), PLANNED, CARD).notes if "warning" in note]
+
+
 def test_cells_are_means_over_seeds_and_the_mean_is_over_shifts_first():
     table = make_table(GRID, make_records(), PLANNED, CARD)
     assert table.columns == ("D1-D2", "D2-D1", "mean")

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.cards import DatasetCard, Shift
 from pipeline.segments import Manifest, Segment
+from train.alignment.collapse import describe_collapse, measure_dead_units
 from train.alignment.config import AlignmentConfig
 from train.alignment.methods import build_method
 from train.alignment.schedule import plan_schedule
@@ -21,7 +22,7 @@ from train.alignment.stage_config import AlignmentStageConfig
 from train.alignment.two_streams import StreamShapes
 from train.cached.batches import Domain
 from train.cached.feature_bank import Rows
-from train.cached.training import TrainingData, TrainingJob
+from train.cached.training import TrainedRun, TrainingData, TrainingJob
 from train.splits import LabelledSegments, ShiftSplits
 from train.stage2.stage1_outputs import StreamInputs, hears_clips, open_stream, stays_stored
 from train.steps import Step, hash_json
@@ -195,6 +196,14 @@ class AlignmentRun:
             "config": json.dumps(self.config.describe(), sort_keys=True),
             "features": self.inputs.key,
         }
+
+    def examine(self, run: TrainedRun) -> tuple[str, ...]:
+        """Says whether training came to nothing: a dead stream, or no class learned."""
+        method, rows = self.build(), self._open_trained()
+        method.load_state_dict(run.state)
+        source = rows.find([segment.segment_id for segment in self.source.segments])
+        shares = measure_dead_units(method, rows, source, one_clip=self.one_clip)
+        return describe_collapse(run, shares, self.source.labels, self.config)
 
     def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Gives what decides what test segments are predicted from: nothing beside the training's own key."""

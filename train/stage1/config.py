@@ -197,7 +197,7 @@ class ObjectiveConfig(AlignmentConfig):
 class EvaluationConfig(SpecModel):
     """Says what the scores are of: `sound` = `missing` takes the sound away at test (METHODS 6; A: 50.7 on EPIC).
 
-    The gates are then those of the learned missing-audio embedding.
+    The gates are then those of the missing-audio embedding, which attention.p_missing above 0 teaches.
     """
 
     sound: Literal["kept", "missing"] = "kept"
@@ -224,6 +224,15 @@ class Stage1Config(SpecModel):
         if self.objective.enabled and (self.absent.weight or self.balance.kind != "none"):
             raise ValueError(
                 "an objective has losses of its own; set absent.weight=0 and balance.kind=none beside objective.enabled"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_missing_sound(self) -> Stage1Config:
+        taught = not self.attention.enabled or self.attention.p_missing > 0
+        if self.evaluation.sound == "missing" and not taught:
+            raise ValueError(
+                "evaluation.sound 'missing' needs attention.p_missing above 0, or nothing teaches what stands for sound"
             )
         return self
 
