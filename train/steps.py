@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.errors import RunError
+from pipeline.store.attributes import describe_versions
 
 RECORD = "record.json"
 _POLL_S = 1.0
@@ -105,9 +107,17 @@ class StepRunner:
                 "outcome": outcome,
                 "started": started.isoformat(timespec="seconds"),
                 "duration_s": round(time.perf_counter() - clock, 3),
+                **_describe_machine(),
             }
             write_json(record_path, record)
         return StepResult(step.key, folder, outcome, was_done=False)
+
+
+def _describe_machine() -> dict[str, Any]:
+    """Says what else a number may hang on: the same seed differs by rounding on other versions, threads or devices."""
+    import torch  # whoever only looks steps up starts without it
+
+    return {"versions": describe_versions(), "machine": platform.machine(), "n_threads": torch.get_num_threads()}
 
 
 def hash_json(value: object) -> str:

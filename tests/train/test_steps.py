@@ -7,10 +7,12 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.errors import RunError
 from train.steps import RECORD, Step, StepRunner, hash_json
@@ -76,6 +78,7 @@ def test_a_step_is_done_once_and_its_record_says_what_came_of_it(tmp_path: Path)
     assert record["settings"] == STEP.settings
     assert record["inputs"] == STEP.inputs
     assert (record["step"], record["key"], record["revision"]) == ("encoder", STEP.key, 1)
+    assert record["versions"]["torch"] == version("torch") and record["n_threads"] == torch.get_num_threads()
 
 
 def test_a_killed_step_finds_what_it_left(tmp_path: Path) -> None:
