@@ -63,6 +63,13 @@ def test_a_source_without_sound_says_how_to_train_without(tiny_shift: ModuleType
     assert set(read_runs(tiny.runs / "tiny" / RESULTS)[0].steps) == {"encoder", "predictions", "scores"}
 
 
+def test_too_many_absent_activities_are_refused_before_anything_is_extracted(tiny: Any) -> None:
+    code, _, err = tiny.stage1(settings=["absent.n_absent=3"])
+    assert code == 2
+    assert "absent.n_absent is 3 of 3 classes" in err and "--set absent.n_absent=1" in err
+    assert not list_stores(tiny.root / "cache")
+
+
 def test_a_damaged_video_is_left_out_and_named(tiny: Any, tiny_shift: ModuleType) -> None:
     segments = [
         *tiny_shift.make_segments("s", "train", 8),

@@ -14,6 +14,7 @@ import torch
 from pipeline.cards import DatasetCard, Shift
 from pipeline.devices import resolve_device
 from pipeline.freed_memory import keep_freed_memory
+from train.absent_activities import check_n_absent
 from train.data_places import DataPlaces
 from train.ranks import Ranks
 from train.splits import ShiftSplits, count_labels, split_for_shift
@@ -140,6 +141,8 @@ def open_context(
         labelled_fraction=chosen.labelled_fraction,
         pairs=chosen.pairs,
     )
+    if places.card.task == "single-label" and config.absent.weight and splits.target_train:
+        check_n_absent(config.absent.n_absent, len(places.card.classes))  # before anything is extracted
     inputs: RunInputs | None = None
     if ranks.is_first:
         inputs = open_run_inputs(places, splits, config, watcher, notify)
