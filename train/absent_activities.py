@@ -28,8 +28,8 @@ def check_n_absent(n_absent: int, n_classes: int) -> None:
     """Checks that r is at least 1 and below K; raises SpecError."""
     if not 0 < n_absent < n_classes:
         raise SpecError(
-            f"absent.n_absent is {n_absent} of {n_classes} classes; it must be at least 1 and leave one class unmarked: "
-            "--set absent.n_absent=1, say, or absent.weight=0 to train without"
+            f"absent.n_absent is {n_absent} of {n_classes} classes; it must be at least 1 and leave one class "
+            "unmarked: --set absent.n_absent=1, say, or absent.weight=0 to train without"
         )
 
 
