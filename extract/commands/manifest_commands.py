@@ -92,7 +92,7 @@ def folder(
     """Import a folder of videos sorted by domain, split and class; each video is a segment."""
     from extract.commands.terminal import show_progress
     from extract.media import MediaLocation, probe_duration_s
-    from pipeline.importers.folder import card_from_folder, import_folder
+    from pipeline.importers.folder import card_from_folder, import_folder, list_stray_videos
 
     card, is_new = _read_or_make_card(dataset, manifests, lambda: card_from_folder(media, dataset))
     with show_progress("videos", quiet=quiet) as progress:
@@ -103,6 +103,9 @@ def folder(
             return probe_duration_s(MediaLocation.of_file(path))
 
         segments = import_folder(media, probe, card, allow_counts)
+    if strays := list_stray_videos(media):
+        more = " and others" if len(strays) > 1 else ""
+        typer.echo(f"note: {len(strays)} videos lie outside DOMAIN/SPLIT/CLASS/ and were not taken: {strays[0]}{more}")
     if is_new:
         _write_card(card, segments, manifests)
     _write(card, segments, manifests)

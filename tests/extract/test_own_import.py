@@ -75,3 +75,28 @@ def test_a_name_that_is_no_name_is_refused(tiny, tmp_path: Path, name: str) -> N
 def test_a_folder_is_no_file(tiny, tmp_path: Path) -> None:
     code, _, err = tiny.run("manifest", "import", "csv", tmp_path, "--dataset", "mine", "--manifests", tmp_path)
     assert code == 2 and err == f"error: {tmp_path} can't be read: Is a directory; name a .csv or .parquet file\n"
+
+
+def test_a_folder_names_every_file_that_is_no_video_and_what_lies_elsewhere(tiny, tiny_dataset, tmp_path: Path) -> None:
+    media = tmp_path / "own videos"
+    places = ("Küche Süd/train/Hund bellt/1 (ä).mp4", "hof/test/Regen/b.MP4", "lost.mp4", "hof/Regen/c.mp4")
+    for place in places:
+        tiny_dataset.write_video(media / place)
+    for place in ("hof/test/Regen/empty.mp4", "hof/train/Regen/text.mp4"):
+        (media / place).parent.mkdir(parents=True, exist_ok=True)
+        (media / place).write_bytes(b"")
+    arguments = ("manifest", "import", "folder", media, "--dataset", "mine", "--manifests", tmp_path, "--quiet")
+    code, _, err = tiny.run(*arguments)
+    assert (
+        code == 2
+        and [name in line for name, line in zip(("empty", "text"), err.splitlines(), strict=True)] == [True] * 2
+    )
+    assert not (tmp_path / "mine.toml").exists()
+    for place in ("hof/test/Regen/empty.mp4", "hof/train/Regen/text.mp4"):
+        (media / place).unlink()
+    code, out, err = tiny.run(*arguments)
+    assert code == 0, err
+    note = "note: 2 videos lie outside DOMAIN/SPLIT/CLASS/ and were not taken:"
+    assert f"{note} {media / 'hof/Regen/c.mp4'} and others" in out
+    ids = [line.split(",")[0] for line in (tmp_path / "mine.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    assert ids == ["Küche Süd/train/Hund bellt/1 (ä)", "hof/test/Regen/b"]
