@@ -24,6 +24,8 @@ from train.stage1.visual_inputs import VisualInputs
 from train.steps import Step, StepResult, StepRunner
 from train.watching import EpochWatcher
 
+N_CLASSES_LISTED = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Stage1Request:
@@ -167,7 +169,10 @@ def describe_data(context: RunContext) -> list[str]:
     """Says in a few lines what a run trains on, before it begins: split by split, with the source's class counts."""
     splits, request = context.splits, context.request
     counts = count_labels(splits.source_train.labels, len(context.card.classes))
+    n_classes = len(context.card.classes)
     by_class = ", ".join(f"{name} {n}" for name, n in zip(context.card.classes, counts.tolist(), strict=True))
+    if n_classes > N_CLASSES_LISTED:
+        by_class = f"{n_classes} classes, of each {counts.min()} to {counts.max()}"
     silent = (~context.inputs.sound.has_audio([s.segment_id for s in splits.target_test])).sum()
     lines = [
         f"{request.shift.name}: source {'+'.join(request.shift.source)}, {len(splits.source_train)} train segments "
@@ -177,7 +182,9 @@ def describe_data(context: RunContext) -> list[str]:
     ]
     absent = [name for name, n in zip(context.card.classes, counts.tolist(), strict=True) if not n]
     if absent:
-        lines.append(f"{request.shift.name}: the source has no train segment of {', '.join(absent)}")
+        more = f" and {len(absent) - N_CLASSES_LISTED} other classes" if len(absent) > N_CLASSES_LISTED else ""
+        listed = ", ".join(absent[:N_CLASSES_LISTED])
+        lines.append(f"{request.shift.name}: the source has no train segment of {listed}{more}")
     if context.inputs.left_out:
         left_out = context.inputs.left_out
         lines.append(f"{request.shift.name}: {len(left_out)} segments without features left out: {left_out[0]} …")
