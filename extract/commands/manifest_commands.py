@@ -200,12 +200,12 @@ def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
 
 def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], DatasetCard]) -> tuple[DatasetCard, bool]:
     """Gives the card, and whether it was made now; it is written once the segments are known to be sound."""
-    from pipeline.cards import read_card
+    from pipeline.cards import read_dataset_card
 
     if re.fullmatch(r"\w[\w.+-]*", dataset) is None:
         raise ManifestError(f"--dataset {dataset!r} names a file and a folder; use letters, digits, and _ . + - alone")
     path = manifests / f"{dataset}.toml"
-    return (read_card(path), False) if path.exists() else (make(), True)
+    return (read_dataset_card(dataset, manifests), False) if path.exists() else (make(), True)
 
 
 def _write_card(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) -> None:
