@@ -146,7 +146,7 @@ def resolve_specs(
     from extract.flow_choice import choose_flow
     from extract.weights.resolve import default_weights, resolve_weights
 
-    names = _list_names(choices.encoders or []) or list(card.encoders)
+    names = list_names(choices.encoders or []) or list(card.encoders)
     if not names:
         raise SpecError(f"the card of {card.name} names no encoders; give --encoders")
     chosen_weights = _parse_pairs("--weights", choices.weights or [], names)
@@ -166,7 +166,8 @@ def resolve_specs(
     return tuple(specs)
 
 
-def _list_names(options: list[str]) -> list[str]:
+def list_names(options: list[str]) -> list[str]:
+    """Lists the names that options hold, separated by blanks or commas, each once."""
     return list(dict.fromkeys(name for option in options for name in option.replace(",", " ").split()))
 
 
