@@ -17,6 +17,7 @@ import numpy as np
 from extract.encoders.registry import find_encoder
 from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
+from extract.missing_media import require_media_of_done, require_some_media
 from extract.run_options import RunOptions
 from extract.shard_jobs import ExtractionJob
 from extract.shard_sizing import choose_rows_per_shard
@@ -129,6 +130,7 @@ def extract_features(
 
     Raises StoreBusyError when another run writes one of the stores, StoreReadOnlyError and StoreFullError when there is
     work to do and no right or no room to write it, SpecError when nothing is asked for or the cluster can't have it,
+    MediaNotFoundError when no segment has media, or done rows would be lost because theirs are gone,
     ClusterError when workers can't be had or the scheduler goes.
     """
     if not request.encoders or not len(request.manifest):
@@ -195,6 +197,7 @@ def _open_work(
     if refusal is not None and not has_store(path):
         raise refusal
     identities = identify_segments(survey, list(segments.values()), spec, notify)
+    require_some_media(survey, segments.values(), spec)
     if has_store(path):
         store = open_store(path)
         new_ids = plan_new_rows(store.segment_ids, segments.values())
@@ -219,6 +222,7 @@ def _open_work(
     digests = compute_digests(rows, identities)
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
+    require_media_of_done(survey, rows, spec, selection & (store.read_array("state") == DONE), store.path)
     if refusal is not None and selection.any():
         raise refusal
     return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection)

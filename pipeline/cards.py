@@ -130,6 +130,8 @@ class DatasetCard(CardModel):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> DatasetCard:
+        if (self.task == "multi-label") != (self.metric == "map"):
+            raise ValueError(f"metric {self.metric!r} is not that of a {self.task} task; use top1 or map")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("a class is listed twice")
         for shift in self.shifts:
@@ -155,20 +157,38 @@ class DatasetCard(CardModel):
 def read_card(path: Path) -> DatasetCard:
     """Reads and checks one card; raises CardError with the file and the field at fault."""
     try:
-        return DatasetCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return DatasetCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError as error:
         hint = suggest(path.stem, list_cards(path.parent), listed_by="echoshift list datasets", there="cards there:")
         raise CardError(f"no dataset card {path}; {hint}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CardError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'card'}: {e['msg']}" for e in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'card'}: {_describe_fault(e['type'], e['msg'], e['loc'])}"
+            for e in error.errors()
+        )
         raise CardError(f"{path}: {faults}") from error
 
 
+def _describe_fault(kind: str, message: str, place: tuple[int | str, ...]) -> str:
+    if kind != "extra_forbidden":
+        return message.removeprefix("Value error, ")
+    hint = f"; {suggest(str(place[0]), DatasetCard.model_fields)}" if len(place) == 1 else ""
+    return f"no such key{hint}"
+
+
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:
-    """Reads the card of a dataset by name from data/manifests; raises CardError if there is none."""
-    return read_card(manifests_dir / f"{dataset}.toml")
+    """Reads the card of a dataset by name from data/manifests.
+
+    Raises CardError if there is none, and for a card copied from another dataset that still has its name: features
+    would go into that one's stores.
+    """
+    path = manifests_dir / f"{dataset}.toml"
+    card = read_card(path)
+    if card.name != dataset:
+        raise CardError(f"{path}: name is {card.name!r}; set name = {dataset!r}, as the file is called")
+    return card
 
 
 def write_card(path: Path, card: DatasetCard) -> None:

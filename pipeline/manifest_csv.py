@@ -151,6 +151,8 @@ def _read_rows(path: Path) -> tuple[list[ManifestRow], list[Fault], str]:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise ManifestError(f"no manifest {path}; make it with an importer") from error
+    except OSError as error:
+        raise ManifestError(f"{path} can't be read: {error.strerror}; name a .csv or .parquet file") from error
     rows: list[ManifestRow] = []
     faults: list[Fault] = []
     cells: Iterator[tuple[int, Mapping[str, Any]]]
@@ -170,6 +172,9 @@ def _read_rows(path: Path) -> tuple[list[ManifestRow], list[Fault], str]:
 def _require_columns(path: Path, names: Sequence[str]) -> None:
     place = f"{path}:1" if path.suffix == ".csv" else str(path)
     for name in names:
+        separator = next((mark for mark in ";\t|" if mark in name), None)
+        if separator is not None and set(name.split(separator)) & {*COLUMNS}:
+            raise ManifestError(f"{place}: columns are separated by {separator!r}; save the file with commas")
         if name not in COLUMNS:
             raise ManifestError(f"{place}: unknown column {name!r}; {suggest(name, COLUMNS, there='a manifest has')}")
         if names.count(name) > 1:

@@ -16,16 +16,21 @@ def mark_absent_single(p_audio: np.ndarray, has_audio: np.ndarray, n_absent: int
     Ties go to the lower class index. A segment without sound gets no mark, whatever `p_audio` [n, K] holds there.
     Raises SpecError where r isn't below K, or a segment with sound has no finite probabilities.
     """
-    n_classes = p_audio.shape[1]
-    if not 0 < n_absent < n_classes:
-        raise SpecError(
-            f"absent.n_absent is {n_absent} of {n_classes} classes; it must be at least 1 and leave one class unmarked"
-        )
+    check_n_absent(n_absent, p_audio.shape[1])
     heard = _find_heard(p_audio, has_audio)
     marks = np.zeros(p_audio.shape, bool)
     lowest = np.argsort(p_audio[heard], axis=1, kind="stable")[:, :n_absent]
     marks[heard[:, None], lowest] = True
     return marks
+
+
+def check_n_absent(n_absent: int, n_classes: int) -> None:
+    """Checks that r is at least 1 and below K; raises SpecError."""
+    if not 0 < n_absent < n_classes:
+        raise SpecError(
+            f"absent.n_absent is {n_absent} of {n_classes} classes; it must be at least 1 and leave one class "
+            "unmarked: --set absent.n_absent=1, say, or absent.weight=0 to train without"
+        )
 
 
 def mark_absent_multi(

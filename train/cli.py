@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -27,6 +28,19 @@ from train.commands.usage_errors import show_usage_error
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+# What a user's folders and disks may do wherever something is read or written; any other OSError is a fault of ours.
+_PLACE_ERRORS = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+    )
+)
 
 app = typer.Typer(
     cls=SuggestingGroup,
@@ -69,6 +83,12 @@ def main() -> None:
         sys.exit(EXIT_ERROR)
     except TyperException as error:
         show_usage_error(error)
+        sys.exit(EXIT_ERROR)
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; name another place, or see to its rights and room", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED

@@ -120,7 +120,7 @@ def read_grid(name_or_path: str | Path) -> Grid:
         if str(name_or_path) not in list_grids():
             raise RunError(f"there is no grid {str(name_or_path)!r}; {_suggest_grid(str(name_or_path))}")
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise RunError(f"no grid file {path}; {_suggest_grid(path.stem)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ Config = TypeVar("Config", bound=BaseModel)
 def read_settings(path: Path) -> Settings:
     """Reads a TOML file; raises RunError naming it where it is missing or isn't TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise RunError(f"there is no configuration {path}; write one, or leave out --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

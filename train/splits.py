@@ -55,6 +55,19 @@ def find_shift(card: DatasetCard, name: str) -> Shift:
     raise ManifestError(f"{card.name} has no shift {name!r}; {hint}")
 
 
+def read_shift_names(card: DatasetCard, text: str) -> list[str]:
+    """Reads names of shifts separated by blanks or commas; those of the card may hold blanks and commas themselves."""
+    known = sorted((shift.name for shift in card.shifts), key=len, reverse=True)
+    names: list[str] = []
+    rest = text.strip(" ,")
+    while rest:
+        begun = (name for name in known if rest.startswith(name) and rest[len(name) :][:1] in ("", " ", ","))
+        name = next(begun, None) or rest.replace(",", " ").split()[0]
+        names.append(name)
+        rest = rest[len(name) :].lstrip(" ,")
+    return names
+
+
 def split_for_shift(
     manifest: Manifest,
     card: DatasetCard,

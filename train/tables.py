@@ -221,6 +221,8 @@ def _compare(name: str, used: Mapping[str, RowRuns], baseline: str) -> PairedTes
 def _compare_hits(name: str, hits: Mapping[str, Mapping[str, np.ndarray]], baseline: str) -> SegmentTest | None:
     if name == baseline or name not in hits or baseline not in hits:
         return None
+    if any(len(of_shift) < 2 for row in (name, baseline) for of_shift in hits[row].values()):
+        return None  # a lone test segment can't be drawn anew
     test = compare_segments(hits[name], hits[baseline])
     return SegmentTest(test.difference * PERCENT, test.low * PERCENT, test.high * PERCENT, test.p_value, test.n)
 

@@ -49,7 +49,7 @@ EXIT_SOME_FAILED = 3
 def extract(
     dataset: DatasetArgument,
     media: MediaOption = None,
-    encoders: EncodersOption = "",
+    encoders: EncodersOption = None,
     weights: WeightsOption = None,
     outputs: OutputsOption = None,
     preset: PresetOption = "",

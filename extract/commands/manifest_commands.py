@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -91,9 +92,9 @@ def folder(
     """Import a folder of videos sorted by domain, split and class; each video is a segment."""
     from extract.commands.terminal import show_progress
     from extract.media import MediaLocation, probe_duration_s
-    from pipeline.importers.folder import card_from_folder, import_folder
+    from pipeline.importers.folder import card_from_folder, import_folder, list_stray_videos
 
-    card = _read_or_make_card(dataset, manifests, lambda: card_from_folder(media, dataset))
+    card, is_new = _read_or_make_card(dataset, manifests, lambda: card_from_folder(media, dataset))
     with show_progress("videos", quiet=quiet) as progress:
         progress.start("measuring", 0)
 
@@ -102,6 +103,11 @@ def folder(
             return probe_duration_s(MediaLocation.of_file(path))
 
         segments = import_folder(media, probe, card, allow_counts)
+    if strays := list_stray_videos(media):
+        more = " and others" if len(strays) > 1 else ""
+        typer.echo(f"note: {len(strays)} videos lie outside DOMAIN/SPLIT/CLASS/ and were not taken: {strays[0]}{more}")
+    if is_new:
+        _write_card(card, segments, manifests)
     _write(card, segments, manifests)
 
 
@@ -130,8 +136,11 @@ def csv_(
     """Import a manifest in echoshift's own format: segment_id, video_id, start_s, stop_s, labels, domain, split."""
     from pipeline.importers.own_csv import card_from_csv, import_own_csv
 
-    card = _read_or_make_card(dataset, manifests, lambda: card_from_csv(file, dataset))
-    _write(card, import_own_csv(file, card, allow_counts), manifests)
+    card, is_new = _read_or_make_card(dataset, manifests, lambda: card_from_csv(file, dataset))
+    segments = import_own_csv(file, card, allow_counts)
+    if is_new:
+        _write_card(card, segments, manifests)
+    _write(card, segments, manifests)
 
 
 @app.command()
@@ -189,16 +198,25 @@ def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
     return MediaSurvey(media, card.media)
 
 
-def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], DatasetCard]) -> DatasetCard:
-    from pipeline.cards import read_card, write_card
+def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], DatasetCard]) -> tuple[DatasetCard, bool]:
+    """Gives the card, and whether it was made now; it is written once the segments are known to be sound."""
+    from pipeline.cards import read_dataset_card
 
+    if re.fullmatch(r"\w[\w.+-]*", dataset) is None:
+        raise ManifestError(f"--dataset {dataset!r} names a file and a folder; use letters, digits, and _ . + - alone")
     path = manifests / f"{dataset}.toml"
-    if path.exists():
-        return read_card(path)
-    card = make()
+    return (read_dataset_card(dataset, manifests), False) if path.exists() else (make(), True)
+
+
+def _write_card(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) -> None:
+    from pipeline.cards import write_card
+    from pipeline.importers.own_card import list_doubts
+
+    path = manifests / f"{card.name}.toml"
     write_card(path, card)
     typer.echo(f"made the card {path}; correct in it what the files can't say (class order, shifts, task)")
-    return card
+    for doubt in list_doubts(card, segments):
+        typer.echo(f"note: {doubt}; if that is wrong, correct the names, delete the card, and import again")
 
 
 def _write(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) -> None:

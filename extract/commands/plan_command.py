@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 def plan(
     dataset: DatasetArgument,
     media: MediaOption = None,
-    encoders: EncodersOption = "",
+    encoders: EncodersOption = None,
     weights: WeightsOption = None,
     outputs: OutputsOption = None,
     preset: PresetOption = "",

@@ -70,8 +70,10 @@ DatasetArgument = Annotated[
 ]
 MediaOption = Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")]
 EncodersOption = Annotated[
-    str,
-    typer.Option(help="Names, separated by blanks; default: those of the card.", autocompletion=complete_encoders),
+    list[str] | None,
+    typer.Option(
+        help="Names, separated by blanks or commas; default: those of the card.", autocompletion=complete_encoders
+    ),
 ]
 WeightsOption = Annotated[
     list[str] | None,
@@ -124,7 +126,7 @@ DEFAULT_CACHE = "cache"
 class SpecChoices:
     """Is what the command line says about features: encoders, weights, outputs, recipe, types."""
 
-    encoders: str
+    encoders: list[str] | None
     weights: list[str] | None
     outputs: list[str] | None
     preset: str
@@ -144,7 +146,7 @@ def resolve_specs(
     from extract.flow_choice import choose_flow
     from extract.weights.resolve import default_weights, resolve_weights
 
-    names = choices.encoders.split() or list(card.encoders)
+    names = list_names(choices.encoders or []) or list(card.encoders)
     if not names:
         raise SpecError(f"the card of {card.name} names no encoders; give --encoders")
     chosen_weights = _parse_pairs("--weights", choices.weights or [], names)
@@ -162,6 +164,11 @@ def resolve_specs(
         )
         specs.append((spec, record))
     return tuple(specs)
+
+
+def list_names(options: list[str]) -> list[str]:
+    """Lists the names that options hold, separated by blanks or commas, each once."""
+    return list(dict.fromkeys(name for option in options for name in option.replace(",", " ").split()))
 
 
 def _parse_outputs(options: list[str], encoders: list[str]) -> dict[str, list[str]]:

@@ -111,7 +111,8 @@ def read_checkpoint(path: Path, format_name: str) -> dict[str, Tensor]:
         return _read_numpy_tree(path)
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    # torch's unpickler lets a file that is no pickle run into any of these
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise WeightsError(
             f"{path} can't be read as tensors alone ({format_name}): {_describe_refusal(error)}; "
             "compare its checksum with the publisher's, and don't load it any other way"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError
+from pipeline.errors import ManifestError, MediaError
 from pipeline.importers.own_card import make_card_from_names
 from pipeline.manifest_check import require_counts
 from pipeline.segments import Segment
@@ -30,10 +30,11 @@ def import_folder(
     `root` with `/` and without the ending. Files with other endings and names that begin with a dot are passed over.
     Without a card the names are taken as they are (`card_from_folder` makes the card). Raises ManifestError naming the
     folder for a domain, split or class that the card doesn't have, both files where two differ in their endings only,
-    and what the probe raises.
+    and every file that can't be measured.
     """
     card = card_from_folder(root) if card is None else card
     segments: list[Segment] = []
+    unreadable: list[str] = []
     seen: dict[str, Path] = {}
     for domain, split, label, path in _list_videos(root):
         for what, name, known in (
@@ -48,7 +49,14 @@ def import_folder(
         other = seen.setdefault(video_id, path)
         if other != path:
             raise ManifestError(f"{other} and {path} differ only in their endings; keep one, or rename the other")
-        segments.append(Segment(video_id, video_id, 0.0, probe_duration_s(path), (label,), domain, split))
+        try:
+            duration_s = probe_duration_s(path)
+        except MediaError as error:
+            unreadable.append(str(error))
+            continue
+        segments.append(Segment(video_id, video_id, 0.0, duration_s, (label,), domain, split))
+    if unreadable:
+        raise ManifestError("\n".join(unreadable))
     require_counts(segments, card, root, allow_counts)
     return tuple(segments)
 
@@ -67,6 +75,15 @@ def card_from_folder(root: Path, name: str | None = None) -> DatasetCard:
         domains={domain for domain, _, _, _ in found},
         splits={split for _, split, _, _ in found},
     )
+
+
+def list_stray_videos(root: Path) -> list[Path]:
+    """Lists the video files below `root` that lie elsewhere than in <domain>/<split>/<class>/: no import takes them."""
+    taken = {path for _, _, _, path in _list_videos(root)}
+    found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in VIDEO_ENDINGS and path not in taken)
+    return [
+        path for path in found if path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
+    ]
 
 
 def _list_videos(root: Path) -> list[tuple[str, str, str, Path]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import permutations
 
 from pydantic import ValidationError
 
 from pipeline.cards import DatasetCard, MediaLayout, Shift
 from pipeline.errors import CardError
+from pipeline.segments import Segment
+from pipeline.suggestions import find_nearest
 
 SPLIT_ORDER = ("train", "validation", "val", "test")
 
@@ -17,8 +21,13 @@ def make_card_from_names(
 ) -> DatasetCard:
     """Makes a card: classes and domains sorted, train before test, every ordered pair of domains a shift.
 
-    Raises CardError where the names make no dataset (a single class).
+    Empty names are left out, for the check of the segments to find. Raises CardError where the names make no dataset
+    (a single class).
     """
+    classes, domains, splits = classes - {""}, domains - {""}, splits - {""}
+    if len(classes) < 2:
+        only = f"one class alone, {next(iter(classes))!r}" if classes else "no class"
+        raise CardError(f"the files of {name} hold {only}; a dataset needs two or more")
     try:
         return DatasetCard(
             name=name,
@@ -35,3 +44,20 @@ def make_card_from_names(
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'card'}: {e['msg']}" for e in error.errors())
         raise CardError(f"the names in {name} make no dataset: {faults}") from error
+
+
+def list_doubts(card: DatasetCard, segments: Iterable[Segment]) -> Iterator[str]:
+    """Says what of a card that was made from names may be a slip of who wrote them: the splits, the task, a typo."""
+    segments = list(segments)
+    if not {"train", "test"} <= set(card.splits):
+        yield f"the splits are {', '.join(card.splits)}: what trains reads `train`, what scores reads `test`"
+    n_others = sum(len(segment.labels) != 1 for segment in segments)
+    if card.task == "multi-label":
+        yield f"multi-label, because {n_others} of {len(segments)} segments have several labels or none"
+    counts = Counter(label for segment in segments for label in segment.labels)
+    for rare in card.classes:
+        alike = find_nearest(rare, [name for name in card.classes if 10 * counts[rare] <= counts[name]])
+        if alike and counts[rare]:
+            yield f"{rare!r} ({counts[rare]} segments) may be a misspelt {alike[0]!r} ({counts[alike[0]]})"
+    if len(card.domains) < 2:
+        yield f"one domain alone, {card.domains[0]!r}, makes no shift"

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from extract.commands.spec_options import list_names
 from extract.encoders.registry import find_encoder
 from extract.feature_specs import StoreOptions, make_feature_spec
 from extract.weights.resolve import WeightsRecord
@@ -124,7 +125,7 @@ def check_meaning(path: list[str], params: Mapping[str, Any]) -> None:
     if not own and dataset:
         card = read_dataset_card(dataset, MANIFESTS)
     if path[-1] in ("extract", "plan"):
-        for encoder in params["encoders"].split() or ([] if own else card.encoders):
+        for encoder in list_names(params["encoders"] or []) or ([] if own else card.encoders):
             entry = find_encoder(encoder)
             preset, overrides = params["preset"], [*(params["set_"] or [])]
             outputs = [name for option in params["outputs"] or [] if "=" not in option for name in option.split(",")]

@@ -93,6 +93,21 @@ def test_a_timed_sample_runs_on_throw_away_stores_and_says_where(tiny) -> None:
     assert "for Stage 2:" in out
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        ["--encoders", "slowfast_demo", "--encoders", "resnet_demo"],
+        ["--encoders", "slowfast_demo,resnet_demo"],
+        ["--encoders", "slowfast_demo, resnet_demo slowfast_demo"],
+    ],
+)
+def test_encoders_may_be_named_one_by_one_or_with_commas(tiny, named: list[str]) -> None:
+    tiny.add_videos("v")
+    code, out, err = tiny.run("plan", "tiny", *tiny.places, "--sample", "0", "--json", *named)
+    assert code == 0, err
+    assert [store["encoder"] for store in json.loads(out)["stores"]] == ["slowfast_demo", "resnet_demo"]
+
+
 def test_a_plan_that_does_not_fit_is_warned_of(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.add_videos("v")
     monkeypatch.setattr("extract.run_estimate.measure_free_bytes", lambda cache_dir: 1000)

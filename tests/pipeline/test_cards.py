@@ -140,3 +140,33 @@ def test_errors_name_file_and_field(tmp_path):
     with pytest.raises(CardError, match=r"no dataset card .*nothing\.toml; cards there: x"):
         read_dataset_card("nothing", tmp_path)
     assert isinstance(read_card(MANIFESTS_DIR / "hac.toml"), DatasetCard)
+
+
+CARD = """name = "mine"
+title = "Küche"
+task = "single-label"
+metric = "top1"
+classes = ["a", "b"]
+domains = ["k", "g"]
+"""
+
+
+@pytest.mark.parametrize(("mark", "ending"), [("", "\n"), ("\ufeff", "\r\n")])
+def test_a_card_as_an_editor_on_windows_saves_it_is_read(tmp_path, mark, ending):
+    (tmp_path / "mine.toml").write_bytes((mark + CARD.replace("\n", ending)).encode())
+    assert read_dataset_card("mine", tmp_path).title == "Küche"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (CARD.encode("latin-1"), r"mine\.toml is not valid TOML: 'utf-8' codec can't decode byte 0xfc"),
+        (CARD.replace("metric", "metrik").encode(), r"metrik: no such key; did you mean 'metric'\?"),
+        (CARD.replace("top1", "map").encode(), "card: metric 'map' is not that of a single-label task"),
+        (CARD.replace('"mine"', '"demo"').encode(), r"mine\.toml: name is 'demo'; set name = 'mine'"),
+    ],
+)
+def test_slips_in_a_card_are_told_in_words(tmp_path, content, message):
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(CardError, match=message):
+        read_dataset_card("mine", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -205,6 +206,33 @@ def test_each_error_is_one_line_with_what_there_is(tiny_shift: ModuleType, argum
     (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+def test_places_that_can_not_be_written_are_one_line(tiny_shift: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    own = tmp_path / "own.csv"
+    own.write_text("segment_id,video_id,start_s,stop_s,labels,domain,split\na,v,0,1,p,k,train\nb,v,0,1,q,g,test\n")
+    code, out, err = tiny_shift.run("manifest", "import", "csv", own, "--dataset", "d", "--manifests", file / "below")
+    assert (code, out) == (2, "")
+    assert err == f"error: {file / 'below'}: Not a directory; name another place, or see to its rights and room\n"
+
+
+@pytest.mark.parametrize(("number", "is_told"), [(errno.EACCES, True), (errno.ENOSPC, True), (errno.EBADF, False)])
+def test_faults_of_our_own_keep_their_traceback(
+    tiny_shift: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int, is_told: bool
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number), "/some/where")
+
+    monkeypatch.setattr("pipeline.cards.read_dataset_card", fail)
+    if not is_told:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            tiny_shift.run("manifest", "show", "demo")
+        return
+    code, _, err = tiny_shift.run("manifest", "show", "demo")
+    assert code == 2
+    assert err == f"error: /some/where: {os.strerror(number)}; name another place, or see to its rights and room\n"
 
 
 def test_a_group_without_a_command_shows_its_help(tiny_shift: ModuleType) -> None:

@@ -56,6 +56,8 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
         (tmp_path / "bad.toml").write_bytes(content)
         with pytest.raises(RunError, match=r"bad\.toml isn't valid TOML"):
             read_settings(tmp_path / "bad.toml")
+    (tmp_path / "windows.toml").write_bytes(b"\xef\xbb\xbf[training]\r\nlr = 1\r\n")
+    assert read_settings(tmp_path / "windows.toml") == {"training": {"lr": 1}}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from train.splits import (
     count_labels,
     find_shift,
     label_target_test,
+    read_shift_names,
     split_for_shift,
     strip_labels,
 )
@@ -31,6 +32,23 @@ def make_segment(domain: str, split: str, i: int, labels: Sequence[str] = ("b",)
         "noun": "pan", "pair_id": f"{split}{i}", "timed_labels": tuple(TimedLabel(name, 0, 1) for name in labels),
     } | changes  # fmt: skip
     return Segment(f"{domain}-{split}-{i}", f"{domain}{i}", 0.0, 1.0, tuple(labels), domain, split, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("s-t s+u-t", ["s-t", "s+u-t"]),
+        ("s-t,s+u-t, s-t", ["s-t", "s+u-t", "s-t"]),
+        ("Garten, hinten-Küche Süd", ["Garten, hinten-Küche Süd"]),
+        (" s-t Garten, hinten-Küche Süd,x-y z", ["s-t", "Garten, hinten-Küche Süd", "x-y", "z"]),
+        ("s-tt", ["s-tt"]),
+        (" , ", []),
+    ],
+)
+def test_names_of_shifts_may_hold_blanks_where_the_card_has_them(text: str, names: list[str]) -> None:
+    blank = Shift(source=("Garten, hinten",), target="Küche Süd")
+    card = CARD.model_copy(update={"shifts": (*CARD.shifts, blank)})
+    assert read_shift_names(card, text) == names
 
 
 def make_manifest(*more: Segment, domains: Sequence[str] = ("s", "u", "t"), n: int = 6) -> Manifest:

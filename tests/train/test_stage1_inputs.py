@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from extract.demo.mp4_files import write_mp4
 from pipeline.cards import MediaLayout
 from pipeline.segments import Segment
 from pipeline.store.opening import list_stores
@@ -63,6 +64,13 @@ def test_a_source_without_sound_says_how_to_train_without(tiny_shift: ModuleType
     assert set(read_runs(tiny.runs / "tiny" / RESULTS)[0].steps) == {"encoder", "predictions", "scores"}
 
 
+def test_too_many_absent_activities_are_refused_before_anything_is_extracted(tiny: Any) -> None:
+    code, _, err = tiny.stage1(settings=["absent.n_absent=3"])
+    assert code == 2
+    assert "absent.n_absent is 3 of 3 classes" in err and "--set absent.n_absent=1" in err
+    assert not list_stores(tiny.root / "cache")
+
+
 def test_a_damaged_video_is_left_out_and_named(tiny: Any, tiny_shift: ModuleType) -> None:
     segments = [
         *tiny_shift.make_segments("s", "train", 8),
@@ -78,6 +86,21 @@ def test_a_damaged_video_is_left_out_and_named(tiny: Any, tiny_shift: ModuleType
     assert "1 segments have no features of resnet_demo and are left out" in err
     assert "1 segments left out, which failed to be extracted: lost" in out
     assert "lost" not in read_table(tiny)["segment_id"]
+
+
+def test_what_lies_outside_its_video_is_left_out_before_training(tiny: Any, tiny_shift: ModuleType) -> None:
+    """Its sound is extracted (a track may be longer than the pictures), so that only the video itself can tell."""
+    segments = [
+        s for d in ("s", "t") for split, n in (("train", 8), ("test", 4)) for s in tiny_shift.make_segments(d, split, n)
+    ]
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)]
+    write_mp4(tiny.media / "short.mp4", pictures, 6, rng.standard_normal(48_000).astype(np.float32), 16_000)
+    tiny.write_manifest([*segments, Segment("beyond", "short", 0.0, 3.0, ("low",), "t", "test")])
+    code, out, err = tiny.stage1()
+    assert code == 0, err
+    assert "1 segments have no pictures and are left out: beyond (it ends at 3.0 s, its video short at 1.000 s" in err
+    assert next(line for line in out.splitlines() if line.startswith("s-t ")).split()[3] == "4"
 
 
 def test_trunk_mode_trains_from_the_cache_alone(tiny: Any, tiny_shift: ModuleType) -> None:

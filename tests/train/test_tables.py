@@ -256,6 +256,14 @@ def test_segments_are_tested_where_their_hits_are_given():
     assert [words[-1] for words in lines] == ["-", "<0.001", "-"]
 
 
+def test_a_lone_test_segment_has_no_test_over_segments():
+    theirs = {"D1-D2": np.array([0.0]), "D2-D1": np.array([0.0, 1.0])}
+    ours = {"D1-D2": np.array([1.0]), "D2-D1": np.array([1.0, 1.0])}
+    table = make_table(GRID, make_records(), PLANNED, CARD, hits={"V_1": theirs, "+ more": ours})
+    assert get_row(table, "+ more").segments is None
+    assert get_row(table, "+ more").difference.difference == pytest.approx(6.5, abs=0.05)
+
+
 def test_markdown():
     assert format_markdown(make_table(GRID, make_records(), PLANNED, CARD)) == (
         "**Two methods, toy**\n\n"

@@ -54,7 +54,7 @@ ShiftsOption = Annotated[
     str,
     typer.Option(
         "--shifts",
-        help="Shifts, separated by blanks; default: the grid's, or all.",
+        help="Shifts, separated by blanks or commas; default: the grid's, or all.",
         autocompletion=complete_shifts,
     ),
 ]
@@ -178,10 +178,11 @@ def _plan(
     choices: RunChoices, name: str, shifts: str, n_seeds: int | None, notify: Callable[[str], None]
 ) -> tuple[DataPlaces, Grid, list[PlannedRun]]:
     from train.grids import list_shifts, plan_runs, read_grid
+    from train.splits import read_shift_names
 
     grid = read_grid(name)
     places = open_places(choices, notify)
-    named = shifts.split() or list(grid.shifts)
+    named = (read_shift_names(places.card, shifts) if shifts.strip() != "all" else []) or list(grid.shifts)
     if not named:
         present = [shift.name for shift in list_present_shifts(places.card, places.manifest)]
         named = [name for name in list_shifts(grid, places.card) if name in present]

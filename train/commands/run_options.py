@@ -123,13 +123,13 @@ def open_places(choices: RunChoices, notify: Callable[[str], None] | None = None
 
 
 def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shift]:
-    """Finds shifts by name, separated by blanks; `all` is those of one source of which the manifest has segments."""
-    from train.splits import find_shift
+    """Finds shifts by name, separated by blanks or commas; `all`: those of one source that the manifest has."""
+    from train.splits import find_shift, read_shift_names
 
-    if not names.strip():
+    if not names.strip(" ,"):
         raise RunError(f"no shift named; say all, or which of {', '.join(s.name for s in card.shifts) or 'none'}")
     if names.strip() != "all":
-        return [find_shift(card, name) for name in names.split()]
+        return [find_shift(card, name) for name in read_shift_names(card, names)]
     shifts = [shift for shift in list_present_shifts(card, manifest) if len(shift.source) == 1]
     if not shifts:
         raise RunError(

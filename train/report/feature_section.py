@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from threadpoolctl import threadpool_limits
 
-from pipeline.errors import EchoshiftError
+from pipeline.errors import EchoshiftError, RunError
 from pipeline.store.interface import FeatureStore
 from pipeline.store.layout import DONE
 from train.data_places import DataPlaces
@@ -60,6 +60,7 @@ def make_feature_section(
         blocks.append(MissingBlock(text, f"make stage1 DATASET={places.card.name}"))
     for i, shift in enumerate(adapted[:MAX_SHIFTS]):
         blocks += _tell_faults(partial(_show_adaptation, i, shift, places, runs_dir))
+        blocks += _tell_faults(partial(_show_adapted_norms, i, shift, places, runs_dir))
         blocks += _tell_faults(partial(_show_activation, i, shift, places, runs_dir))
         advance()
     blocks.append(HeadingBlock("Norms of both modalities, before and after alignment", "alignment"))
@@ -95,14 +96,23 @@ def _show_adaptation(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> 
     of_all = f"{n:,} of {n_all:,} test segments, drawn at random," if n < n_all else f"all {n:,} test segments"
     run = f"{record.row}, seed {record.seed}" if record.row else f"seed {record.seed}"
     words = f"{shift}: t-SNE of {of_all} by the run {run}. Colour by class reads the target's labels."
-    blocks: list[Block] = [
-        TextBlock(words, "analysis"),
-        FiguresBlock(tuple(_draw_parts(i, parts, places.card.domains, (*places.card.classes, NO_LABEL)))),
-    ]
+    figures = _draw_parts(i, parts, places.card.domains, (*places.card.classes, NO_LABEL))
+    return [TextBlock(words, "analysis"), FiguresBlock(tuple(figures))]
+
+
+def _show_adapted_norms(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> list[Block]:
+    record = choose_stage1_run(runs_dir, RunChoice(shift=shift), with_features=True)
     after = open_adapted_store(runs_dir, record)
     before = find_cached_store(places, record, after)
-    blocks.append(FiguresBlock((_draw_adapted_norms(f"adapted-norms-{i}", shift, before, after),)))
-    return blocks
+    known = [output.name for output in before.spec.outputs]
+    adapted = [output.name for output in after.spec.outputs]
+    if not set(adapted) & set(known):
+        raise RunError(
+            f"norms of {shift} before and after adaptation can't be compared: as extracted there is "
+            f"{', '.join(known)}, adapted {', '.join(adapted)}"
+        )
+    output = next(name for name in adapted if name in known)
+    return [FiguresBlock((_draw_adapted_norms(f"adapted-norms-{i}", shift, output, before, after),))]
 
 
 def _draw_parts(
@@ -119,9 +129,8 @@ def _draw_parts(
     return figures
 
 
-def _draw_adapted_norms(name: str, shift: str, before: FeatureStore, after: FeatureStore) -> Figure:
+def _draw_adapted_norms(name: str, shift: str, output: str, before: FeatureStore, after: FeatureStore) -> Figure:
     """Draws norms of one output as extracted and as adapted, over the same bins."""
-    output = after.spec.outputs[0].name
     norms = {}
     for title, store in (("as extracted", before), ("adapted", after)):
         shape = next(o.shape for o in store.spec.outputs if o.name == output)

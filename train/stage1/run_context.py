@@ -14,6 +14,7 @@ import torch
 from pipeline.cards import DatasetCard, Shift
 from pipeline.devices import resolve_device
 from pipeline.freed_memory import keep_freed_memory
+from train.absent_activities import check_n_absent
 from train.data_places import DataPlaces
 from train.ranks import Ranks
 from train.splits import ShiftSplits, count_labels, split_for_shift
@@ -22,6 +23,8 @@ from train.stage1.run_inputs import RunInputs, name_labels, open_run_inputs
 from train.stage1.visual_inputs import VisualInputs
 from train.steps import Step, StepResult, StepRunner
 from train.watching import EpochWatcher
+
+N_CLASSES_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,8 @@ def open_context(
         labelled_fraction=chosen.labelled_fraction,
         pairs=chosen.pairs,
     )
+    if places.card.task == "single-label" and config.absent.weight and splits.target_train:
+        check_n_absent(config.absent.n_absent, len(places.card.classes))  # before anything is extracted
     inputs: RunInputs | None = None
     if ranks.is_first:
         inputs = open_run_inputs(places, splits, config, watcher, notify)
@@ -164,7 +169,10 @@ def describe_data(context: RunContext) -> list[str]:
     """Says in a few lines what a run trains on, before it begins: split by split, with the source's class counts."""
     splits, request = context.splits, context.request
     counts = count_labels(splits.source_train.labels, len(context.card.classes))
+    n_classes = len(context.card.classes)
     by_class = ", ".join(f"{name} {n}" for name, n in zip(context.card.classes, counts.tolist(), strict=True))
+    if n_classes > N_CLASSES_LISTED:
+        by_class = f"{n_classes} classes, of each {counts.min()} to {counts.max()}"
     silent = (~context.inputs.sound.has_audio([s.segment_id for s in splits.target_test])).sum()
     lines = [
         f"{request.shift.name}: source {'+'.join(request.shift.source)}, {len(splits.source_train)} train segments "
@@ -174,7 +182,9 @@ def describe_data(context: RunContext) -> list[str]:
     ]
     absent = [name for name, n in zip(context.card.classes, counts.tolist(), strict=True) if not n]
     if absent:
-        lines.append(f"{request.shift.name}: the source has no train segment of {', '.join(absent)}")
+        more = f" and {len(absent) - N_CLASSES_LISTED} other classes" if len(absent) > N_CLASSES_LISTED else ""
+        listed = ", ".join(absent[:N_CLASSES_LISTED])
+        lines.append(f"{request.shift.name}: the source has no train segment of {listed}{more}")
     if context.inputs.left_out:
         left_out = context.inputs.left_out
         lines.append(f"{request.shift.name}: {len(left_out)} segments without features left out: {left_out[0]} …")

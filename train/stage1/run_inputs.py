@@ -30,6 +30,7 @@ from train.stage1.input_stores import (
     read_digests,
     select_done,
 )
+from train.stage1.picture_faults import find_without_pictures
 from train.stage1.sound_features import SoundFeatures
 from train.stage1.trunk_inputs import TrunkInputs
 from train.stage1.visual_inputs import VisualInputs
@@ -160,6 +161,7 @@ def open_run_inputs(
     visual = config.visual
     train = choose_visual(visual, places, visual.train_preset, n_views=visual.n_views if in_trunk else 1)
     test = choose_visual(visual, places, visual.test_preset)
+    survey = MediaSurvey(places.media_root, places.card.media)
     stores: tuple[FeatureStore, ...] = ()
     if in_trunk:
         train_store = fill_store(places, train, list_train_segments(splits), progress, notify)
@@ -168,6 +170,8 @@ def open_run_inputs(
         for store, part in ((train_store, list_train_segments(splits)), (test_store, segments)):
             for segment_id, done in _done(store, part):
                 is_done[segment_id] = is_done[segment_id] and done
+    else:
+        is_done |= dict.fromkeys(find_without_pictures(survey, segments, train.spec, notify), False)
     left_out = tuple(segment_id for segment_id, done in is_done.items() if not done)
     kept = _leave_out(splits, set(left_out), places.card)
     return RunInputs(
@@ -181,7 +185,7 @@ def open_run_inputs(
         test=test,
         trunk_stores=stores,
         config=config,
-        survey=MediaSurvey(places.media_root, places.card.media),
+        survey=survey,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pipeline.cards import read_card
 from pipeline.manifest_csv import read_manifest
@@ -40,6 +42,22 @@ def test_medians_of_norms_are_those_of_the_stores(reported: Any) -> None:
     told = re.search(r"as extracted (\S+), adapted (\S+)\.", caption)
     assert told is not None
     assert told.groups() == (f"{medians[0]:.3g}", f"{medians[1]:.3g}")
+
+
+def test_tokens_beside_pooled_features_are_a_sentence(reported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CharadesEgo's Stage 1 exports tokens, while `extract` stores pooled features unless told otherwise."""
+    tokens = SimpleNamespace(
+        outputs=[SimpleNamespace(name="tokens_slow"), SimpleNamespace(name="tokens_fast")], clip=None
+    )
+    store = SimpleNamespace(spec=tokens)
+    monkeypatch.setattr("train.report.feature_section.open_adapted_store", lambda runs_dir, record: store)
+    runs_dir = reported.tiny.runs / "tiny"
+    records = read_runs(runs_dir / RESULTS)
+    section = make_feature_section(open_places(reported.tiny, reported.cache), runs_dir, records)
+    assert (
+        "Norms of s-t before and after adaptation can't be compared: as extracted there is pooled, adapted "
+        "tokens_slow, tokens_fast."
+    ) in [block.text for block in section.blocks if block.kind == "missing"]
 
 
 def test_without_runs_or_features_a_sentence_says_so(finished: Any, tmp_path: Any) -> None:

@@ -1,0 +1,55 @@
+"""Refuses, before a store is touched, a run whose media are gone: a wrong folder, or a disk that isn't mounted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from extract.media import locate_media
+from extract.media_survey import MediaSurvey, find_modality
+from pipeline.errors import MediaNotFoundError
+from pipeline.segments import Segment
+from pipeline.specs import FeatureSpec
+
+
+def require_some_media(survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec) -> None:
+    """Raises MediaNotFoundError where not one segment has its media below the root."""
+    if all(_is_missing(survey, segment, spec) for segment in segments):
+        raise MediaNotFoundError(
+            f"none of {len(segments)} segments has its media below {survey.root}: "
+            f"{_explain(survey, next(iter(segments)), spec)}; name the folder with --media, or mount its disk"
+        )
+
+
+def require_media_of_done(
+    survey: MediaSurvey, rows: Sequence[Segment | None], spec: FeatureSpec, done_again: np.ndarray, path: str
+) -> None:
+    """Raises MediaNotFoundError where rows that are done, bool [row], would be computed anew from media that are gone.
+
+    They would fail, and the features they have would be lost.
+    """
+    lost = [
+        segment
+        for segment, again in zip(rows, done_again.tolist(), strict=True)
+        if again and segment is not None and _is_missing(survey, segment, spec)
+    ]
+    if lost:
+        raise MediaNotFoundError(
+            f"{len(lost)} rows of {path} are done, and their media are gone: {_explain(survey, lost[0], spec)}; put "
+            "them back, or take their segments out of the manifest, which may cost their features"
+        )
+
+
+def _is_missing(survey: MediaSurvey, segment: Segment, spec: FeatureSpec) -> bool:
+    of_clips = spec.audio is not None and spec.audio.span == "clip"
+    return survey.is_missing(segment, find_modality(spec)) or (of_clips and survey.is_missing(segment, "rgb"))
+
+
+def _explain(survey: MediaSurvey, segment: Segment, spec: FeatureSpec) -> str:
+    for modality in (find_modality(spec), "rgb"):
+        try:
+            locate_media(survey.root, survey.layout, segment, modality)
+        except MediaNotFoundError as error:
+            return str(error)
+    return segment.video_id
