@@ -38,8 +38,8 @@ class SoundTrack:
     """Decodes one sound track of one file; positions count samples of the track's rate from the container's start.
 
     It is made of a container that was just opened, and closes it. What is read is a function of the span alone. Where
-    a coder stores noise by its level (AAC's noise substitution, AC-3's dither), a span after a seek has other noise than
-    the whole track; everything else is the same.
+    a coder stores noise by its level (AAC's noise substitution, AC-3's dither), a span after a seek has other noise
+    than the whole track; everything else is the same.
     """
 
     def __init__(self, path: Path, container: InputContainer, stream: av.AudioStream) -> None:
