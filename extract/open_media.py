@@ -11,6 +11,7 @@ import numpy as np
 from extract.identity_check import MediaWatch
 from extract.media import MediaLocation, Modality, locate_media, open_frames
 from extract.readers.protocol import FrameReader
+from extract.readers.pyav_audio import PyAvAudioReader
 from pipeline.cards import MediaLayout
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec
@@ -22,6 +23,7 @@ class OpenMedia:
     def __init__(self, root: Path, layout: MediaLayout) -> None:
         self._root, self._layout = root, layout
         self._readers: dict[tuple[Modality, str], tuple[MediaLocation, FrameReader]] = {}
+        self._sound: tuple[MediaLocation, PyAvAudioReader] | None = None
         self._watch = MediaWatch(root, layout)
 
     def locate(self, segment: Segment, modality: Modality) -> MediaLocation:
@@ -40,6 +42,18 @@ class OpenMedia:
         self._readers[key] = (location, reader)
         return reader
 
+    def open_sound(self, location: MediaLocation) -> PyAvAudioReader | None:
+        """Opens sound, or gives the reader that is open on it already; None where `location` is none."""
+        if location.kind == "none":
+            return None
+        if self._sound is not None:
+            if self._sound[0] == location:
+                return self._sound[1]
+            self._sound[1].close()
+            self._sound = None
+        self._sound = (location, PyAvAudioReader(location.path))
+        return self._sound[1]
+
     def check_unchanged(self, segment: Segment, spec: FeatureSpec, digest: np.ndarray) -> None:
         """Checks, after a row was read, that its media are those its digest, uint8 [16], was computed from.
 
@@ -55,3 +69,5 @@ class OpenMedia:
     ) -> None:
         for _, reader in self._readers.values():
             reader.close()
+        if self._sound is not None:
+            self._sound[1].close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import numpy as np
 
@@ -35,19 +34,18 @@ def read_sound(media: OpenMedia, row: int, segment: Segment, path: str, spec: Fe
     windows = plan_audio_windows(audio, segment.start_s, segment.stop_s, clips)
     yield SoundSpan(path, row, windows, np.rint(windows * audio.rate_hz).astype(np.int64))
     n_samples, sum_of_squares, n_zero = 0, 0.0, 0
-    # One reader for all windows: making one opens the file twice, and each opening of a long file parses its index.
-    with nullcontext() if location.kind == "none" else PyAvAudioReader(location.path) as reader:
-        for entry, (start_s, stop_s) in enumerate(windows.tolist()):
-            samples = _read_window(reader, audio, start_s, stop_s)
-            n_samples += len(samples)
-            if not samples.any() and sum_of_squares == 0:
-                n_zero += 1  # handed on once it is known that there is any sound at all
-                continue
-            if sum_of_squares == 0:
-                for before in range(n_zero):
-                    yield SoundWindow(path, row, before, np.zeros(audio.n_samples, dtype=np.float32))
-            sum_of_squares += float(np.sum(np.square(samples, dtype=np.float64)))
-            yield SoundWindow(path, row, entry, samples)
+    reader = media.open_sound(location)
+    for entry, (start_s, stop_s) in enumerate(windows.tolist()):
+        samples = _read_window(reader, audio, start_s, stop_s)
+        n_samples += len(samples)
+        if not samples.any() and sum_of_squares == 0:
+            n_zero += 1  # handed on once it is known that there is any sound at all
+            continue
+        if sum_of_squares == 0:
+            for before in range(n_zero):
+                yield SoundWindow(path, row, before, np.zeros(audio.n_samples, dtype=np.float32))
+        sum_of_squares += float(np.sum(np.square(samples, dtype=np.float64)))
+        yield SoundWindow(path, row, entry, samples)
     has_audio = sum_of_squares > 0
     loudness = 10 * math.log10(sum_of_squares / n_samples) if has_audio else -math.inf
     yield SoundEnd(path, row, has_audio, loudness)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
@@ -85,6 +85,37 @@ def find_audio_stream(container: InputContainer) -> Any | None:
         else container.streams.best("audio", related=pictures)  # the sound of the same programme
     )
     return best if best is not None and best.codec_context is not None else None
+
+
+def has_whole_index(container: InputContainer, path: Path) -> bool:
+    """Says whether all packets were known when a container was opened: true of an MP4 or MOV without fragments.
+
+    Where a seek leads then depends on that index alone, not on what was read before. The file's outermost boxes are
+    looked at (ISO/IEC 14496-12, 4.2: size and kind; size 1: 64 bits of size follow, 0: to the end of the file).
+    """
+    if "mp4" not in container.format.name.split(","):
+        return False
+    try:
+        with path.open("rb") as file:
+            return not _has_fragments(file, path.stat().st_size)
+    except OSError:  # gone meanwhile, which whoever opens it next will say
+        return False
+
+
+def _has_fragments(file: BinaryIO, n_bytes: int) -> bool:
+    place = 0
+    while place + 8 <= n_bytes:
+        file.seek(place)
+        header = file.read(16)
+        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if size == 0:
+            return False
+        if size == 1:
+            size = int.from_bytes(header[8:], "big")
+        if kind == b"moof" or size < 8:  # or what is no box
+            return True
+        place += size
+    return False
 
 
 def get_container_start_s(container: InputContainer) -> float:

@@ -35,9 +35,11 @@ class PyAvAudioReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with open_container(path) as container:
-            stream = find_audio_stream(container)
-            self._track = None if stream is None else SoundTrack(path, stream.index)
+        container = open_container(path)
+        stream = find_audio_stream(container)
+        self._track = None if stream is None else SoundTrack(path, container, stream)
+        if self._track is None:
+            container.close()
 
     @property
     def has_track(self) -> bool:

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import av
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 
 from extract.readers.container import (
     check_declared_end,
     explain_av_error,
     get_container_start_s,
     get_declared_end_s,
+    has_whole_index,
     open_container,
 )
 from pipeline.errors import DecodeError
@@ -27,20 +29,25 @@ _BACK_S = (PREROLL_S, 10.0)  # how far before the span a seek aims, in turn; the
 _GAP_S = 0.015  # less than one AAC or MP3 frame is lost: time stamps jitter, none is missing
 _VORBIS_GAP_S = 0.05  # FFmpeg's time stamps of Vorbis are up to half a block off where block sizes change
 _N_ANCHOR = 24  # frames whose time stamps place the first one after a seek
+# Decoders whose packets and header say all there is to know, so that a new one can be made beside an open container.
+# Not Opus' and PCM's: they take the channels from the container.
+_SELF_CONTAINED = frozenset({"aac", "mp3float", "ac3", "eac3", "alac", "flac"})
 
 
 class SoundTrack:
     """Decodes one sound track of one file; positions count samples of the track's rate from the container's start.
 
-    What is read is a function of the span alone. Where a coder stores noise by its level (AAC's noise substitution,
-    AC-3's dither), a span after a seek has other noise than the whole track; everything else is the same.
+    It is made of a container that was just opened, and closes it. What is read is a function of the span alone. Where
+    a coder stores noise by its level (AAC's noise substitution, AC-3's dither), a span after a seek has other noise
+    than the whole track; everything else is the same.
     """
 
-    def __init__(self, path: Path, stream_index: int) -> None:
+    def __init__(self, path: Path, container: InputContainer, stream: av.AudioStream) -> None:
         self._path = path
-        self._stream_index = stream_index
-        self._container: Any = None
-        self._open()
+        self._stream_index = stream.index
+        self._take(container)
+        name = self._stream.codec_context.name
+        self._keeps_container = name in _SELF_CONTAINED and has_whole_index(container, path)
         self.rate_hz: int = self._stream.codec_context.sample_rate
         self._gap = round((_VORBIS_GAP_S if "vorbis" in self._stream.codec_context.name else _GAP_S) * self.rate_hz)
         self._mixer: tuple[object, av.AudioResampler] | None = None
@@ -80,12 +87,16 @@ class SoundTrack:
             return
         yield np.zeros(stop - position, dtype=np.float32)
 
-    def _open(self) -> None:
-        if self._container is not None:
+    def _take(self, container: InputContainer) -> None:
+        self._container: Any = container
+        self._stream: Any = container.streams.get(self._stream_index)[0]
+        self._start_s = get_container_start_s(container)
+        self._is_untouched = True
+
+    def _open_anew(self) -> None:
+        if not self._is_untouched:
             self._container.close()
-        self._container = open_container(self._path)
-        self._stream: Any = self._container.streams.get(self._stream_index)[0]
-        self._start_s = get_container_start_s(self._container)
+            self._take(open_container(self._path))
 
     def _check_end(self, end: int) -> None:
         declared_s = get_declared_end_s(self._container, self._stream)
@@ -148,7 +159,7 @@ class SoundTrack:
             return None
         if self._grid is False:
             with open_container(self._path) as container:
-                head = list(islice(self._decode_packets(container, 0), 6))
+                head = list(islice(self._decode_packets(container, self._get_decoder(container), 0), 6))
             sizes = {len(mono) for _, mono in head[1:]}
             self._grid = None
             if len(sizes) == 1 and head[0][0] is not None:
@@ -158,23 +169,34 @@ class SoundTrack:
     def _decode_from(self, target_s: float | None, first: int) -> Iterator[tuple[float | None, Samples]]:
         # A span's bytes must not depend on what was read before, but AAC's and AC-3's decoders keep a random state
         # through a seek, and Ogg's demuxer gives other time stamps after a seek from elsewhere: so each opens anew.
-        self._open()
+        # Except where the index is whole: parsing that of a long film takes longer than decoding a window, and there a
+        # new decoder is enough.
+        if target_s is None or not self._keeps_container:
+            self._open_anew()
+            decoder = self._get_decoder(self._container)
+        else:
+            decoder = av.CodecContext.create(self._stream.codec_context.name, "r")
+            decoder.extradata = self._stream.codec_context.extradata
+        self._is_untouched = False
         if target_s is not None:
             ticks = int((target_s + self._start_s) / float(self._stream.time_base))
             try:
                 self._container.seek(ticks, stream=self._stream)
             except av.FFmpegError:
                 return  # not seekable: the caller decodes from the start
-        yield from self._decode_packets(self._container, first)
+        yield from self._decode_packets(self._container, decoder, first)
 
-    def _decode_packets(self, container: Any, first: int) -> Iterator[tuple[float | None, Samples]]:
+    def _get_decoder(self, container: Any) -> Any:
+        return container.streams.get(self._stream_index)[0].codec_context
+
+    def _decode_packets(self, container: Any, decoder: Any, first: int) -> Iterator[tuple[float | None, Samples]]:
         """Yields (position by time stamp, mono samples); faults before `first` don't count."""
         try:
             for packet in container.demux(container.streams.get(self._stream_index)[0]):
                 if packet.size == 0 and packet.dts is not None:
                     continue
                 try:
-                    frames = packet.decode()
+                    frames = decoder.decode(packet)
                 except av.FFmpegError as error:
                     end_s = self._get_end_s(packet)
                     if end_s is not None and end_s * self.rate_hz <= first:

@@ -21,7 +21,8 @@ MAX_CHUNK_BYTES = 16 * 2**20
 N_WANTED_CHUNK_BYTES = 8 * 2**20
 N_SHARDS_AT_LEAST = 8
 MIN_ROWS_PER_SHARD, MAX_ROWS_PER_SHARD = 16, 4096
-# A commit rewrites one chunk of each of these arrays, so they are kept small; a store shouldn't be many files either.
+# A commit holds and rewrites one chunk of each of these arrays, so they are kept small; a store shouldn't be many files
+# either. A chunk file is always of full length: the row of a long video's windows takes 16 bytes a window.
 N_INDEX_CHUNK_BYTES = 2 * 2**20
 MIN_ROWS_PER_INDEX_CHUNK, MAX_ROWS_PER_INDEX_CHUNK = 1024, 65536
 N_WINDOWS_PER_CHUNK = 64
@@ -90,10 +91,13 @@ def plan_rows_per_shard(spec: FeatureSpec, n_rows: int, n_clips: int) -> int:
 
 
 def plan_rows_per_index_chunk(n_rows: int, n_row_bytes: int) -> int:
-    """Chooses the rows a chunk of an array of the index: a power of two, up to 2 MiB, not far beyond the rows."""
+    """Chooses the rows a chunk of an array of the index: a power of two, not far beyond the rows, never above 2 MiB.
+
+    At least 1,024 where that many fit, as stores grow; one row where a row alone is larger.
+    """
     by_bytes = 2 ** math.floor(math.log2(max(N_INDEX_CHUNK_BYTES / n_row_bytes, 1)))
     by_rows = 2 ** math.ceil(math.log2(max(n_rows, 1)))
-    return min(max(min(by_bytes, by_rows), MIN_ROWS_PER_INDEX_CHUNK), MAX_ROWS_PER_INDEX_CHUNK)
+    return min(max(by_rows, MIN_ROWS_PER_INDEX_CHUNK), by_bytes, MAX_ROWS_PER_INDEX_CHUNK)
 
 
 def _count_clips_per_chunk(n_clips: int, *, windows: bool) -> int:

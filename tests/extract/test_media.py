@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from extract.media import MediaLocation, identify_media, locate_media, open_frames, probe_duration_s
+from extract.open_media import OpenMedia
 from extract.readers.decord_video import DecordFrameReader
 from extract.readers.pyav_audio import read_audio
 from extract.readers.pyav_video import PyAvFrameReader
@@ -162,3 +163,18 @@ def test_what_is_found_opens(tmp_path, media_factory):
     silent = locate_media(tmp_path, layout, make_segment("b"), "audio")
     with pytest.raises(MediaNotFoundError, match="holds no pictures"):
         open_frames(silent)
+
+
+def test_sound_stays_open_until_another_file_is_read(tmp_path, media_factory):
+    tone = 0.4 * np.sin(np.arange(8000) * 0.3, dtype=np.float32)[None]
+    paths = [media_factory.write_sound(tmp_path / f"{i}.wav", (i + 1) * tone, "pcm_f32le", 8000) for i in range(2)]
+    first, second = (MediaLocation("file", path, "audio") for path in paths)
+    with OpenMedia(tmp_path, MediaLayout()) as media:
+        reader = media.open_sound(first)
+        assert np.array_equal(reader.read(0.25, 0.5, 8000), tone[0, 2000:4000])
+        assert media.open_sound(first) is reader
+        assert media.open_sound(MediaLocation("none", tmp_path, "audio")) is None
+        other = media.open_sound(second)
+        assert np.array_equal(other.read(0.25, 0.5, 8000), 2 * tone[0, 2000:4000])
+        again = media.open_sound(first)
+        assert again is not reader and np.array_equal(again.read(0.25, 0.5, 8000), tone[0, 2000:4000])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import av
 import numpy as np
 import pytest
 
-from extract.readers import sound_track
+from extract.readers import pyav_audio, sound_track
+from extract.readers.container import has_whole_index, open_container
 from extract.readers.pyav_audio import PyAvAudioReader, has_audio_track, probe_audio_end_s, read_audio
 from pipeline.errors import DecodeError, MediaNotFoundError
 
@@ -86,6 +89,86 @@ def test_made_up_noise_does_not_depend_on_earlier_reads(tmp_path, media_factory,
         first = reader.read(5.0, 6.0, 16000)
         reader.read(2.0, 4.0, 24000)
         assert np.array_equal(reader.read(5.0, 6.0, 16000), first)
+
+
+@pytest.fixture
+def count_openings(monkeypatch):
+    """Counts, in the list it gives, the files that the reader of sound opens."""
+    opened = []
+
+    def open_and_note(path):
+        opened.append(path.name)
+        return open_container(path)
+
+    monkeypatch.setattr(sound_track, "open_container", open_and_note)
+    monkeypatch.setattr(pyav_audio, "open_container", open_and_note)
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [("a.mp4", "aac", None), ("a.mov", "aac", None), ("m.mp4", "libmp3lame", None), ("3.mp4", "ac3", None),
+     ("e.mp4", "eac3", None), ("a.m4a", "alac", None), ("f.mp4", "flac", None)],
+)  # fmt: skip
+def test_an_mp4_is_opened_once_and_reads_as_if_opened_for_each_span(
+    tmp_path, media_factory, monkeypatch, count_openings, name, codec, options
+):
+    monkeypatch.setattr(sound_track, "FROM_START_S", 0.7)
+    noise = 0.3 * np.random.default_rng(0).standard_normal((2, 6 * RATE)).astype(np.float32)  # AAC's is made up
+    path = media_factory.write_sound(tmp_path / name, noise, codec, RATE, options)
+    starts_s = (5.2, 2.3, 1.9, 4.7, 2.3, 5.7)  # the last one beyond the track's end
+    with PyAvAudioReader(path) as reader:
+        kept = [reader.read(start_s, start_s + 0.5, 16000) for start_s in starts_s]
+    assert count_openings == [name]
+    monkeypatch.setattr(sound_track, "has_whole_index", lambda container, path: False)
+    for start_s, samples in zip(starts_s, kept, strict=True):
+        anew = read_audio(path, start_s, start_s + 0.5, 16000)
+        assert np.array_equal(samples, anew) and samples.any()
+    assert len(kept[0]) == 8000 and len(kept[-1]) < 8000 and np.array_equal(kept[1], kept[4])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate", "container_options"),
+    [("f.mp4", "aac", RATE, {"movflags": "frag_keyframe+empty_moov", "frag_duration": "500000"}),
+     ("o.mp4", "libopus", 48000, {}), ("p.mov", "pcm_s16le", RATE, {}), ("a.mkv", "aac", RATE, {})],
+)  # fmt: skip
+def test_other_files_are_opened_for_each_span(
+    tmp_path, media_factory, monkeypatch, count_openings, name, codec, rate, container_options
+):
+    monkeypatch.setattr(sound_track, "FROM_START_S", 0.7)
+    path = media_factory.write_video(
+        tmp_path / name, n_frames=125, sound=make_chirp(5, rate, 2), sound_codec=codec, sound_rate=rate,
+        container_options=container_options,
+    )  # fmt: skip
+    with PyAvAudioReader(path) as reader:
+        kept = [reader.read(start_s, start_s + 0.5, 16000) for start_s in (3.2, 1.9, 3.2)]
+    assert len(count_openings) >= 3
+    assert len(kept[0]) == 8000 and np.array_equal(kept[0], kept[2])
+    assert np.array_equal(kept[1], read_audio(path, 1.9, 2.4, 16000))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        ([(b"ftyp", 24), (b"moov", 40), (b"mdat", 64)], True),
+        ([(b"ftyp", 24), (b"moov", 40), (b"moof", 32), (b"mdat", 64)], False),
+        ([(b"ftyp", 24), (b"mdat", 0), (b"moof", 32)], True),  # the rest of the file
+        ([(b"ftyp", 24), (b"mdat", 1), (b"moof", 32)], False),  # 64 bits of size
+        ([(b"ftyp", 24), (b"moov", 5)], False),  # no box
+    ],
+)
+def test_fragments_are_found_among_the_outermost_boxes(tmp_path, boxes, expected):
+    path = tmp_path / "x.mp4"
+    data = b""
+    for kind, size in boxes:
+        large = (48).to_bytes(8, "big") if size == 1 else b""
+        data += (size.to_bytes(4, "big") + kind + large).ljust({0: 80, 1: 48}.get(size, max(size, 8)), b"\0")
+    path.write_bytes(data)
+    named = SimpleNamespace(format=SimpleNamespace(name="mov,mp4,m4a,3gp,3g2,mj2"))
+    assert has_whole_index(named, path) is expected
+    assert has_whole_index(SimpleNamespace(format=SimpleNamespace(name="matroska,webm")), path) is False
+    path.unlink()
+    assert has_whole_index(named, path) is False
 
 
 @pytest.mark.shared

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,14 @@ from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from pipeline.store import raw_chunks
 from pipeline.store.file_maps import N_LARGE_PAGE_BYTES, identify_file, is_still
 from pipeline.store.interface import Backend, FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, Shard, plan_arrays, plan_rows_per_shard, plan_shards
+from pipeline.store.layout import (
+    DONE,
+    Shard,
+    plan_arrays,
+    plan_rows_per_index_chunk,
+    plan_rows_per_shard,
+    plan_shards,
+)
 from pipeline.store.opening import create_store, open_store
 from pipeline.store.reading import RowFinder
 from pipeline.store.verifying import verify_store
@@ -259,6 +267,32 @@ def test_shards_are_sized_by_bytes_and_rows() -> None:
     clip = ClipSpec(n_frames=4, sampling="windows", step=4)
     windows = spec.model_copy(update={"clip": clip})
     assert plan_rows_per_shard(windows, 100_000, 1000) == 16  # 64 windows a chunk
+
+
+def test_index_chunks_are_sized_by_bytes_and_rows() -> None:
+    assert plan_rows_per_index_chunk(1, 16) == 1024  # a store may grow
+    assert plan_rows_per_index_chunk(5000, 16) == 8192
+    assert plan_rows_per_index_chunk(1_000_000, 1) == 65536
+    assert plan_rows_per_index_chunk(1_000_000, 160) == 8192  # 1.3 MB, times of 10 clips
+    assert plan_rows_per_index_chunk(1, 5400 * 16) == 16  # 1.4 MB, times of 5,400 windows; 1,024 rows are 88 MB
+    assert plan_rows_per_index_chunk(1, 200_000 * 16) == 1  # 3.2 MB
+
+
+def test_a_commit_of_one_long_row_takes_little_memory_and_disk(tmp_path: Path) -> None:
+    n_windows = 5400  # 3 hours, one each 2 s
+    store = make_store(tmp_path / "x.zarr", make_spec(1, sampling="windows"), 1, n_windows)
+    shard = plan_shards(store.layout)[0]
+    index = make_index(shard, np.array([n_windows]), n_windows)
+    tracemalloc.start()
+    try:
+        store.commit_shard(shard, index)
+        peak_mb = tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+    assert peak_mb < 8  # with 1,024 rows a chunk: 88
+    n_bytes = sum(file.stat().st_size for file in (tmp_path / "x.zarr").rglob("*") if file.is_file())
+    assert n_bytes < 8e6
+    np.testing.assert_array_equal(open_store(tmp_path / "x.zarr").read_array("times"), index.times)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 3000])
