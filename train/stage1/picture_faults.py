@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from extract.media import locate_media
 from extract.media_survey import MediaSurvey
+from extract.readers.container import (
+    find_video_stream,
+    get_container_start_s,
+    get_declared_end_s,
+    open_container,
+)
+from pipeline.errors import MediaError
 from pipeline.manifest_check import find_media_faults, number_rows
-from pipeline.segments import Segment
+from pipeline.segments import END_TOLERANCE_S, Segment
 from pipeline.specs import FeatureSpec
 
 
@@ -21,7 +30,14 @@ def find_without_pictures(
     """
     if spec.frame is None or spec.frame.source != "rgb" or not survey.root.is_dir():
         return set()
-    faults = find_media_faults(number_rows(segments), survey, Path())
+    ends_s: dict[tuple[str, str, str], float] = {}
+    for segment in segments:
+        key = (segment.video_id, segment.domain, segment.split)
+        if key not in ends_s:
+            ends_s[key] = _read_declared_end_s(survey, segment)
+    # Only what a header casts doubt on is looked through: that takes seconds for an hour of video.
+    doubtful = [s for s in segments if s.stop_s > ends_s[s.video_id, s.domain, s.split] + END_TOLERANCE_S / 2]
+    faults = find_media_faults(number_rows(doubtful), survey, Path())
     if faults:
         first = faults[0]
         notify(
@@ -29,3 +45,17 @@ def find_without_pictures(
             f"{first.remedy}){' …' if len(faults) > 1 else ''}; `echoshift manifest check --media` names all"
         )
     return {fault.segment_id for fault in faults}
+
+
+def _read_declared_end_s(survey: MediaSurvey, segment: Segment) -> float:
+    """Reads when a video ends by its header, in seconds; inf where none says, -inf where it can't be opened."""
+    try:
+        location = locate_media(survey.root, survey.layout, segment, "rgb")
+        if location.kind != "file":
+            return survey.probe_duration_s(segment)
+        with open_container(location.path) as container:
+            stream = find_video_stream(container)
+            end_s = None if stream is None else get_declared_end_s(container, stream)
+            return math.inf if end_s is None else end_s - get_container_start_s(container)
+    except MediaError:
+        return -math.inf
