@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
+import alignment_batches as alignment
 import numpy as np
 import pytest
 import torch
+import toy_method as toy
 from simulated_cuda import simulate_gpu
 from simulated_graphs import SimulatedGraph
 
@@ -50,13 +51,11 @@ def compare(jobs: Sequence[TrainingJob], monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("same_draws")
-def test_three_stacked_runs_come_to_what_each_comes_to_on_a_cpu(
-    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_three_stacked_runs_come_to_what_each_comes_to_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     compare([toy.make_job(seed, N_STEPS) for seed in range(3)], monkeypatch)
 
 
-def test_a_gpus_own_numbers_for_dropout_are_the_runs_own(toy: ModuleType) -> None:
+def test_a_gpus_own_numbers_for_dropout_are_the_runs_own() -> None:
     with simulate_gpu():
         together = train([toy.make_job(seed, N_STEPS) for seed in range(2)], "cuda", stack=0)
         [alone] = train([toy.make_job(1, N_STEPS)], "cuda")
@@ -65,9 +64,7 @@ def test_a_gpus_own_numbers_for_dropout_are_the_runs_own(toy: ModuleType) -> Non
 
 @pytest.mark.usefixtures("same_draws")
 @pytest.mark.parametrize("method", EVERY_METHOD)
-def test_methods_of_alignment(
-    alignment: ModuleType, toy: ModuleType, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_methods_of_alignment(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = StreamShapes({"pooled": (toy.N_VISUAL,)}, toy.N_AUDIO)
 
     def make_job(seed: int) -> Any:
@@ -89,7 +86,7 @@ def test_methods_of_alignment(
     ],
     ids=("z^m", "z'", "z"),
 )
-def test_recognisers(toy: ModuleType, recogniser: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recognisers(recogniser: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"width": 8, "n_heads": 2, "head_width": 4, "mlp_width": 8, "visual_width": 4}
     config = Stage2Config.model_validate({"recogniser": {**small, **recogniser}})
     shapes = FeatureShapes({"pooled": (toy.N_VISUAL,)}, toy.N_AUDIO, toy.N_CLASSES, False)

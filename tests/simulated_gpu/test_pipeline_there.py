@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_shift
 from simulated_cuda import RUNNER, simulate_gpu
 
 from pipeline.store.opening import open_store
@@ -28,13 +28,13 @@ def list_settings(settings: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture
-def tiny(tiny_shift: ModuleType, tmp_path: Path) -> Any:
+def tiny(tmp_path: Path) -> Any:
     made = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
     made.make()
     return made
 
 
-def extract(tiny: Any, tiny_shift: ModuleType, device: str, *arguments: object) -> dict[str, Any]:
+def extract(tiny: Any, device: str, *arguments: object) -> dict[str, Any]:
     """Extracts everything; gives the stores by encoder."""
     cache = tiny.root / f"cache-{device}"
     places = ["--media", tiny.media, "--cache", cache, "--manifests", tiny.root, "--device", device]
@@ -43,13 +43,13 @@ def extract(tiny: Any, tiny_shift: ModuleType, device: str, *arguments: object) 
     return {path.name.split("-")[0]: open_store(path) for path in (cache / "tiny").glob("*.zarr")}
 
 
-def test_extraction_comes_to_the_cpus_features(tiny: Any, tiny_shift: ModuleType) -> None:
+def test_extraction_comes_to_the_cpus_features(tiny: Any) -> None:
     chosen = tiny.make()[::4]
     tiny.write_manifest(chosen)
-    of_cpu = extract(tiny, tiny_shift, "cpu")
+    of_cpu = extract(tiny, "cpu")
     n_before = RUNNER.n_run
     with simulate_gpu():
-        of_gpu = extract(tiny, tiny_shift, "cuda", "--batch", 4)
+        of_gpu = extract(tiny, "cuda", "--batch", 4)
     assert RUNNER.n_run > n_before + 300, "little of it was on the GPU"
     assert set(of_gpu) == {"slowfast_demo", "resnet_demo"}
     for encoder, store in of_gpu.items():
@@ -62,12 +62,10 @@ def test_extraction_comes_to_the_cpus_features(tiny: Any, tiny_shift: ModuleType
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_extraction_in_half_precision_is_near_the_cpus_float32(
-    tiny: Any, tiny_shift: ModuleType, precision: str
-) -> None:
-    of_cpu = extract(tiny, tiny_shift, "cpu")
+def test_extraction_in_half_precision_is_near_the_cpus_float32(tiny: Any, precision: str) -> None:
+    of_cpu = extract(tiny, "cpu")
     with simulate_gpu():
-        of_gpu = extract(tiny, tiny_shift, "cuda", "--precision", precision)
+        of_gpu = extract(tiny, "cuda", "--precision", precision)
     for encoder, store in of_gpu.items():
         ids = list(store.segment_ids)
         found = store.read(ids, "pooled").astype(np.float64).reshape(len(ids), -1)
@@ -82,7 +80,7 @@ def test_extraction_in_half_precision_is_near_the_cpus_float32(
     [(), ("visual.mode=trunk", "training.trainable_from=split"), ("training.precision=bf16",)],
     ids=("frames", "trunk", "bf16"),
 )
-def test_both_stages_run_there(tiny: Any, tiny_shift: ModuleType, settings: tuple[str, ...]) -> None:
+def test_both_stages_run_there(tiny: Any, settings: tuple[str, ...]) -> None:
     with simulate_gpu():
         for command in (
             tiny.list_arguments("stage1", "tiny", "--shift", "s-t", settings=settings),
