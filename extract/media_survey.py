@@ -56,7 +56,9 @@ class MediaSurvey:
         """Measures how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""
         location = locate_media(self.root, self.layout, segment, modality)
         if location.kind == "none":
-            raise MediaNotFoundError(f"no {modality} of video {segment.video_id} below {self.root}; it has loose frames")
+            raise MediaNotFoundError(
+                f"no {modality} of video {segment.video_id} below {self.root}; it has loose frames"
+            )
         if location not in self._durations:
             self._durations[location] = probe_duration_s(location)
         return self._durations[location]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from extract.encoders.registry import find_encoder
-from extract.media import Modality
+from extract.media import MediaLocation, Modality, locate_media
 from extract.media_survey import MediaSurvey
 from pipeline.cards import DatasetCard
 from pipeline.errors import MediaNotFoundError
@@ -18,27 +18,28 @@ class NeededMediaProbe:
 
     Attributes:
         modalities: tried in order; the first whose media are there says how long the video is.
-        asked, missing: ids of videos.
+        asked, found: ids of videos; one that can't be read is found.
     """
 
     survey: MediaSurvey
     modalities: tuple[Modality, ...]
     asked: set[str] = field(default_factory=set)
-    missing: set[str] = field(default_factory=set)
+    found: set[str] = field(default_factory=set)
 
     def probe_duration_s(self, segment: Segment) -> float:
         """Gives the length in seconds; raises MediaNotFoundError of the last modality, or another MediaError."""
         self.asked.add(segment.video_id)
+        location = self._locate(segment)
+        self.found.add(segment.video_id)
+        return self.survey.probe_duration_s(segment, location.modality)
+
+    def _locate(self, segment: Segment) -> MediaLocation:
         for modality in self.modalities[:-1]:
             try:
-                return self.survey.probe_duration_s(segment, modality)
+                return locate_media(self.survey.root, self.survey.layout, segment, modality)
             except MediaNotFoundError:
                 continue
-        try:
-            return self.survey.probe_duration_s(segment, self.modalities[-1])
-        except MediaNotFoundError:
-            self.missing.add(segment.video_id)
-            raise
+        return locate_media(self.survey.root, self.survey.layout, segment, self.modalities[-1])
 
 
 def find_needed_modalities(card: DatasetCard) -> tuple[Modality, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.manifest_check import Fault
 
 N_LISTED_VIDEOS = 20
-_WHAT = {"missing": "are missing", "unreadable": "can't be read"}
+_KINDS = ("missing", "unreadable")
 
 
 def list_fault_lines(faults: Sequence[Fault]) -> list[str]:
@@ -23,13 +23,14 @@ def list_fault_lines(faults: Sequence[Fault]) -> list[str]:
             videos.setdefault((fault.media, fault.message), []).append(fault)
     of_videos: dict[int, str] = {}  # by the fault that stands for its video
     more = []
-    for kind, what in _WHAT.items():
+    for kind in _KINDS:
         of_kind = [members for (media, _), members in videos.items() if media == kind]
         of_videos.update((id(members[0]), _describe_video(members)) for members in of_kind[:N_LISTED_VIDEOS])
         if hidden := of_kind[N_LISTED_VIDEOS:]:
             n_segments = sum(map(len, hidden))
-            counted = f"and {len(hidden)} more videos {what}, with {n_segments} segments; --json lists all"
-            more.append(f"error: {hidden[0][0].path}: {counted}")
+            what = f"{kind} video{'s' if len(hidden) > 1 else ''}"
+            counted = f"and {len(hidden)} more {what}, of {n_segments} segments"
+            more.append(f"error: {hidden[0][0].path}: {counted}; --json lists all")
     errors = [
         of_videos.get(id(fault), f"error: {fault}")
         for fault in faults

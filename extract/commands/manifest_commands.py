@@ -169,7 +169,7 @@ def check(
         print_json({"dataset": dataset, "manifest": path, **counts, "faults": faults})
     else:
         told = faults
-        if media and probe and len(probe.asked) > 1 and probe.asked == probe.missing:
+        if media and probe and len(probe.asked) > 1 and not probe.found:
             told = join_missing(faults, len(probe.asked), media)
         for line in list_fault_lines(told):
             typer.echo(line)
