@@ -57,7 +57,7 @@ class MediaSurvey:
         location = locate_media(self.root, self.layout, segment, modality)
         if location.kind == "none":
             raise MediaNotFoundError(
-                f"no {modality} of video {segment.video_id} below {self.root}; it has loose frames"
+                f"no {modality} of video {segment.video_id} below {self.root}; only loose frames are there"
             )
         if location not in self._durations:
             self._durations[location] = probe_duration_s(location)

@@ -78,7 +78,7 @@ def test_a_wrong_folder_is_one_line_and_json_stays_whole(tiny, tiny_dataset, tmp
     assert (code, len(lines)) == (1, 20 + 2)
     assert all("-0 and 3 more of its video: no media: " in line for line in lines[:20])
     assert lines[20:] == [
-        f"error: {manifest}: and 4 more videos are missing, with 16 segments; --json lists all",
+        f"error: {manifest}: and 4 more missing videos, of 16 segments; --json lists all",
         f"{manifest}: 96 errors, 0 warnings",
     ]
 
@@ -115,5 +115,5 @@ def test_flow_images_alone_are_enough_for_flow_and_loose_frames_hold_no_sound(tm
         probe.probe_duration_s(missing)
     assert (probe.asked, probe.found) == ({"x", "y"}, {"x"})
     (tmp_path / "rgb" / "x").mkdir(parents=True)
-    with pytest.raises(MediaNotFoundError, match="no audio of video x below .*; it is loose frames"):
+    with pytest.raises(MediaNotFoundError, match=r"no audio of video x below .*; only loose frames are there"):
         NeededMediaProbe(survey, ("audio",)).probe_duration_s(segment)
