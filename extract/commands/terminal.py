@@ -5,6 +5,7 @@ Answers go to stdout, everything else to stderr. Plain is what isn't a terminal,
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -17,7 +18,9 @@ from typing import Annotated, Protocol, TextIO
 import typer
 
 PLAIN_INTERVAL_S = 10.0
+BEGUN_S = 5.0  # what is refused or done sooner needs no line to say that it began
 SILENCE_S, LONGEST_SILENCE_S = 30.0, 600.0
+POLL_S = 1.0
 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices: result and errors only.")]
 
@@ -60,24 +63,25 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 class PlainProgress:
-    """Writes a line on stderr when work begins, every ten seconds, and at once what is described."""
+    """Writes a line on stderr when work has gone on for some seconds, every ten then, and at once what is described."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
-        self._what, self._n_total, self._n_done, self._n_lines = "", 0, 0, 0
+        self._what, self._n_total, self._n_done = "", 0, 0
+        self._is_told = False  # that this stretch has begun
         self._started = self._last_line = time.monotonic()
+        self._due, self._silence_s = math.inf, SILENCE_S  # when a line is due though no step ended
 
     def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of work of n_total steps, and says so."""
-        self._what, self._n_total, self._n_done = what, n_total, 0
+        """Begins a stretch of work of n_total steps; a line says so when it lasts."""
+        self._what, self._n_total, self._n_done, self._is_told = what, n_total, 0, False
         self._started = self._last_line = time.monotonic()
-        self._say(f"{what}: {self._count_done()}" if n_total else what)
+        self._due, self._silence_s = self._started + BEGUN_S, SILENCE_S
 
     def describe(self, what: str) -> None:
         """Says how the work under way goes, in a line of its own."""
         self._what = what
-        self._last_line = time.monotonic()
-        self._say(what)
+        self._say(what, time.monotonic())
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Counts steps done; how many there are may be unknown, and then no end is foretold."""
@@ -85,33 +89,37 @@ class PlainProgress:
         now = time.monotonic()
         if now - self._last_line < PLAIN_INTERVAL_S:
             return
-        self._last_line = now
         rate = self._n_done / (now - self._started)
         line = f"{self._what}: {self._count_done()}, {rate:.1f}/s"
         left_s = max(0.0, (self._n_total - self._n_done) / rate) if rate else 0.0
         line = f"{line}, {left_s:.0f} s left" if self._n_total else line
-        self._say(f"{line}, {note}" if note else line)
+        self._say(f"{line}, {note}" if note else line, now)
 
-    def break_silence(self, ended: threading.Event, silence_s: float = SILENCE_S) -> None:
-        """Says that work goes on wherever a whole wait of silence_s brought no line; each such wait doubles the next.
+    def tell_silent(self, now: float) -> None:
+        """Says what has begun, BEGUN_S after it did, and where it is when no step ends, ever more seldom."""
+        if now < self._due or 0 < self._n_total <= self._n_done:
+            return
+        if self._is_told:
+            line = f"{self._what}: still at {self._count_done()}, {now - self._started:.0f} s"
+            silence_s = min(2 * self._silence_s, LONGEST_SILENCE_S)
+        else:
+            line, silence_s = f"{self._what}: {self._count_done()}", SILENCE_S
+        last_line = self._last_line
+        self._say(line, now)
+        self._last_line, self._due, self._silence_s = last_line, now + silence_s, silence_s
 
-        Returns when `ended` is set; it is for a thread of its own, because a step that takes long says nothing.
-        """
-        wait_s, n_lines = silence_s, self._n_lines
-        while not ended.wait(wait_s):
-            is_silent = n_lines == self._n_lines and 0 < self._n_total > self._n_done
-            wait_s = min(2 * wait_s, max(silence_s, LONGEST_SILENCE_S)) if is_silent else silence_s
-            if is_silent:
-                passed_s = time.monotonic() - self._started
-                print(f"{self._what}: still at {self._count_done()}, {passed_s:.0f} s", file=sys.stderr, flush=True)
-            n_lines = self._n_lines
+    def watch_silence(self, ended: threading.Event) -> None:
+        """Calls tell_silent now and then until `ended` is set: in a thread, because a step that lasts tells nothing."""
+        while not ended.wait(POLL_S):
+            self.tell_silent(time.monotonic())
 
     def _count_done(self) -> str:
         of = f"/{self._n_total}" if self._n_total else ""
         return f"{self._n_done}{of} {self._unit}"
 
-    def _say(self, line: str) -> None:
-        self._n_lines += 1
+    def _say(self, line: str, now: float) -> None:
+        self._last_line, self._is_told = now, True
+        self._due, self._silence_s = now + SILENCE_S, SILENCE_S
         print(line, file=sys.stderr, flush=True)
 
 
@@ -135,11 +143,13 @@ def show_progress(unit: str, *, quiet: bool = False) -> Iterator[Progress]:
         yield SilentProgress()
     elif is_plain(sys.stderr):
         plain, ended = PlainProgress(unit), threading.Event()
-        threading.Thread(target=plain.break_silence, args=(ended,), name="progress", daemon=True).start()
+        thread = threading.Thread(target=plain.watch_silence, args=(ended,), name="progress", daemon=True)
+        thread.start()
         try:
             yield plain
         finally:
             ended.set()
+            thread.join()
     else:
         from extract.commands.progress_bars import draw_bar
 

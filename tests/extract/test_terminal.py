@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -68,7 +67,7 @@ def test_a_table_wider_than_the_terminal_is_told_row_by_row_with_no_name_in_piec
 def test_a_terminal_that_wants_none_gets_plain_text(environment: dict[str, str]) -> None:
     text = run_on_terminal(TABLE, **environment)
     assert "\x1b" not in text
-    assert text.splitlines() == [*PLAIN, "reading: 0/2 rows"]
+    assert text.splitlines() == PLAIN
 
 
 def test_elsewhere_a_table_is_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +75,7 @@ def test_elsewhere_a_table_is_plain_columns(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines() == PLAIN
 
 
-def test_plain_progress_is_a_line_at_the_start_and_one_an_interval_on_stderr(
+def test_plain_progress_is_a_line_an_interval_on_stderr(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 0.0, 4.0, 20.0, 21.0])  # made, begun, then three steps
@@ -86,7 +85,7 @@ def test_plain_progress_is_a_line_at_the_start_and_one_an_interval_on_stderr(
         for _ in range(3):
             progress.advance(2)
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "reading: 0/12 rows\nreading: 4/12 rows, 0.2/s, 40 s left\n")
+    assert (out, err) == ("", "reading: 4/12 rows, 0.2/s, 40 s left\n")
 
 
 def test_what_goes_with_the_steps_is_part_of_their_line(
@@ -99,71 +98,64 @@ def test_what_goes_with_the_steps_is_part_of_their_line(
         for i in range(1, 51):
             progress.advance(32, f"loss {1 / i:.3f}")
     assert capsys.readouterr().err.splitlines() == [
-        "s-t, seed 0: training: 0/1600 steps",
         "s-t, seed 0: training: 640/1600 steps, 64.0/s, 15 s left, loss 0.050",
         "s-t, seed 0: training: 1280/1600 steps, 64.0/s, 5 s left, loss 0.025",
     ]
 
 
-class Waits:
-    """Stands for the event that ends: keeps how long is waited, and lets something happen in each wait."""
-
-    def __init__(self, *happenings: Callable[[], None]) -> None:
-        self.happenings = list(happenings)
-        self.waited_s: list[float] = []
-
-    def wait(self, wait_s: float) -> bool:
-        """Ends when nothing is left to happen."""
-        self.waited_s.append(wait_s)
-        if not self.happenings:
-            return True
-        self.happenings.pop(0)()
-        return False
-
-
-def test_a_long_step_is_said_to_go_on_ever_more_seldom(
+def test_a_step_that_lasts_is_told_when_it_begins_and_ever_more_seldom(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    now = 0
+    monkeypatch.setattr(time, "monotonic", lambda: float(now))
     progress = terminal.PlainProgress("steps")
 
-    def set_clock(now_s: float) -> Callable[[], None]:
-        return lambda: now.__setitem__(0, now_s)
+    def wait_until(then_s: int) -> list[str]:
+        nonlocal now
+        while now < then_s:
+            now += 1
+            progress.tell_silent(float(now))
+        return capsys.readouterr().err.splitlines()
 
-    def end_step() -> None:
-        now[0] = 240.0
-        progress.advance()
-
-    def end_all() -> None:
-        progress.advance(2)
-
+    assert wait_until(100) == [], "nothing has begun"
+    now = 0
+    progress.start("looking", 7)
+    assert wait_until(4) == [], "what is refused at once says no more than why"
+    now = 0
     progress.start("encoder", 3)
-    silent = [set_clock(30.0), set_clock(90.0), set_clock(210.0)]
-    waits = Waits(*silent, end_step, set_clock(270.0), end_all, lambda: None)
-    progress.break_silence(waits, 30.0)
-    assert capsys.readouterr().err.splitlines() == [
+    assert capsys.readouterr().err == ""
+    assert wait_until(300) == [
         "encoder: 0/3 steps",
-        "encoder: still at 0/3 steps, 30 s",
-        "encoder: still at 0/3 steps, 90 s",
-        "encoder: still at 0/3 steps, 210 s",
-        "encoder: 1/3 steps, 0.0/s, 480 s left",
-        "encoder: still at 1/3 steps, 270 s",
-        "encoder: 3/3 steps, 0.0/s, 0 s left",
+        "encoder: still at 0/3 steps, 35 s",
+        "encoder: still at 0/3 steps, 95 s",
+        "encoder: still at 0/3 steps, 215 s",
     ]
-    assert waits.waited_s == [30, 60, 120, 240, 30, 60, 30, 30]
+    progress.advance()
+    assert wait_until(340) == ["encoder: 1/3 steps, 0.0/s, 600 s left", "encoder: still at 1/3 steps, 330 s"]
+    progress.describe("encoder, epoch 1")
+    progress.advance(2)
+    assert wait_until(9999) == ["encoder, epoch 1"], "all steps are done"
+    now = 0
+    progress.start("predictions", 100)
+    assert wait_until(6) == ["predictions: 0/100 steps"]
+    now = 12
+    progress.advance(60)
+    assert wait_until(41) == ["predictions: 60/100 steps, 5.0/s, 8 s left"]
+    assert wait_until(4242)[:7] == [
+        f"predictions: still at 60/100 steps, {s} s" for s in (42, 102, 222, 462, 942, 1542, 2142)
+    ]
 
 
-def test_silence_is_broken_while_the_step_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    progress, ended = terminal.PlainProgress("steps"), threading.Event()
-    progress.start("encoder", 3)
-    thread = threading.Thread(target=progress.break_silence, args=(ended, 0.02))
-    thread.start()
-    time.sleep(0.3)
-    ended.set()
-    thread.join(timeout=5)
-    assert not thread.is_alive()
-    assert capsys.readouterr().err.startswith("encoder: 0/3 steps\nencoder: still at 0/3 steps, 0 s\n")
+def test_silence_is_broken_while_the_step_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "POLL_S", 0.01)
+    monkeypatch.setattr(terminal, "BEGUN_S", 0.05)
+    with terminal.show_progress("steps") as progress:
+        progress.start("encoder", 3)
+        time.sleep(0.5)
+    n_threads = sum(thread.name == "progress" for thread in threading.enumerate())
+    assert (capsys.readouterr().err, n_threads) == ("encoder: 0/3 steps\n", 0)
 
 
 def test_progress_without_a_known_end_foretells_none(
@@ -174,7 +166,7 @@ def test_progress_without_a_known_end_foretells_none(
     with terminal.show_progress("videos") as progress:
         progress.start("measuring", 0)
         progress.advance(5)
-    assert capsys.readouterr().err == "measuring\nmeasuring: 5 videos, 0.5/s\n"
+    assert capsys.readouterr().err == "measuring: 5 videos, 0.5/s\n"
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
