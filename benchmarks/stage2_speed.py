@@ -63,7 +63,7 @@ class TimingWatcher:
         """Notes the beginning."""
         self.done = [(0, self.clock())]
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, note: str = "") -> None:
         """Notes the time at which n more steps were done."""
         self.done.append((self.done[-1][0] + n, self.clock()))
 

@@ -52,9 +52,13 @@ class MediaSurvey:
         self.identify(segment, modality)
         return (modality, segment.video_id, segment.domain, segment.split) in self._missing
 
-    def probe_duration_s(self, segment: Segment) -> float:
+    def probe_duration_s(self, segment: Segment, modality: Modality = "rgb") -> float:
         """Measures how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""
-        location = locate_media(self.root, self.layout, segment, "rgb")
+        location = locate_media(self.root, self.layout, segment, modality)
+        if location.kind == "none":
+            raise MediaNotFoundError(
+                f"no {modality} of video {segment.video_id} below {self.root}; only loose frames are there"
+            )
         if location not in self._durations:
             self._durations[location] = probe_duration_s(location)
         return self._durations[location]

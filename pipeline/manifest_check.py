@@ -28,7 +28,8 @@ class Fault:
     """Is one thing wrong with a manifest; `line` 0 stands for the file as a whole.
 
     A `warning` doesn't make the manifest unusable: counts that differ from the card (people use subsets), or the same
-    span of a video in two splits.
+    span of a video in two splits. `media` says that the segment's whole video is at fault: every segment of it has the
+    same message then.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Fault:
     message: str
     remedy: str
     level: Literal["error", "warning"] = "error"
+    media: Literal["", "missing", "unreadable"] = ""
 
     def __str__(self) -> str:
         """Prints as `file:line: segment X: message; remedy`."""
@@ -143,9 +145,12 @@ def find_media_faults(rows: Sequence[ManifestRow], probe: MediaProbe, path: Path
             except MediaError as error:
                 durations[key] = error
         duration_s = durations[key]
+        media: Literal["", "missing", "unreadable"] = ""
         if isinstance(duration_s, MediaNotFoundError):
+            media = "missing"
             found = (f"no media: {duration_s}", "put the file there, or give another media root")
         elif isinstance(duration_s, MediaError):
+            media = "unreadable"
             found = (f"unreadable media: {duration_s}", "replace the file")
         elif row.times_known and segment.stop_s > duration_s + END_TOLERANCE_S:
             found = (
@@ -154,7 +159,7 @@ def find_media_faults(rows: Sequence[ManifestRow], probe: MediaProbe, path: Path
             )
         else:
             continue
-        faults.append(Fault(str(path), row.line, segment.segment_id, *found))
+        faults.append(Fault(str(path), row.line, segment.segment_id, *found, media=media))
     return faults
 
 

@@ -12,12 +12,12 @@ class EpochWatcher(Protocol):
         """Begins a stretch of n_total steps."""
         ...
 
-    def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts steps done; `note` is how they went, to be said beside their number and not in a line of its own."""
         ...
 
     def describe(self, what: str) -> None:
-        """Says how it goes."""
+        """Says at once how it goes, in place of what the stretch was begun as."""
         ...
 
 
@@ -27,7 +27,7 @@ class SilentWatcher:
     def start(self, what: str, n_total: int) -> None:
         """Says nothing."""
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, note: str = "") -> None:
         """Says nothing."""
 
     def describe(self, what: str) -> None:

@@ -20,6 +20,7 @@ from pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from extract.media_survey import MediaSurvey
+    from extract.needed_media import NeededMediaProbe
     from pipeline.cards import DatasetCard
     from pipeline.segments import Segment
 
@@ -155,18 +156,23 @@ def check(
 ) -> None:
     """Name file and line of every fault; ends with 1 if there is any."""
     from pipeline.cards import read_dataset_card
+    from pipeline.fault_lines import join_missing, list_fault_lines
     from pipeline.manifest_csv import check_manifest, locate_manifest
 
     card = read_dataset_card(dataset, manifests)
     path = file or locate_manifest(dataset, manifests)
-    faults = check_manifest(path, card, _survey(media, card) if media else None)
+    probe = _make_probe(media, card) if media else None
+    faults = check_manifest(path, card, probe)
     n_errors = sum(fault.level == "error" for fault in faults)
     if as_json:
         counts = {"n_errors": n_errors, "n_warnings": len(faults) - n_errors}
         print_json({"dataset": dataset, "manifest": path, **counts, "faults": faults})
     else:
-        for fault in faults:
-            typer.echo(f"{fault.level}: {fault}")
+        told = faults
+        if media and probe and len(probe.asked) > 1 and not probe.found:
+            told = join_missing(faults, len(probe.asked), media)
+        for line in list_fault_lines(told):
+            typer.echo(line)
         typer.echo(f"{path}: {n_errors} errors, {len(faults) - n_errors} warnings")
     if n_errors:
         raise typer.Exit(EXIT_FAULTS)
@@ -188,6 +194,12 @@ def show(
         print_json({**describe_counts(card, manifest.segments), "sha256": manifest.sha256})
     else:
         _print_counts(card, manifest.segments)
+
+
+def _make_probe(media: Path, card: DatasetCard) -> NeededMediaProbe:
+    from extract.needed_media import NeededMediaProbe, find_needed_modalities
+
+    return NeededMediaProbe(_survey(media, card), find_needed_modalities(card))
 
 
 def _survey(media: Path, card: DatasetCard) -> MediaSurvey:

@@ -24,22 +24,25 @@ class BarProgress:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task: TaskID | None = None
+        self._what = ""
 
     def start(self, what: str, n_total: int) -> None:
         """Begins a stretch of work of n_total steps."""
         if self._task is not None:
             self._bar.remove_task(self._task)
+        self._what = what
         self._task = self._bar.add_task(what, total=n_total)
 
     def describe(self, what: str) -> None:
         """Says how the work under way goes, in place of what it was begun as."""
+        self._what = what
         if self._task is not None:
             self._bar.update(self._task, description=what)
 
-    def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts steps done; a note stands behind what the work was begun as."""
         if self._task is not None:
-            self._bar.advance(self._task, n)
+            self._bar.update(self._task, advance=n, description=f"{self._what}, {note}" if note else None)
 
 
 @contextmanager

@@ -5,9 +5,11 @@ Answers go to stdout, everything else to stderr. Plain is what isn't a terminal,
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,9 @@ from typing import Annotated, Protocol, TextIO
 import typer
 
 PLAIN_INTERVAL_S = 10.0
+BEGUN_S = 5.0  # what is refused or done sooner needs no line to say that it began
+SILENCE_S, LONGEST_SILENCE_S = 30.0, 600.0
+POLL_S = 1.0
 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices: result and errors only.")]
 
@@ -31,8 +36,8 @@ class Progress(Protocol):
         """Says how the work under way goes."""
         ...
 
-    def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Counts steps done; `note` is how they went, to be said beside their number and not in a line of its own."""
         ...
 
 
@@ -58,36 +63,64 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 class PlainProgress:
-    """Writes a line on stderr every ten seconds, and at once what is described."""
+    """Writes a line on stderr when work has gone on for some seconds, every ten then, and at once what is described."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._what, self._n_total, self._n_done = "", 0, 0
+        self._is_told = False  # that this stretch has begun
         self._started = self._last_line = time.monotonic()
+        self._due, self._silence_s = math.inf, SILENCE_S  # when a line is due though no step ended
 
     def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of work of n_total steps."""
-        self._what, self._n_total, self._n_done = what, n_total, 0
+        """Begins a stretch of work of n_total steps; a line says so when it lasts."""
+        self._what, self._n_total, self._n_done, self._is_told = what, n_total, 0, False
         self._started = self._last_line = time.monotonic()
+        self._due, self._silence_s = self._started + BEGUN_S, SILENCE_S
 
     def describe(self, what: str) -> None:
         """Says how the work under way goes, in a line of its own."""
         self._what = what
-        self._last_line = time.monotonic()
-        print(what, file=sys.stderr, flush=True)
+        self._say(what, time.monotonic())
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, note: str = "") -> None:
         """Counts steps done; how many there are may be unknown, and then no end is foretold."""
         self._n_done += n
         now = time.monotonic()
         if now - self._last_line < PLAIN_INTERVAL_S:
             return
-        self._last_line = now
         rate = self._n_done / (now - self._started)
-        of = f"/{self._n_total}" if self._n_total else ""
-        line = f"{self._what}: {self._n_done}{of} {self._unit}, {rate:.1f}/s"
+        line = f"{self._what}: {self._count_done()}, {rate:.1f}/s"
         left_s = max(0.0, (self._n_total - self._n_done) / rate) if rate else 0.0
-        print(f"{line}, {left_s:.0f} s left" if self._n_total else line, file=sys.stderr, flush=True)
+        line = f"{line}, {left_s:.0f} s left" if self._n_total else line
+        self._say(f"{line}, {note}" if note else line, now)
+
+    def tell_silent(self, now: float) -> None:
+        """Says what has begun, BEGUN_S after it did, and where it is when no step ends, ever more seldom."""
+        if now < self._due or 0 < self._n_total <= self._n_done:
+            return
+        if self._is_told:
+            line = f"{self._what}: still at {self._count_done()}, {now - self._started:.0f} s"
+            silence_s = min(2 * self._silence_s, LONGEST_SILENCE_S)
+        else:
+            line, silence_s = f"{self._what}: {self._count_done()}", SILENCE_S
+        last_line = self._last_line
+        self._say(line, now)
+        self._last_line, self._due, self._silence_s = last_line, now + silence_s, silence_s
+
+    def watch_silence(self, ended: threading.Event) -> None:
+        """Calls tell_silent now and then until `ended` is set: in a thread, because a step that lasts tells nothing."""
+        while not ended.wait(POLL_S):
+            self.tell_silent(time.monotonic())
+
+    def _count_done(self) -> str:
+        of = f"/{self._n_total}" if self._n_total else ""
+        return f"{self._n_done}{of} {self._unit}"
+
+    def _say(self, line: str, now: float) -> None:
+        self._last_line, self._is_told = now, True
+        self._due, self._silence_s = now + SILENCE_S, SILENCE_S
+        print(line, file=sys.stderr, flush=True)
 
 
 class SilentProgress:
@@ -99,7 +132,7 @@ class SilentProgress:
     def describe(self, what: str) -> None:
         """Shows nothing."""
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, note: str = "") -> None:
         """Shows nothing."""
 
 
@@ -109,7 +142,14 @@ def show_progress(unit: str, *, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield SilentProgress()
     elif is_plain(sys.stderr):
-        yield PlainProgress(unit)
+        plain, ended = PlainProgress(unit), threading.Event()
+        thread = threading.Thread(target=plain.watch_silence, args=(ended,), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield plain
+        finally:
+            ended.set()
+            thread.join()
     else:
         from extract.commands.progress_bars import draw_bar
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -158,3 +158,31 @@ def test_a_captured_graph_comes_to_what_the_cpu_comes_to_without_dropout(toy: Mo
     alone = [train_jobs([job], cuda, SilentWatcher())[0] for job in jobs]
     for one, other in zip(alone, stacked, strict=True):
         np.testing.assert_allclose(other.losses, one.losses, atol=1e-4)
+
+
+@dataclass
+class Told:
+    """Keeps what a watcher is told."""
+
+    said: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def start(self, what: str, n_total: int) -> None:
+        self.said.append((what, n_total))
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.said.append((n, note))
+
+    def describe(self, what: str) -> None:
+        raise AssertionError(f"the title is taken away by {what!r}")
+
+
+def test_the_loss_is_told_beside_the_steps_of_a_run_that_is_named(toy: ModuleType) -> None:
+    told = Told()
+    [run] = train_jobs([toy.make_job(3, n_steps=1)], CPU, told)
+    assert told.said == [("toy 3: training", 1), (1, f"loss {run.losses[0].sum():.3f}")]
+    told = Told()
+    runs = train_jobs([toy.make_job(3, n_steps=1), toy.make_job(4, n_steps=1)], CPU, told, stack=2)
+    mean = np.mean([run.losses[0].sum() for run in runs])
+    assert told.said == [("toy 3 and 1 more run: training", 2), (2, f"mean loss {mean:.3f}")]
+    told = Told()
+    assert train_jobs([], CPU, told) == [] and told.said == [("training", 0)]

@@ -150,7 +150,7 @@ class Watcher:
     def start(self, what: str, n_total: int) -> None:
         """Forgets."""
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, note: str = "") -> None:
         """Is killed in the middle of the epoch after the last whole one."""
         if self.stop_after is not None and len(self.said) == self.stop_after:
             raise KeyboardInterrupt

@@ -79,7 +79,7 @@ class TrainingJob:
     """Is one run to train.
 
     Attributes:
-        title: names it in errors.
+        title: names it in errors and in lines of progress.
         build: makes the method on the CPU, with weights that its own seed decides.
         seed: decides the order of batches, views, clips and dropout.
         predict: by name, what is predicted at the snapshots and at the end: rows of features, and their domain.
@@ -133,7 +133,7 @@ def train_jobs(
     found: dict[int, TrainedRun] = {}
     if device.type == "cpu":
         keep_freed_memory()
-    watcher.start("steps", sum(job.schedule.n_steps for job in jobs))
+    watcher.start(_name_jobs(jobs), sum(job.schedule.n_steps for job in jobs))
     for members in groups.values():
         size = stack or len(members)
         longest_first = sorted(members, key=lambda i: -jobs[i].schedule.n_steps)
@@ -173,14 +173,14 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
                     predictions[run][name].append(_predict(models.load(run), job, rows, index, domain, device))
             if job.keeps_states and step in job.schedule.snapshots and step < job.schedule.n_steps:
                 snapshots[run].append(_copy_state(models.load(run)))
-        watcher.advance((step - start) * active)
+        mean = "mean loss" if active > 1 else "loss"
+        watcher.advance((step - start) * active, f"{mean} {of_chunk[-1].sum(axis=-1).mean():.3f}")
         staying = sum(job.schedule.n_steps > step for job in jobs[:active])
         for run in range(staying, active):
             states[run] = _copy_state(models.load(run))
         if staying < active:
             models.keep(staying)
             active = staying
-        watcher.describe(f"loss {of_chunk[-1].sum(axis=-1).mean():.3f}")
     return [
         TrainedRun(
             states[run],
@@ -191,6 +191,14 @@ def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: Epo
         )
         for run in range(len(jobs))
     ]
+
+
+def _name_jobs(jobs: Sequence[TrainingJob]) -> str:
+    if not jobs:
+        return "training"
+    n_others = len(jobs) - 1
+    others = f" and {n_others} more run{'s' if n_others > 1 else ''}" if n_others else ""
+    return f"{jobs[0].title}{others}: training"
 
 
 def _copy_state(method: nn.Module) -> dict[str, torch.Tensor]:
