@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -117,6 +118,7 @@ class _Work:
     in_manifest: np.ndarray
     digests: np.ndarray
     wanted: np.ndarray
+    kept: np.ndarray
     hold: StoreHold | None = None
     n_computed: int = 0
 
@@ -222,10 +224,12 @@ def _open_work(
     digests = compute_digests(rows, identities)
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
-    require_media_of_done(survey, rows, spec, selection & (store.read_array("state") == DONE), store.path)
+    state = store.read_array("state")
+    require_media_of_done(survey, rows, spec, selection & (state == DONE), store.path)
     if refusal is not None and selection.any():
         raise refusal
-    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection)
+    kept = (state == DONE) & ~selection
+    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection, kept)
 
 
 def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
@@ -248,7 +252,8 @@ def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple
             stores={work.store.path: work.store for work in group},
             n_threads=None if request.cluster is None else count_threads_per_worker(request.cluster),
         )
-        jobs.append((job, plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)))
+        wanted, kept = ({w.store.path: rows(w) for w in group} for rows in (attrgetter("wanted"), attrgetter("kept")))
+        jobs.append((job, plan_tasks(wanted, group[0].store.layout, kept)))
     return jobs
 
 
@@ -263,7 +268,7 @@ def _run_jobs(
 
     def count(report: ShardReport) -> None:
         for path in report.indices:
-            by_path[path].n_computed += report.task.shard.n_rows
+            by_path[path].n_computed += report.task.shard.n_rows - len(report.task.kept_rows.get(path, ()))
 
     with ExitStack() as held:
         client = None
