@@ -18,7 +18,7 @@ import numpy as np
 from extract.encoders.registry import find_encoder
 from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.missing_media import require_media_of_done, require_some_media
+from extract.missing_media import UncheckedRows, find_unchecked_rows, require_media_of_done, require_some_media
 from extract.run_options import RunOptions
 from extract.shard_jobs import ExtractionJob
 from extract.shard_sizing import choose_rows_per_shard
@@ -80,7 +80,8 @@ class ExtractionRequest:
 class StoreSummary:
     """Is what one store holds for the manifest after a run.
 
-    `n_computed` rows were computed by this run; the other counts are of all the manifest's rows.
+    `n_computed` rows were computed by this run; the other counts are of all the manifest's rows. `n_unchecked` of those
+    that are done have media that can't be read now, the first for `unchecked_reason`, and so stay as they are.
     """
 
     path: str
@@ -90,6 +91,8 @@ class StoreSummary:
     n_pending: int
     n_silent: int
     n_computed: int
+    n_unchecked: int
+    unchecked_reason: str
     failures: tuple[Failure, ...]
 
 
@@ -105,6 +108,11 @@ class ExtractionSummary:
         """Gives the number of failed rows over all stores."""
         return sum(store.n_failed for store in self.stores)
 
+    @property
+    def n_unchecked(self) -> int:
+        """Gives the number of done rows, over all stores, whose media can't be read now."""
+        return sum(store.n_unchecked for store in self.stores)
+
 
 @dataclass(slots=True)
 class _Work:
@@ -119,6 +127,7 @@ class _Work:
     digests: np.ndarray
     wanted: np.ndarray
     kept: np.ndarray
+    unchecked: UncheckedRows
     hold: StoreHold | None = None
     n_computed: int = 0
 
@@ -225,11 +234,13 @@ def _open_work(
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
     state = store.read_array("state")
+    unchecked = find_unchecked_rows(survey, rows, spec, state == DONE)
+    selection &= ~unchecked.rows
     require_media_of_done(survey, rows, spec, selection & (state == DONE), store.path)
     if refusal is not None and selection.any():
         raise refusal
     kept = (state == DONE) & ~selection
-    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection, kept)
+    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection, kept, unchecked)
 
 
 def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
@@ -301,6 +312,8 @@ def _summarise(work: _Work) -> StoreSummary:
         n_pending=int((state == 0).sum()),
         n_silent=silent,
         n_computed=work.n_computed,
+        n_unchecked=work.unchecked.n_rows,
+        unchecked_reason=work.unchecked.reason,
         failures=tuple(
             failures[segment.segment_id]
             for segment in compress(work.rows, work.in_manifest & (work.store.read_array("state") == FAILED))

@@ -201,7 +201,7 @@ class ZarrFeatureStore:
         return n_rows, n_clips
 
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
-        """Sets the shard's rows to pending but those kept; chunks are replaced whole, with the same values of theirs."""
+        """Sets the shard's rows to pending but those kept, whose values each chunk that is written has again."""
         array, rows = self._describe("state"), (shard.start_row, shard.stop_row)
         states = self.read_array("state", *rows) if array is None else read_rows(array, *rows)
         begun = plan_begun_states(shard, states, kept_rows)
