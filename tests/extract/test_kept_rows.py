@@ -29,16 +29,22 @@ def name_rows(*video_ids: str) -> list[str]:
     return [f"{video_id}-{i}" for video_id in video_ids for i in range(4)]
 
 
-@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
-def test_rows_that_have_left_the_manifest_keep_all_they_have(tiny, tiny_dataset, backend: str) -> None:
+SLOW_HDF5 = pytest.param("hdf5", marks=pytest.mark.slow)
+WAYS = [("zarr",), pytest.param(("hdf5",), marks=pytest.mark.slow)]
+WAYS += [pytest.param(("zarr", "--workers", "2"), marks=pytest.mark.slow)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", WAYS, ids=["zarr", "hdf5", "dask"])
+def test_rows_that_have_left_the_manifest_keep_all_they_have(tiny, tiny_dataset, way: tuple[str, ...]) -> None:
     tiny.add_videos("v", "w")
-    assert tiny.extract("--backend", backend)[0] == 0
+    assert tiny.extract("--backend", way[0])[0] == 0
     stores = list_stores(tiny.cache)
     assert len(stores) == 2
     before = [read_rows(path, name_rows("v", "w")) for path in stores]
     tiny_dataset.write_video(tiny.media / "u.mp4", seed=7)
     tiny.write_manifest(tiny_dataset.make_segments(["u", "v"]))
-    code, out, _ = tiny.extract("--backend", backend, "--json")
+    code, out, _ = tiny.extract("--backend", *way, "--json")
     assert code == 0
     assert out.count('"n_computed": 4,') == 2, "u alone is computed"
     for path, rows in zip(stores, before, strict=True):
@@ -49,12 +55,12 @@ def test_rows_that_have_left_the_manifest_keep_all_they_have(tiny, tiny_dataset,
         assert store.read(name_rows("u"), store.spec.outputs[0].name).any()
         assert verify_store(store) == []
     tiny.write_manifest(tiny_dataset.make_segments(["u", "v", "w"]))
-    code, out, _ = tiny.extract("--backend", backend, "--json")
+    code, out, _ = tiny.extract("--backend", way[0], "--json")
     assert (code, out.count('"n_computed": 0,')) == (0, 2), "w comes back, and nothing is to be computed"
     assert [read_rows(path, name_rows("v", "w")) for path in stores] == before
 
 
-@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
+@pytest.mark.parametrize("backend", ["zarr", SLOW_HDF5])
 def test_a_stale_row_alone_is_computed_and_its_failure_costs_no_other(tiny, tiny_dataset, backend: str) -> None:
     tiny.add_videos("v", "w")
     options = ("--backend", backend, "--encoders", "slowfast_demo", "--outputs", "pooled,trunk_slow")
@@ -70,6 +76,8 @@ def test_a_stale_row_alone_is_computed_and_its_failure_costs_no_other(tiny, tiny
     assert verify_store(store) == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("backend", ["zarr", "hdf5"])
 def test_kept_rows_stay_done_while_their_shard_is_computed_and_after_a_kill(tiny, tiny_dataset, backend: str) -> None:
     tiny.add_videos("v", "w")

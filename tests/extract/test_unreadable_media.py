@@ -28,7 +28,7 @@ def make_unreadable(path: Path) -> None:
         path.read_bytes()
 
 
-@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
+@pytest.mark.parametrize("backend", ["zarr", pytest.param("hdf5", marks=pytest.mark.slow)])
 def test_done_rows_whose_video_cannot_be_read_stay_and_are_counted(tiny, backend: str) -> None:
     tiny.add_videos("v", "w")
     assert tiny.extract(*ENCODER, "--backend", backend)[0] == 0
