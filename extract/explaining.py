@@ -113,7 +113,7 @@ def explain_segment(
     else:
         return replace(bare, status="pending", why=_explain_pending(store, row))
     if segment is None:
-        gone = "the segment is no longer in the manifest; the row stays until its shard is computed again"
+        gone = "the segment is no longer in the manifest; the row stays as it is"
         return replace(found, why=(*found.why, gone))
     if not media_root.is_dir():
         unseen = f"whether it is up to date can't be said without the media: there is no folder {media_root}"
@@ -204,7 +204,7 @@ def _explain_staleness(
     if identity == NO_MEDIA:
         return (f"the row was made from media that are no longer below {survey.root}",)
     if identity == UNREADABLE:
-        return ("its media can't be read now",)
+        return ("its media can't be read now; until they can the row stays as it is",)
     n_valid = int(store.read_array("n_valid", row, row + 1)[0])
     times = store.read_array("times", row, row + 1)[0, :n_valid]
     now = f"{segment.start_s} s to {segment.stop_s} s"

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import numpy as np
 from extract.encoders.registry import find_encoder
 from extract.extraction_plan import ExtractionPlan, StoreTarget
 from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.missing_media import require_media_of_done, require_some_media
+from extract.missing_media import UncheckedRows, find_unchecked_rows, require_media_of_done, require_some_media
 from extract.run_options import RunOptions
 from extract.shard_jobs import ExtractionJob
 from extract.shard_sizing import choose_rows_per_shard
@@ -79,7 +80,8 @@ class ExtractionRequest:
 class StoreSummary:
     """Is what one store holds for the manifest after a run.
 
-    `n_computed` rows were computed by this run; the other counts are of all the manifest's rows.
+    `n_computed` rows were computed by this run; the other counts are of all the manifest's rows. `n_unchecked` of those
+    that are done have media that can't be read now, the first for `unchecked_reason`, and so stay as they are.
     """
 
     path: str
@@ -89,6 +91,8 @@ class StoreSummary:
     n_pending: int
     n_silent: int
     n_computed: int
+    n_unchecked: int
+    unchecked_reason: str
     failures: tuple[Failure, ...]
 
 
@@ -104,6 +108,11 @@ class ExtractionSummary:
         """Gives the number of failed rows over all stores."""
         return sum(store.n_failed for store in self.stores)
 
+    @property
+    def n_unchecked(self) -> int:
+        """Gives the number of done rows, over all stores, whose media can't be read now."""
+        return sum(store.n_unchecked for store in self.stores)
+
 
 @dataclass(slots=True)
 class _Work:
@@ -117,6 +126,8 @@ class _Work:
     in_manifest: np.ndarray
     digests: np.ndarray
     wanted: np.ndarray
+    kept: np.ndarray
+    unchecked: UncheckedRows
     hold: StoreHold | None = None
     n_computed: int = 0
 
@@ -222,10 +233,14 @@ def _open_work(
     digests = compute_digests(rows, identities)
     in_manifest = np.asarray([segment is not None for segment in rows])
     selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
-    require_media_of_done(survey, rows, spec, selection & (store.read_array("state") == DONE), store.path)
+    state = store.read_array("state")
+    unchecked = find_unchecked_rows(survey, rows, spec, state == DONE)
+    selection &= ~unchecked.rows
+    require_media_of_done(survey, rows, spec, selection & (state == DONE), store.path)
     if refusal is not None and selection.any():
         raise refusal
-    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection)
+    kept = (state == DONE) & ~selection
+    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection, kept, unchecked)
 
 
 def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
@@ -248,7 +263,8 @@ def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple
             stores={work.store.path: work.store for work in group},
             n_threads=None if request.cluster is None else count_threads_per_worker(request.cluster),
         )
-        jobs.append((job, plan_tasks({work.store.path: work.wanted for work in group}, group[0].store.layout)))
+        wanted, kept = ({w.store.path: rows(w) for w in group} for rows in (attrgetter("wanted"), attrgetter("kept")))
+        jobs.append((job, plan_tasks(wanted, group[0].store.layout, kept)))
     return jobs
 
 
@@ -263,7 +279,7 @@ def _run_jobs(
 
     def count(report: ShardReport) -> None:
         for path in report.indices:
-            by_path[path].n_computed += report.task.shard.n_rows
+            by_path[path].n_computed += report.task.shard.n_rows - len(report.task.kept_rows.get(path, ()))
 
     with ExitStack() as held:
         client = None
@@ -296,6 +312,8 @@ def _summarise(work: _Work) -> StoreSummary:
         n_pending=int((state == 0).sum()),
         n_silent=silent,
         n_computed=work.n_computed,
+        n_unchecked=work.unchecked.n_rows,
+        unchecked_reason=work.unchecked.reason,
         failures=tuple(
             failures[segment.segment_id]
             for segment in compress(work.rows, work.in_manifest & (work.store.read_array("state") == FAILED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -124,7 +125,7 @@ def identify_media(location: MediaLocation) -> str:
     """Computes the identity of media by content, 32 hex digits: neither path nor clock has a part in it (FORMAT.md)."""
     digest = hashlib.blake2b(digest_size=16)
     if location.kind == "folder":
-        files = sorted(p for p in location.path.rglob("*") if p.is_file())
+        files = sorted(_list_files(location.path))
         for file in files:
             digest.update(f"{file.relative_to(location.path).as_posix()} {file.stat().st_size}\n".encode())
         for i in sorted(
@@ -137,6 +138,16 @@ def identify_media(location: MediaLocation) -> str:
     if location.kind in ("folder", "tar"):
         digest.update(f"{location.pattern} {location.rate_hz!r} {location.n_first!r}".encode())
     return digest.hexdigest()
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Lists the files of a folder and those below it; raises OSError for one that can't be read (rglob skips it)."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (path for path in (Path(place, name) for name in names) if path.is_file())
 
 
 def _sample_blocks(path: Path) -> Iterator[bytes]:

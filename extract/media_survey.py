@@ -27,13 +27,15 @@ class MediaSurvey:
     layout: MediaLayout
     _identities: dict[tuple[object, ...], str] = field(default_factory=dict)
     _missing: set[tuple[object, ...]] = field(default_factory=set)
+    _reading_errors: dict[tuple[object, ...], str] = field(default_factory=dict)
     _frame_times: dict[object, tuple[np.ndarray, float]] = field(default_factory=dict)
     _durations: dict[object, float] = field(default_factory=dict)
 
     def identify(self, segment: Segment, modality: Modality) -> str:
         """Gives the identity of a segment's media, NO_MEDIA when they aren't there, UNREADABLE when they can't be read.
 
-        Such a row fails when it is extracted, with the reason, and turns stale when its media can be read.
+        Such a row fails when it is extracted, with the reason, and turns stale when its media can be read; one that is
+        done stays as it is meanwhile.
         """
         key = (modality, segment.video_id, segment.domain, segment.split)
         if key not in self._identities:
@@ -43,14 +45,25 @@ class MediaSurvey:
             except MediaNotFoundError:
                 self._identities[key] = NO_MEDIA
                 self._missing.add(key)
-            except (MediaError, OSError):
+            except (MediaError, OSError) as error:
                 self._identities[key] = UNREADABLE
+                self._reading_errors[key] = " ".join(str(error).split())
         return self._identities[key]
 
     def is_missing(self, segment: Segment, modality: Modality) -> bool:
         """Says whether a segment's media aren't there; loose frames without a sound file miss nothing."""
         self.identify(segment, modality)
         return (modality, segment.video_id, segment.domain, segment.split) in self._missing
+
+    @property
+    def has_reading_errors(self) -> bool:
+        """Says whether any of the media asked for so far can't be read."""
+        return bool(self._reading_errors)
+
+    def find_reading_error(self, segment: Segment, modality: Modality) -> str | None:
+        """Gives why a segment's media can't be read, None where they can, or aren't there."""
+        self.identify(segment, modality)
+        return self._reading_errors.get((modality, segment.video_id, segment.domain, segment.split))
 
     def probe_duration_s(self, segment: Segment, modality: Modality = "rgb") -> float:
         """Measures how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""

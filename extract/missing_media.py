@@ -1,8 +1,9 @@
-"""Refuses, before a store is touched, a run whose media are gone: a wrong folder, or a disk that isn't mounted."""
+"""Keeps a run from costing features because media are gone, which it refuses, or can't be read for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,8 +38,46 @@ def require_media_of_done(
     if lost:
         raise MediaNotFoundError(
             f"{len(lost)} rows of {path} are done, and their media are gone: {_explain(survey, lost[0], spec)}; put "
-            "them back, or take their segments out of the manifest, which may cost their features"
+            "them back, or take their segments out of the manifest, which leaves the rows as they are"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class UncheckedRows:
+    """Is the done rows whose media can't be read, bool [row], and the first one's reason; "" where there are none."""
+
+    rows: np.ndarray
+    reason: str
+
+    @property
+    def n_rows(self) -> int:
+        """Gives their number."""
+        return int(self.rows.sum())
+
+
+def find_unchecked_rows(
+    survey: MediaSurvey, rows: Sequence[Segment | None], spec: FeatureSpec, done: np.ndarray
+) -> UncheckedRows:
+    """Finds the done rows, `done` bool [row], of which nobody can say now whether they are up to date.
+
+    Computed again they would fail, and the features they have would be lost.
+    """
+    unchecked = np.zeros(len(rows), dtype=bool)
+    reason = ""
+    for row in np.flatnonzero(done).tolist() if survey.has_reading_errors else ():
+        segment = rows[row]
+        error = None if segment is None else _find_reading_error(survey, segment, spec)
+        if segment is not None and error is not None:
+            unchecked[row] = True
+            reason = reason or f"video {segment.video_id}: {error}"
+    return UncheckedRows(unchecked, reason)
+
+
+def _find_reading_error(survey: MediaSurvey, segment: Segment, spec: FeatureSpec) -> str | None:
+    error = survey.find_reading_error(segment, find_modality(spec))
+    if error is None and spec.audio is not None and spec.audio.span == "clip":
+        return survey.find_reading_error(segment, "rgb")
+    return error
 
 
 def _is_missing(survey: MediaSurvey, segment: Segment, spec: FeatureSpec) -> bool:

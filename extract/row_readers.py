@@ -23,18 +23,19 @@ class RowReaders:
     """Reads the rows of a shard with some threads; each reads one row at a time and waits when it is far ahead.
 
     A row whose next input takes longer than the time limit fails, and its thread, which can't be stopped from outside,
-    is left behind and replaced. Use as a context manager, so that threads end when the shard does.
+    is left behind and replaced. Rows that every store keeps aren't read. Use as a context manager, so that threads end
+    when the shard does.
     """
 
     def __init__(self, plan: ExtractionPlan, work: ShardWork, n_readers: int) -> None:
         self._plan = plan
         self._work = work
+        self._kept = {path: frozenset(rows) for path, rows in work.task.kept_rows.items()}
         self._timeout_s = plan.options.segment_timeout_s
-        self._targets = [plan.targets[path] for path in work.task.store_paths]
         self._rows: list[tuple[int, Segment]] = [
             (row, segment)
             for row, segment in enumerate(work.segments, start=work.task.shard.start_row)
-            if segment is not None
+            if segment is not None and self._list_paths(row)
         ]
         self._queues = {row: Queue[ShardInput | BaseException](N_INPUTS_AHEAD) for row, _ in self._rows}
         self._next = iter(self._rows)
@@ -74,7 +75,7 @@ class RowReaders:
             f"reading video {segment.video_id} gave nothing for {self._timeout_s:g} s; the decoder hangs on it, or the "
             f"disk is slow: raise --segment-timeout, or fetch the video again"
         )
-        yield RowFailure(self._work.task.store_paths, row, describe_failure(segment, error))
+        yield RowFailure(self._list_paths(row), row, describe_failure(segment, error))
         yield RowEnd(row)
 
     def _start_thread(self) -> None:
@@ -90,12 +91,17 @@ class RowReaders:
                     return
                 queue = self._queues[row]
                 try:
-                    for item in read_row(media, row, segment, self._targets, self._digests_of(row)):
+                    targets = [self._plan.targets[path] for path in self._list_paths(row)]
+                    for item in read_row(media, row, segment, targets, self._digests_of(row)):
                         if not self._put(queue, row, item):
                             return
                 except BaseException as error:  # noqa: BLE001  raised again in the thread that waits for the row
                     self._put(queue, row, error)
                     return
+
+    def _list_paths(self, row: int) -> tuple[str, ...]:
+        """Lists the stores that need a row: those that don't keep it."""
+        return tuple(path for path in self._work.task.store_paths if row not in self._kept.get(path, ()))
 
     def _digests_of(self, row: int) -> Mapping[str, np.ndarray]:
         i = row - self._work.task.shard.start_row

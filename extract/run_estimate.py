@@ -11,6 +11,7 @@ import numpy as np
 
 from extract.extraction import ExtractionRequest
 from extract.media_survey import MediaSurvey, count_clips_at_most, find_modality, identify_segments
+from extract.missing_media import find_unchecked_rows
 from extract.shard_sizing import choose_rows_per_shard
 from pipeline.execution import plan_tasks, select_rows
 from pipeline.rows import compute_digests, order_segments, plan_new_rows
@@ -124,6 +125,7 @@ class _Rows:
     path: str
     ids: tuple[str, ...]
     wanted: np.ndarray
+    kept: np.ndarray
     layout: StoreLayout
 
 
@@ -195,7 +197,10 @@ def _estimate_store(
         in_manifest = np.asarray([segment is not None for segment in known])
         digests = compute_digests(known, identities)
         wanted = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
-        state = np.where(in_manifest & ~wanted, store.read_array("state"), 0)
+        state = store.read_array("state")
+        wanted &= ~find_unchecked_rows(survey, known, spec, state == DONE).rows
+        kept = np.concatenate([(state == DONE) & ~wanted, np.zeros(len(new_ids), dtype=bool)])
+        state = np.where(in_manifest & ~wanted, state, 0)
         wanted = np.concatenate([wanted, np.ones(len(new_ids), dtype=bool)])
     else:
         ids = new_ids = [segment.segment_id for segment in order_segments(segments.values())]
@@ -205,8 +210,8 @@ def _estimate_store(
             n_rows_per_shard=choose_rows_per_shard(request, survey),
             n_id_bytes=measure_id_bytes(ids),
         )
-        wanted = np.ones(len(ids), dtype=bool)
-    rows = _Rows(str(path), tuple(ids), wanted, layout)
+        wanted, kept = np.ones(len(ids), dtype=bool), np.zeros(len(ids), dtype=bool)
+    rows = _Rows(str(path), tuple(ids), wanted, kept, layout)
     sizes, n_metadata_bytes, n_files = measure_store(spec, layout, request.backend)
     outputs = tuple(
         OutputEstimate(
@@ -255,8 +260,11 @@ def _share_work(stores: Sequence[_Rows]) -> list[tuple[tuple[int, ...], str]]:
     for group in alike.values():
         first = stores[group[0]]
         for task in plan_tasks({stores[i].path: stores[i].wanted for i in group}, first.layout):
-            encoders = tuple(i for i in group if stores[i].path in task.store_paths)
-            shared += [(encoders, segment_id) for segment_id in first.ids[task.shard.start_row : task.shard.stop_row]]
+            computing = [i for i in group if stores[i].path in task.store_paths]
+            for row in range(task.shard.start_row, task.shard.stop_row):
+                encoders = tuple(i for i in computing if not stores[i].kept[row])
+                if encoders:
+                    shared.append((encoders, first.ids[row]))
     return shared
 
 

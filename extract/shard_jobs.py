@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from extract.extraction_plan import ExtractionPlan, ShardWork
+from extract.kept_rows import KeptRows
 from extract.workers import compute_shard_on_worker, make_ticket
 from pipeline.execution import ShardReport, ShardTask
 from pipeline.segments import Segment
@@ -51,7 +52,7 @@ class ExtractionJob:
             notify(n_rows)
 
         report = process_shard(self.plan, self.describe_work(task), self.stores, tell)
-        if n_told < task.shard.n_rows:  # rows that have left the manifest
+        if n_told < task.shard.n_rows:  # rows that are kept, or have left the manifest
             notify(task.shard.n_rows - n_told)
         return report
 
@@ -66,9 +67,10 @@ class ExtractionJob:
     def _fail_rows(self, task: ShardTask, path: str, reason: str) -> ShardIndex:
         work = self.describe_work(task)
         n, k = task.shard.n_rows, self.stores[path].layout.n_clips
-        present = np.asarray([segment is not None for segment in work.segments])
+        kept = KeptRows(self.stores[path], task.shard, task.kept_rows.get(path, ()))
+        present = np.asarray([segment is not None for segment in work.segments]) & ~kept.is_kept
         sound = self.stores[path].spec.audio is not None
-        return ShardIndex(
+        index = ShardIndex(
             times=np.full((n, k, 2), np.nan),
             frames=np.full((n, k, 2), -1, dtype=np.int64),
             n_valid=np.zeros(n, dtype=np.int32),
@@ -78,7 +80,9 @@ class ExtractionJob:
             loudness_dbfs=np.full(n, -np.inf, dtype=np.float32) if sound else None,
             failures=tuple(
                 Failure(segment.segment_id, segment.video_id, "WorkerDied", reason, True)
-                for segment in work.segments
-                if segment is not None
+                for segment, failed in zip(work.segments, present.tolist(), strict=True)
+                if segment is not None and failed
             ),
         )
+        kept.fill_index(index)
+        return index

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from extract.extraction_plan import ShardWork
+from extract.kept_rows import KeptRows
 from extract.output_writer import OutputWriter
 from pipeline.errors import MediaError
 from pipeline.store.interface import Failure, FeatureStore, ShardIndex
@@ -28,7 +29,8 @@ class ShardRows:
     """Holds the unfinished chunks of a store's shard and the index of its rows.
 
     A chunk is written as soon as nothing in it is awaited any more, so that a long row takes no more memory than a few
-    chunks. Entry means a place on the second axis: a clip, or a view or crop of one.
+    chunks. Rows that the task keeps are carried over. Entry means a place on the second axis: a clip, or a view or crop
+    of one.
     """
 
     def __init__(self, store: FeatureStore, work: ShardWork, writer: OutputWriter) -> None:
@@ -45,7 +47,9 @@ class ShardRows:
         self._has_audio = np.zeros(n, dtype=np.uint8)
         self._loudness = np.full(n, -np.inf, dtype=np.float32)
         self._digests = work.digests[store.path]
-        self._is_awaited = np.ones((n, k), dtype=bool)
+        self._kept = KeptRows(store, shard, work.task.kept_rows.get(store.path, ()))
+        self._n_valid[:] = self._kept.n_valid
+        self._is_awaited = np.tile(~self._kept.is_kept[:, None], k)
         self._failures: dict[int, Failure] = {}
         self._chunks: dict[tuple[str, int, int], np.ndarray] = {}
         self._written: set[tuple[str, int, int]] = set()
@@ -95,9 +99,9 @@ class ShardRows:
         self._write_complete(row, entry)
 
     def fail(self, row: int, failure: Failure) -> None:
-        """Makes a row failed; whatever it got before is wiped."""
+        """Makes a row failed; whatever it got before is wiped. A row that is kept was read for other stores' sake."""
         i = row - self._shard.start_row
-        if i in self._failures:
+        if i in self._failures or self._kept.is_kept[i]:
             return
         self._failures[i] = failure
         self._times[i], self._frames[i], self._n_valid[i] = np.nan, -1, 0
@@ -120,7 +124,9 @@ class ShardRows:
         self.fail(row, Failure(self._store.segment_ids[row], video_id, exception, reason, retryable))
 
     def skip(self, row: int) -> None:
-        """Notes that a row has no segment: it stays pending and holds zeros."""
+        """Notes that a row has no segment: it stays pending and holds zeros, unless it is kept."""
+        if self._kept.is_kept[row - self._shard.start_row]:
+            return
         self._is_awaited[row - self._shard.start_row] = False
         self._write_complete(row)
 
@@ -134,7 +140,7 @@ class ShardRows:
             elif self._n_valid[i] > 0:
                 self._state[i] = DONE
         sound = self._store.spec.audio is not None
-        return ShardIndex(
+        index = ShardIndex(
             times=self._times,
             frames=self._frames,
             n_valid=self._n_valid,
@@ -144,6 +150,8 @@ class ShardRows:
             loudness_dbfs=self._loudness if sound else None,
             failures=tuple(self._failures.values()),
         )
+        self._kept.fill_index(index)
+        return index
 
     def _block(self, name: str, row: int, entry: int) -> _Block:
         n_rows, n_clips = self._chunk_shapes[name]
@@ -160,14 +168,17 @@ class ShardRows:
         if key not in self._chunks:
             shape = (block.stop_row - block.row, block.stop_clip - block.clip, *self._clip_shapes[name])
             self._chunks[key] = np.zeros(shape, dtype=self._store.spec.dtype)
+            if self._kept.is_kept.any():
+                self._writer.wait()  # HDF5 opens a file for reading only where it isn't open for writing
+                self._kept.fill_chunk(name, block.row, block.clip, self._chunks[key])
         return self._chunks[key]
 
     def _take_back(self, name: str, block: _Block) -> None:
         """Reads a chunk that was written already, since one of its rows failed later."""
         self._writer.wait()
         key = (name, block.row, block.clip)
-        rows = self._store.read_array(f"outputs/{name}", block.row, block.stop_row)
-        self._chunks[key] = np.array(rows[:, block.clip : block.stop_clip])
+        rows = self._store.read_outputs(name, block.row, block.stop_row, block.clip, block.stop_clip)
+        self._chunks[key] = np.array(rows)
         self._written.discard(key)
 
     def _write_complete(self, row: int, entry: int | None = None) -> None:

@@ -115,13 +115,14 @@ _checked: set[tuple[str, str]] = set()
 
 def _check_files(ticket: RunTicket, plan: ExtractionPlan, work: ShardWork, address: str) -> None:
     """Checks encoders, weights and media, once a run: a missing mount must not become a ledger full of failures."""
-    row = next(i for i, segment in enumerate(work.segments) if segment is not None)
-    segment = work.segments[row]
-    assert segment is not None, "a shard has something to do"
     for path in work.task.store_paths:
         if (ticket.topic, path) in _checked:
             continue
         spec, weights = plan.targets[path].spec, plan.targets[path].weights
+        first_row, kept = work.task.shard.start_row, work.task.kept_rows.get(path, ())
+        row, segment = next(
+            (i, segment) for i, segment in enumerate(work.segments) if segment is not None and first_row + i not in kept
+        )
         try:
             revision = find_encoder(spec.encoder).revision
         except EchoshiftError as error:

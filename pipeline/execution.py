@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,10 +15,15 @@ from pipeline.store.ledger import FailureLedger
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """Is one shard together with the stores (by path) whose rows in it are to be computed."""
+    """Is one shard together with the stores (by path) whose rows in it are to be computed.
+
+    Attributes:
+        kept_rows: by store path, the rows of the shard that are done and stay as they are; none where it has no entry.
+    """
 
     shard: Shard
     store_paths: tuple[str, ...]
+    kept_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +42,22 @@ def select_rows(store: FeatureStore, digests: np.ndarray, in_manifest: np.ndarra
     return wanted & in_manifest
 
 
-def plan_tasks(wanted: Mapping[str, np.ndarray], layout: StoreLayout) -> list[ShardTask]:
+def plan_tasks(
+    wanted: Mapping[str, np.ndarray], layout: StoreLayout, kept: Mapping[str, np.ndarray] | None = None
+) -> list[ShardTask]:
     """Lists the shards with work to do, in row order.
 
-    `wanted` maps a store's path to its rows to compute, bool [row]; the stores have the same rows and shards.
+    `wanted` maps a store's path to its rows to compute, bool [row], and `kept` to those that stay as they are (none
+    where it isn't given); the stores have the same rows and shards.
     """
+    kept = kept or {}
     tasks = []
     for shard in plan_shards(layout):
         rows = slice(shard.start_row, shard.stop_row)
         paths = tuple(path for path, selected in wanted.items() if selected[rows].any())
         if paths:
-            tasks.append(ShardTask(shard, paths))
+            of_paths = {path: shard.start_row + np.flatnonzero(kept[path][rows]) for path in paths if path in kept}
+            tasks.append(ShardTask(shard, paths, {path: tuple(found.tolist()) for path, found in of_paths.items()}))
     return tasks
 
 
@@ -74,11 +84,11 @@ def commit_report(
 def begin_task(
     stores: Mapping[str, FeatureStore], task: ShardTask, holds: Mapping[str, StoreHold] | None = None
 ) -> None:
-    """Sets the rows of a task to pending in every store it is for, so that a run killed inside it redoes them all."""
+    """Sets the rows of a task that aren't kept to pending, so that a run killed inside it redoes them all."""
     for path in task.store_paths:
         if holds is not None:
             holds[path].check()
-        stores[path].begin_shard(task.shard)
+        stores[path].begin_shard(task.shard, task.kept_rows.get(path, ()))
 
 
 def run_in_process(

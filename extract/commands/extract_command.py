@@ -100,7 +100,7 @@ def extract(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Extract features into stores; resumes, skips what is done, ends with 3 if any segment failed."""
+    """Extract features into stores; resumes, skips what is done, ends with 3 if a segment failed or can't be read."""
     from extract.commands.cluster_options import end_on_sigterm, plan_cluster
     from extract.commands.terminal import make_notifier, show_progress
     from extract.extraction import ExtractionRequest, extract_features
@@ -132,7 +132,7 @@ def extract(
         print_json({"dataset": dataset, "n_failed": summary.n_failed, **describe_summary(summary)})
     else:
         print_summary(summary)
-    if summary.n_failed:
+    if summary.n_failed or summary.n_unchecked:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
@@ -150,6 +150,8 @@ def describe_summary(summary: ExtractionSummary) -> dict[str, object]:
             "n_failed": store.n_failed,
             "n_pending": store.n_pending,
             "n_computed": store.n_computed,
+            "n_unchecked": store.n_unchecked,
+            "unchecked_reason": store.unchecked_reason,
             "failures": store.failures,
         }
         for store in summary.stores
@@ -174,3 +176,8 @@ def print_summary(summary: ExtractionSummary) -> None:
             typer.echo(f"failed: {store.spec.encoder}: {failure.segment_id}: {failure.exception}: {failure.reason}")
         if len(store.failures) > 10:
             typer.echo(f"… and {len(store.failures) - 10} more in {failures_path(store.path)}")
+        if store.n_unchecked:
+            typer.echo(
+                f"not checked: {store.spec.encoder}: {store.n_unchecked} done rows, which stay as they are: "
+                f"their media can't be read now; {store.unchecked_reason}"
+            )

@@ -24,6 +24,7 @@ GUARDED_METHODS = (
     "read",
     "read_clips",
     "read_all",
+    "read_outputs",
     "extend",
     "begin_shard",
     "write_outputs",

@@ -26,7 +26,6 @@ from pipeline.store.hdf5_rows import Hdf5Rows
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
     DONE,
-    PENDING,
     ROW_ARRAYS,
     Shard,
     StoreLayout,
@@ -36,7 +35,10 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.reading import RowFinder, find_missing, require_clips
+from pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips
+
+# No checksum, as in a store that is new.
+UNSEALED = 0
 
 
 def create_hdf5_store(
@@ -72,6 +74,13 @@ def _create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: s
 def _write_checksum(file: h5py.File, name: str, shard: Shard) -> None:
     rows = np.ascontiguousarray(file[name][shard.start_row : shard.stop_row])
     file[f"checksums/{name}"][shard.index] = google_crc32c.value(rows)
+
+
+def _is_sealed_right(file: h5py.File, name: str, shard: Shard) -> bool:
+    """Compares a shard of an array with its checksum; a shard that was being written when its writer died has none."""
+    checksum = int(file[f"checksums/{name}"][shard.index])
+    rows = np.ascontiguousarray(file[name][shard.start_row : shard.stop_row])
+    return checksum == UNSEALED or bool(google_crc32c.value(rows) == checksum)
 
 
 @tell_store_faults
@@ -163,6 +172,8 @@ class Hdf5FeatureStore:
                 for shard in plan_shards(self.layout):
                     rows = old[array.name][shard.start_row : shard.stop_row]
                     new[array.name][(slice(shard.start_row, shard.stop_row), *map(slice, rows.shape[1:]))] = rows
+                # Of the new shards: the last of the old ones may have grown.
+                for shard in plan_shards(layout)[: self.layout.n_shards]:
                     _write_checksum(new, array.name, shard)
         larger.replace(self.path)
         self.layout, self._segment_ids, self._finder = layout, ids, None
@@ -173,11 +184,39 @@ class Hdf5FeatureStore:
         n_rows, n_clips = arrays[f"outputs/{name}"].chunks[:2]
         return n_rows, n_clips
 
-    def begin_shard(self, shard: Shard) -> None:
-        """Sets the shard's rows to pending."""
-        if (self.read_array("state", shard.start_row, shard.stop_row) != PENDING).any():
+    def read_outputs(
+        self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
+    ) -> np.ndarray:
+        """Reads some clips of some rows of one output."""
+        with self._open() as file:
+            return np.asarray(file[f"outputs/{name}"][start_row:stop_row, start_clip:stop_clip])
+
+    def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
+        """Sets the shard's rows to pending but those kept, which are compared with their checksums first.
+
+        The checksums of a shard that keeps rows are 0 until it is committed: its other rows change beside them.
+        """
+        states = self.read_array("state", shard.start_row, shard.stop_row)
+        begun = plan_begun_states(shard, states, kept_rows)
+        if len(kept_rows):
+            self._unseal(shard)
+        if (states != begun).any():
             with self._open("r+") as file:
-                file["state"][shard.start_row : shard.stop_row] = PENDING
+                file["state"][shard.start_row : shard.stop_row] = begun
+
+    def _unseal(self, shard: Shard) -> None:
+        """Sets a shard's checksums to 0; raises StoreError where one is wrong, which would be made right otherwise."""
+        names = [array.name for array in plan_arrays(self.spec, self.layout) if array.name != "segment_id"]
+        with self._open() as file:
+            for name in names:
+                if not _is_sealed_right(file, name, shard):
+                    raise StoreError(
+                        f"{self.path}: {name} rows {shard.start_row} to {shard.stop_row}: checksum; "
+                        f"`echoshift store verify` lists every fault"
+                    )
+        with self._open("r+") as file:
+            for name in names:
+                file[f"checksums/{name}"][shard.index] = UNSEALED
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
         """Writes clips of rows of one output."""
@@ -192,19 +231,23 @@ class Hdf5FeatureStore:
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Writes checksums of the outputs, then the shard's index, `state` last, each step flushed before the next."""
+        rows = slice(shard.start_row, shard.stop_row)
         with self._open("r+") as file:
+            keeps_rows = bool((file["state"][rows] == DONE).any())
             for output in self.spec.outputs:
                 _write_checksum(file, f"outputs/{output.name}", shard)
             for name in ROW_ARRAYS:
                 values = getattr(index, name)
-                if values is None:
-                    continue
-                if name == "state":
-                    file["checksums/state"][shard.index] = google_crc32c.value(np.asarray(values, np.uint8).tobytes())
-                    file.flush()
-                file[name][shard.start_row : shard.stop_row] = values
-                if name != "state":
+                if name != "state" and values is not None:
+                    file[name][rows] = values
                     _write_checksum(file, name, shard)
+            if not keeps_rows:
+                file["checksums/state"][shard.index] = google_crc32c.value(np.asarray(index.state, np.uint8).tobytes())
+            file.flush()
+            file["state"][rows] = index.state
+            if keeps_rows:  # of a shard with done rows no checksum is better than one that is wrong for a moment
+                file.flush()
+                _write_checksum(file, "state", shard)
 
     def find_checksum_faults(self) -> list[VerifyFault]:
         """Compares each shard of each array, where rows are done, with its checksum."""
@@ -212,12 +255,10 @@ class Hdf5FeatureStore:
         state = self.read_array("state")
         with self._open() as file:
             for array in plan_arrays(self.spec, self.layout):
-                checksums = file[f"checksums/{array.name}"][:].tolist()
                 for shard in plan_shards(self.layout):
                     if not (state[shard.start_row : shard.stop_row] == DONE).any():
                         continue
-                    rows = np.ascontiguousarray(file[array.name][shard.start_row : shard.stop_row])
-                    if google_crc32c.value(rows) != checksums[shard.index]:
+                    if not _is_sealed_right(file, array.name, shard):
                         first_id = self.segment_ids[shard.start_row]
                         faults.append(
                             VerifyFault(array.name, first_id, f"rows {shard.start_row} to {shard.stop_row}: checksum")

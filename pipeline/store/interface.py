@@ -116,8 +116,18 @@ class FeatureStore(Protocol):
         """Gives how many rows and clips one chunk of an output holds, which a store keeps when it grows."""
         ...
 
-    def begin_shard(self, shard: Shard) -> None:
-        """Sets the shard's rows to pending, so that a run killed inside it redoes all of it."""
+    def read_outputs(
+        self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
+    ) -> np.ndarray:
+        """Reads some clips of some rows of one output, whatever their state, [row, clip, ...]."""
+        ...
+
+    def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
+        """Sets the shard's rows to pending, so that a run killed inside it redoes them.
+
+        `kept_rows`, numbers of done rows of the store, stay done all the while; whoever computes the shard writes their
+        values again as they are. Raises StoreError where they are damaged, as far as that is seen without reading them.
+        """
         ...
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.errors import StoreError
 from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE, PENDING, STATE_NAMES, plan_row_blocks
+from pipeline.store.layout import DONE, PENDING, STATE_NAMES, Shard, plan_row_blocks
 
 N_BLOCK_BYTES = 32 * 2**20
 
@@ -84,6 +84,20 @@ def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
     return np.asarray(
         (store.read_array("state") == PENDING) | (store.read_array("digest") != digests).any(axis=1), dtype=bool
     )
+
+
+def plan_begun_states(shard: Shard, states: np.ndarray, kept_rows: Sequence[int]) -> np.ndarray:
+    """Gives a shard's states when it is begun, uint8 [n_rows]: pending but for `kept_rows`, which are done and stay so.
+
+    Raises StoreError for a row that is to be kept and isn't done.
+    """
+    begun = np.full_like(states, PENDING)
+    places = np.asarray(kept_rows, np.int64) - shard.start_row
+    if (states[places] != DONE).any():
+        row = int(np.asarray(kept_rows)[states[places] != DONE][0])
+        raise StoreError(f"row {row} is to be kept, and isn't done; give the command again")
+    begun[places] = DONE
+    return begun
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from pipeline.store.faults import tell_store_faults
 from pipeline.store.index_chunks import read_rows, write_rows
 from pipeline.store.interface import Backend, ShardIndex, VerifyFault
 from pipeline.store.layout import (
-    PENDING,
     ROW_ARRAYS,
     ArrayLayout,
     Shard,
@@ -29,7 +28,7 @@ from pipeline.store.layout import (
 from pipeline.store.local_rows import LocalRows
 from pipeline.store.location import Place
 from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
-from pipeline.store.reading import RowFinder, find_missing, require_clips, require_done
+from pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips, require_done
 
 
 def create_zarr_store(
@@ -104,9 +103,12 @@ class ZarrFeatureStore:
         try:
             return np.asarray(self._open_array(name)[start_row:stop])
         except ValueError as error:
-            raise StoreError(
-                f"{self.path}: {name} rows {start_row} to {stop}: {error}; `echoshift store verify` lists every fault"
-            ) from error
+            raise self._make_read_error(name, start_row, stop, error) from error
+
+    def _make_read_error(self, name: str, start_row: int, stop_row: int, error: ValueError) -> StoreError:
+        return StoreError(
+            f"{self.path}: {name} rows {start_row} to {stop_row}: {error}; `echoshift store verify` lists every fault"
+        )
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
         """Reads one output of done segments, in their order; LocalRows says what holds while others write."""
@@ -184,17 +186,27 @@ class ZarrFeatureStore:
         self._arrays.clear()
         self._raw.clear()
 
+    def read_outputs(
+        self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
+    ) -> np.ndarray:
+        """Reads some clips of some rows of one output; raises StoreError if a chunk's checksum is wrong."""
+        try:
+            return np.asarray(self._open_array(f"outputs/{name}")[start_row:stop_row, start_clip:stop_clip])
+        except ValueError as error:
+            raise self._make_read_error(f"outputs/{name}", start_row, stop_row, error) from error
+
     def get_output_chunks(self, name: str) -> tuple[int, int]:
         """Gives how many rows and clips one chunk of an output holds."""
         n_rows, n_clips = self._open_array(f"outputs/{name}").chunks[:2]
         return n_rows, n_clips
 
-    def begin_shard(self, shard: Shard) -> None:
-        """Sets the shard's rows to pending."""
+    def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
+        """Sets the shard's rows to pending but those kept, whose values each chunk that is written has again."""
         array, rows = self._describe("state"), (shard.start_row, shard.stop_row)
         states = self.read_array("state", *rows) if array is None else read_rows(array, *rows)
-        if (states != PENDING).any():
-            self._write_rows("state", shard.start_row, np.full(shard.n_rows, PENDING, np.uint8))
+        begun = plan_begun_states(shard, states, kept_rows)
+        if (states != begun).any():
+            self._write_rows("state", shard.start_row, begun)
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
         """Writes whole chunks of one output."""

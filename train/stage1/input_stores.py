@@ -107,6 +107,11 @@ def fill_store(
             f"{summary.stores[0].n_failed} segments have no features of {choice.spec.encoder} and are left out; "
             f"`echoshift store explain SEGMENT` says why"
         )
+    if summary.n_unchecked:
+        notify(
+            f"{summary.n_unchecked} segments' features of {choice.spec.encoder} are taken as they are: "
+            f"their media can't be read now; {summary.stores[0].unchecked_reason}"
+        )
     return open_store(path)
 
 
