@@ -11,11 +11,13 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
+from extract.commands.terminal import format_rate
+
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Shows steps per second."""
-        return Text(f"{task.finished_speed or task.speed or 0:.1f}/s")
+        """Shows how many steps end in a second, or in a minute."""
+        return Text(format_rate(task.finished_speed or task.speed or 0))
 
 
 class BarProgress:

@@ -25,6 +25,11 @@ POLL_S = 1.0
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices: result and errors only.")]
 
 
+def format_rate(per_second: float) -> str:
+    """Gives a rate with its unit, of the second, or of the minute where it is slow."""
+    return f"{60 * per_second:.1f}/min" if 0 < per_second < 0.1 else f"{per_second:.1f}/s"
+
+
 class Progress(Protocol):
     """Shows how far work is."""
 
@@ -90,7 +95,7 @@ class PlainProgress:
         if now - self._last_line < PLAIN_INTERVAL_S:
             return
         rate = self._n_done / (now - self._started)
-        line = f"{self._what}: {self._count_done()}, {rate:.1f}/s"
+        line = f"{self._what}: {self._count_done()}, {format_rate(rate)}"
         left_s = max(0.0, (self._n_total - self._n_done) / rate) if rate else 0.0
         line = f"{line}, {left_s:.0f} s left" if self._n_total else line
         self._say(f"{line}, {note}" if note else line, now)

@@ -131,7 +131,7 @@ def test_a_step_that_lasts_is_told_when_it_begins_and_ever_more_seldom(
         "encoder: still at 0/3 steps, 215 s",
     ]
     progress.advance()
-    assert wait_until(340) == ["encoder: 1/3 steps, 0.0/s, 600 s left", "encoder: still at 1/3 steps, 330 s"]
+    assert wait_until(340) == ["encoder: 1/3 steps, 0.2/min, 600 s left", "encoder: still at 1/3 steps, 330 s"]
     progress.describe("encoder, epoch 1")
     progress.advance(2)
     assert wait_until(9999) == ["encoder, epoch 1"], "all steps are done"
