@@ -77,7 +77,8 @@ def make_feature_spec(
 
 def _name_fault(encoder: str, error: ValidationError) -> SpecError:
     fault = error.errors()[0]
-    return SpecError(f"{encoder}: {'.'.join(map(str, fault['loc'])) or 'override'}: {fault['msg']}")
+    message = fault["msg"].removeprefix("Value error, ")
+    return SpecError(f"{encoder}: {'.'.join(map(str, fault['loc'])) or 'override'}: {message}")
 
 
 def _expand_outputs(names: Sequence[str], entry: EncoderEntry, known: tuple[str, ...]) -> tuple[str, ...]:

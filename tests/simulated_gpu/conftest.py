@@ -1,20 +1,10 @@
-"""Has the tests compute with one thread, and draw the numbers that a CPU draws."""
+"""Has runs on the simulated GPU draw the numbers that a CPU draws."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

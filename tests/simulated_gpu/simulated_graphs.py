@@ -47,7 +47,8 @@ class SimulatedGraph:
             )
             if name in _WAITING or has_mask or from_cpu or target == "cpu":
                 raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            for i, argument in enumerate(func._schema.arguments):
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
                 writes = argument.alias_info is not None and argument.alias_info.is_write
                 if writes or (name in _BATCH_NORMS and argument.name in _RUNNING):
                     for x in tree_flatten(value)[0]:

@@ -81,6 +81,7 @@ def test_extraction_in_half_precision_is_near_the_cpus_float32(tiny: Any, precis
     ids=("frames", "trunk", "bf16"),
 )
 def test_both_stages_run_there(tiny: Any, settings: tuple[str, ...]) -> None:
+    n_before = RUNNER.n_run
     with simulate_gpu():
         for command in (
             tiny.list_arguments("stage1", "tiny", "--shift", "s-t", settings=settings),
@@ -89,3 +90,4 @@ def test_both_stages_run_there(tiny: Any, settings: tuple[str, ...]) -> None:
             code, out, err = tiny_shift.run(*["cuda" if word == "cpu" else word for word in command])
             assert code == 0, err
     assert "top-1" in out.lower()
+    assert RUNNER.n_run > n_before + 10_000, "little of it was on the GPU"
