@@ -13,6 +13,8 @@ import threading
 import types
 from typing import Any
 
+from pipeline.errors import SpecError
+
 _kept_libraries: list[Any] = []
 # Readers and networks import in threads of their own; a half-imported package looks imported to the other thread.
 _importing = threading.RLock()
@@ -56,6 +58,10 @@ def ensure_torchaudio() -> None:
 def _import_torchaudio() -> None:
     try:
         importlib.import_module("torchaudio")
+    except ModuleNotFoundError as error:
+        if error.name != "torchaudio":
+            raise
+        raise SpecError("mel spectrograms need torchaudio; pip install 'torchaudio>=2.11,<2.12'") from error
     except OSError:
         _drop_modules("torchaudio")
         stub = types.ModuleType("torchaudio._extension")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RunError
+from train.alignment.config import keep_used
 from train.scores import Scores
 from train.selection_rules import SelectionRule
 from train.steps import hash_json
@@ -70,6 +71,14 @@ class RunRecord(BaseModel):
     device: str
     warnings: tuple[str, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_config(cls, values: Any) -> Any:
+        """Name the configuration as runs are named now; older versions hashed other methods' fields, too."""
+        if isinstance(values, dict) and isinstance(values.get("config"), Mapping):
+            return {**values, "config_hash": hash_config(values["config"])}
+        return values
+
     @field_validator("started", "ended")
     @classmethod
     def _check_zone(cls, time: datetime) -> datetime:
@@ -84,8 +93,18 @@ class RunRecord(BaseModel):
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
-    """Computes the 12 hex digits that name a configuration, given as JSON (`model_dump(mode="json")`)."""
-    return hash_json(dict(config))
+    """Compute the 12 hex digits that name a configuration, given as JSON (`model_dump(mode="json")`).
+
+    Of an alignment's part only what its method reads counts (`keep_used`).
+    """
+    return hash_json(_keep_used_everywhere(config))
+
+
+def _keep_used_everywhere(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = keep_used(value) if {"method", "class_weight", "network"} <= value.keys() else value
+        return {name: _keep_used_everywhere(part) for name, part in kept.items()}
+    return [_keep_used_everywhere(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def append_run(path: Path, record: RunRecord) -> None:

@@ -151,6 +151,10 @@ def resolve_specs(
         raise SpecError(f"the card of {card.name} names no encoders; give --encoders")
     chosen_weights = _parse_pairs("--weights", choices.weights or [], names)
     chosen_outputs = _parse_outputs(choices.outputs or [], names)
+    if choices.decoder == DecoderName.decord:
+        from extract.readers.decord_video import ensure_decord
+
+        ensure_decord()  # before any work, not at the first video
     options = StoreOptions(choices.dtype.value, choices.precision.value, choices.decoder.value)
     specs = []
     for name in names:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from filelock import FileLock
+
 from extract.demo.drawing import draw_video
 from extract.demo.mp4_files import write_mp4
 from extract.demo.planning import VideoPlan, plan_demo, plan_segments
@@ -16,7 +18,7 @@ from pipeline.segments import Segment
 
 N_THREADS = 2
 
-REVISION = 1
+REVISION = 2
 """Raised when drawing, sounding or encoding change: then videos of an older revision are made again."""
 
 MARK = "generated.txt"
@@ -34,14 +36,16 @@ def generate_demo(
     `n_train` and `n_test` are segments a domain; the card data/manifests/demo.toml counts the default. The same
     arguments give the same files. `progress` is called with (videos written, videos in all) after each. Nothing is
     written if `<out_dir>/generated.txt` says that this very plan was, and every video is still there; otherwise every
-    video is, over what is there.
+    video is, over what is there. Of two processes that generate into one folder the second waits for the first.
     """
     plans = plan_demo(seed, n_train, n_test)
     mark_path, mark = out_dir / MARK, _describe_plans(plans)
-    if not _is_generated(out_dir, plans, mark):
-        mark_path.unlink(missing_ok=True)
-        _write_videos(out_dir, plans, progress)
-        mark_path.write_text(mark, encoding="utf-8")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(out_dir / f"{MARK}.lock"):
+        if not _is_generated(out_dir, plans, mark):
+            mark_path.unlink(missing_ok=True)
+            _write_videos(out_dir, plans, progress)
+            mark_path.write_text(mark, encoding="utf-8")
     return [segment for plan in plans for segment in plan_segments(plan)]
 
 

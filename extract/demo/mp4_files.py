@@ -12,6 +12,8 @@ import numpy.typing as npt
 from av.codec.context import Flags
 
 BITEXACT = {"fflags": "+bitexact"}
+X264 = {"preset": "veryfast", "crf": "17", "g": "45", "x264-params": "cpu-independent=1"}
+"""Without `cpu-independent`, libx264 encodes differently from run to run where it uses AVX-512 (DECISIONS.md)."""
 
 
 def write_mp4(
@@ -38,9 +40,7 @@ def write_mp4(
         n_frames = n_samples = 0
         for run in pictures:
             if video is None:
-                video = container.add_stream(
-                    "libx264", rate=frame_rate_hz, options={"preset": "veryfast", "crf": "17", "g": "45"}
-                )
+                video = container.add_stream("libx264", rate=frame_rate_hz, options=X264)
                 video.height, video.width = run.shape[1:3]
                 video.pix_fmt = "yuv420p"
                 video.codec_context.thread_count = 1

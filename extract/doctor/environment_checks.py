@@ -13,7 +13,7 @@ from pathlib import Path
 from extract.doctor.findings import Finding
 
 DISTRIBUTION = "echoshift"
-FIRST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 13)
+FIRST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)
 GIB = 2**30
 LEAST_MEMORY_GIB = 4.0
 
@@ -23,7 +23,7 @@ def check_python() -> Iterator[Finding]:
     version = platform.python_version()
     where = f"{version} at {sys.executable}"
     if not FIRST_PYTHON <= sys.version_info[:2] < FIRST_UNTRIED_PYTHON:
-        yield Finding("fail", "python", where, "use 3.11 or 3.12: make setup PYTHON=python3.11")
+        yield Finding("fail", "python", where, "use 3.11 to 3.13: make setup PYTHON=python3.11")
     elif sys.prefix == sys.base_prefix:
         yield Finding("warn", "python", f"{where}, outside of any environment", "make setup makes .venv")
     else:

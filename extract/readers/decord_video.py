@@ -8,6 +8,7 @@ The PyAV reader has none of these faults.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,19 @@ import numpy.typing as npt
 from extract.readers.container import get_container_start_s, open_container, pick_video_stream
 from extract.readers.orientation import compute_rotation_deg, get_orientation
 from extract.readers.protocol import VideoInfo, check_times, find_shown_frames
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, SpecError
 
+NO_DECORD = (
+    "decord isn't installed (its wheels are for x86_64 Linux and Windows alone); leave out --decoder decord: PyAV, the "
+    "default, is exact"
+)
 _N_BATCH = 64  # frames taken from decord at a time
+
+
+def ensure_decord() -> None:
+    """Raise SpecError where decord isn't installed."""
+    if importlib.util.find_spec("decord") is None:
+        raise SpecError(NO_DECORD)
 
 
 class DecordFrameReader:
@@ -32,6 +43,7 @@ class DecordFrameReader:
     """
 
     def __init__(self, path: Path) -> None:
+        ensure_decord()
         import decord
 
         self._path = path

@@ -14,6 +14,8 @@ from PIL import Image
 from extract.readers.protocol import VideoInfo, check_times, find_shown_frames
 from pipeline.errors import DecodeError
 
+FRAME_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+"""All that PIL may take a frame for, whatever its name says: EPS runs Ghostscript, others are plugged in."""
 _NUMBER = re.compile(r"%(0\d+)?d")
 
 
@@ -144,7 +146,7 @@ def _decode_image(files: NumberedFiles, number: int, mode: str) -> npt.NDArray[n
     """Decodes one image file to uint8 [H, W, 3] (RGB) or [H, W] (L)."""
     data = files.read(number)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FRAME_FORMATS) as image:
             return np.asarray(image.convert(mode))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DecodeError(f"{files.name(number)} ({len(data)} bytes) can't be decoded: {error}") from error

@@ -10,9 +10,15 @@ import pytest
 
 from extract.readers.decord_video import DecordFrameReader
 from extract.readers.pyav_video import PyAvFrameReader
-from pipeline.errors import DecodeError, SegmentOutsideVideoError
+from pipeline.errors import DecodeError, SegmentOutsideVideoError, SpecError
 
 pytest.importorskip("decord", reason="decord isn't installed")
+
+
+def test_where_decord_is_missing_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"decord isn't installed .* leave out --decoder decord"):
+        DecordFrameReader(tmp_path / "x.mp4")
 
 
 def test_reads_closed_groups_like_a_sequential_decode(tmp_path, media_factory):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from extract.readers.flow_images import FlowImageReader
 from extract.readers.frame_folder import FrameFolderReader
@@ -144,3 +147,24 @@ def test_flow_whose_channels_differ_in_count_is_refused(tmp_path, media_factory)
     media_factory.write_images(tmp_path / "v", [1, 2, 3, 5, 6], mode="L")
     with pytest.raises(DecodeError, match=r"6 frames of u and 5 of v; .* partner is \S*/v/frame_0000000004\.jpg"):
         FlowImageReader(tmp_path, PATTERN, 30.0)
+
+
+def test_a_frame_that_is_postscript_is_refused_whatever_is_installed(tmp_path, media_factory, monkeypatch):
+    """PIL would have Ghostscript run it: a stand-in for `gs` leaves a mark where it is started."""
+    media_factory.write_images(tmp_path / "P08_01", range(1, 4), PATTERN)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n{} loop\n%%EOF\n"
+    (tmp_path / "P08_01" / (PATTERN % 2)).write_bytes(script)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    with Image.open(io.BytesIO(script)) as image, contextlib.suppress(OSError):
+        image.load()
+    assert (tmp_path / "was-run").exists(), "the stand-in shows nothing: PIL no longer runs Ghostscript"
+    (tmp_path / "was-run").unlink()
+    with FrameFolderReader(tmp_path / "P08_01", PATTERN, 60.0, 1) as reader:
+        with pytest.raises(DecodeError, match=r"frame_0000000002\.jpg \(\d+ bytes\) can't be decoded: cannot identify"):
+            reader.read_frames([1 / 60])
+        assert reader.read_frames([0, 2 / 60]).shape == (2, 10, 20, 3)
+    assert not (tmp_path / "was-run").exists()

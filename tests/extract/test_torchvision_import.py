@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from extract import torchvision_import
+from pipeline.errors import SpecError
 
 _PROBE = """
 from concurrent.futures import ThreadPoolExecutor
@@ -55,3 +56,11 @@ def test_any_other_fault_is_passed_on(
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(type(error), match=str(error)):
         getattr(torchvision_import, ensure)()
+
+
+def test_where_torchaudio_is_missing_the_error_says_what_to_install(monkeypatch):
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(SpecError, match="mel spectrograms need torchaudio; pip install"):
+        torchvision_import.ensure_torchaudio()

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from pipeline.errors import RunError
 from train import runs
+from train.alignment.config import AlignmentConfig, CosineConfig, keep_used
 from train.runs import (
     RunRecord,
     TornLineWarning,
@@ -23,6 +25,7 @@ from train.runs import (
     read_runs,
 )
 from train.scores import compute_scores
+from train.steps import hash_json
 
 SCORES = compute_scores(np.array([[0.7, 0.3], [0.2, 0.8]]), np.array([0, 0]), np.array([True, False]), ("a", "b"))
 
@@ -206,3 +209,31 @@ def test_the_code_version_names_the_commit():
         ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert commit in describe_code_version()
+
+
+@pytest.mark.parametrize("stage", ["alignment", "stage1"])
+def test_a_new_methods_field_changes_no_other_methods_names(stage):
+    class Wider(AlignmentConfig):
+        new_method: CosineConfig = CosineConfig()
+
+    def describe(kind, **settings):
+        method = kind(method="rna", **settings).model_dump(mode="json")
+        if stage == "stage1":
+            return {"objective": {"enabled": True, **method}}
+        return {"alignment": {"alignment": method}, "streams": [{"alignment": {"alignment": method}, "stage1": None}]}
+
+    before = describe(AlignmentConfig)
+    assert "new_method" in str(describe(Wider)) and hash_config(describe(Wider)) == hash_config(before)
+    assert hash_config(describe(AlignmentConfig, rna={"weight": 2})) != hash_config(before)
+    assert keep_used(Wider(method="mm_sada", setting="uda").model_dump(mode="json")) == keep_used(
+        AlignmentConfig(method="mm_sada", setting="uda").model_dump(mode="json")
+    )
+
+
+def test_records_whose_hash_held_all_methods_fields_count_as_ever(tmp_path):
+    config = {"alignment": {"alignment": AlignmentConfig(method="rna").model_dump(mode="json")}}
+    line = json.loads(make_record(stage="alignment", config=config).model_dump_json())
+    line["config_hash"] = hash_json(config)  # as written before 2026-12
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    [record] = read_runs(tmp_path / "results.jsonl")
+    assert record.config_hash == hash_config(config) != line["config_hash"]

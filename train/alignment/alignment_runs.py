@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.cards import DatasetCard, Shift
 from pipeline.segments import Manifest, Segment
 from train.alignment.collapse import describe_collapse, measure_dead_units
-from train.alignment.config import AlignmentConfig
+from train.alignment.config import AlignmentConfig, keep_used
 from train.alignment.methods import build_method
 from train.alignment.schedule import plan_schedule
 from train.alignment.stage_config import AlignmentStageConfig
@@ -117,7 +117,7 @@ class AlignmentRun:
         """Plans the training; what decides it is in the key."""
         described = self.config.describe()
         settings: dict[str, Any] = {
-            "alignment": _keep_used(self.config.alignment),
+            "alignment": self._describe_method(),
             "iterations": described["iterations"],
             "seed": self.request.seed,
             "classes": list(self.request.card.classes),
@@ -158,7 +158,7 @@ class AlignmentRun:
         )
         schedule = plan_schedule(self.config.iterations, has_target=bool(self.target))
         same = [
-            _keep_used(self.config.alignment),
+            self._describe_method(),
             self.config.iterations.model_dump(mode="json"),
             {name: list(shape) for name, shape in rows.shapes.items()},
             [rows.audio.shape[1], rows.n_views, len(domains), len(self.request.card.classes)],
@@ -214,6 +214,11 @@ class AlignmentRun:
         rows = _open_rows(self.inputs, self.tests, self.config.memory.max_memory_mb)
         return {"target_test": (rows, np.arange(len(self.tests)), "target")}
 
+    def _describe_method(self) -> dict[str, Any]:
+        """Describe as JSON what training depends on; which domains it sees is named by the inputs, not the setting."""
+        used = keep_used(self.config.alignment.model_dump(mode="json"))
+        return {name: value for name, value in used.items() if name != "setting"}
+
     def _list_trained(self) -> list[str]:
         return [segment.segment_id for segment in (*self.source.segments, *self.target)]
 
@@ -233,27 +238,3 @@ def split_by_setting(
 @lru_cache(maxsize=4)
 def _open_rows(inputs: StreamInputs, segment_ids: tuple[str, ...], max_memory_mb: int) -> Rows:
     return open_stream(inputs, segment_ids, (), max_memory_mb * 2**20).test
-
-
-def _keep_used(config: AlignmentConfig) -> dict[str, Any]:
-    """Gives as JSON what a method's training depends on: its network and its own parameters, not the others'."""
-    described = config.model_dump(mode="json")
-    own = ("own", "source") if config.source else USED[config.method]
-    return {name: value for name, value in described.items() if name in ("method", "class_weight", "network", *own)}
-
-
-USED: Mapping[str, Sequence[str]] = {
-    "source_only": (),
-    "rna": ("rna",),
-    "hna": ("hna",),
-    "align": ("align",),
-    "orth": ("orth",),
-    "synchronisation": ("synchronisation",),
-    "adabn": (),
-    "mmd": ("mmd",),
-    "grl": ("grl",),
-    "mm_sada": ("synchronisation", "grl"),
-    "rna_grl": ("rna", "grl"),
-    "planamente_rerun": ("rna", "grl"),
-    "yang_rerun": ("grl",),
-}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -29,6 +30,20 @@ METHOD_NAMES = (
     "planamente_rerun",
     "yang_rerun",
 )
+_OWN_PARTS: Mapping[str, Sequence[str]] = {
+    "rna": ("rna",),
+    "hna": ("hna",),
+    "align": ("align",),
+    "orth": ("orth",),
+    "synchronisation": ("synchronisation",),
+    "mmd": ("mmd",),
+    "grl": ("grl",),
+    "mm_sada": ("synchronisation", "grl"),
+    "rna_grl": ("rna", "grl"),
+    "planamente_rerun": ("rna", "grl"),
+    "yang_rerun": ("grl",),
+}
+_COMMON_PARTS = ("enabled", "method", "setting", "class_weight", "network", "own", "source")
 _ADAPTS = frozenset({"adabn", "mmd", "grl", "mm_sada", "rna_grl", "planamente_rerun", "yang_rerun"})
 _OF_ONE_MODALITY = frozenset({"source_only", "adabn", "mmd", "grl"})
 
@@ -190,3 +205,14 @@ class AlignmentConfig(SpecModel):
         if network.fusion != fusion:
             raise ValueError(f"method {method} needs network.fusion = {fusion!r}")
         return self
+
+
+def keep_used(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep, of an AlignmentConfig as JSON, what its method reads: the common parts and its own, no other method's.
+
+    Whatever names a training or a record by its configuration goes through this, so that a new field of one method
+    changes no other method's names.
+    """
+    method = described["method"]
+    parts = _COMMON_PARTS if described.get("source") else (*_COMMON_PARTS, *_OWN_PARTS.get(method, ()))
+    return {name: value for name, value in described.items() if name in parts}

@@ -173,7 +173,10 @@ def compute_activation_map(
     gradient of the class's logit, summed over channels, what is below zero cut off, and interpolated (trilinear) to the
     clip's size. Of several paths the first is taken, SlowFast's slow one.
     """
-    from captum.attr import LayerAttribution, LayerGradCam
+    try:
+        from captum.attr import LayerAttribution, LayerGradCam
+    except ModuleNotFoundError as error:
+        raise RunError("activation maps need captum; pip install 'captum>=0.8,<1'") from error
 
     name, layer = find_last_block(network, lambda: classify(clip))
     found = cast(Tensor, LayerGradCam(classify, layer).attribute(clip, target=target, relu_attributions=True))

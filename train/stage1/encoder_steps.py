@@ -15,6 +15,7 @@ from extract.weights.resolve import load_encoder
 from pipeline.errors import RunError
 from pipeline.segments import Segment
 from pipeline.specs import FeatureSpec, OutputSpec, fingerprint
+from train.alignment.config import keep_used
 from train.splits import LabelledSegments
 from train.stage1.audio_adaptive_encoder import (
     AudioAdaptiveEncoder,
@@ -57,7 +58,7 @@ def train(context: RunContext) -> StepResult:
     if config.attention.enabled or config.objective.enabled:
         named["sound"] = f"{inputs.sound_name} {inputs.name_sound(list_train_segments(splits))}"
     if config.objective.enabled:
-        settings["objective"] = described["objective"]
+        settings["objective"] = keep_used(described["objective"])
     if clusters is not None:
         named["clusters"] = clusters.key
     if absent is not None:
