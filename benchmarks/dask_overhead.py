@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.demo.generating import generate_demo
-from extract.extraction import ExtractionRequest, _open_work, _plan_jobs
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.media_survey import MediaSurvey
-from extract.run_options import RunOptions
-from extract.shard_jobs import ExtractionJob
-from extract.weights.resolve import resolve_weights
-from pipeline.cards import read_dataset_card
-from pipeline.clusters import ClusterRequest, connect_cluster
-from pipeline.dask_execution import run_with_dask
-from pipeline.execution import ShardReport, ShardTask, run_in_process
-from pipeline.segments import Manifest
-from pipeline.store.layout import DONE
-from pipeline.store.opening import name_store
+from echoshift.extract.demo.generating import generate_demo
+from echoshift.extract.extraction import ExtractionRequest, _open_work, _plan_jobs
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.shard_jobs import ExtractionJob
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.clusters import ClusterRequest, connect_cluster
+from echoshift.pipeline.dask_execution import run_with_dask
+from echoshift.pipeline.execution import ShardReport, ShardTask, run_in_process
+from echoshift.pipeline.segments import Manifest
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import name_store
 
 CLUSTER = ClusterRequest("local", n_workers=2)
 

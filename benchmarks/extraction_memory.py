@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.demo.mp4_files import write_mp4
-from extract.extraction import ExtractionRequest, extract_features
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.run_options import RunOptions
-from extract.weights.resolve import resolve_weights
-from pipeline.cards import read_dataset_card
-from pipeline.segments import Manifest, Segment
+from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.extraction import ExtractionRequest, extract_features
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.segments import Manifest, Segment
 
 SEGMENT_S = 2.0
 SOUND_RATE_HZ = 8000
@@ -120,7 +120,7 @@ def extract_once(run: Run, root: Path) -> Outcome:
 
 
 def count_clips(store_path: str) -> int:
-    from pipeline.store.opening import open_store
+    from echoshift.pipeline.store.opening import open_store
 
     return int(open_store(store_path).read_array("n_valid").sum())
 

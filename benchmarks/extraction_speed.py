@@ -31,19 +31,19 @@ import torch
 
 from benchmarks.pipeline_parts import Encoders, PipelineParts
 from benchmarks.plain_loop import describe_plain_loop
-from extract.clips import plan_clips
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.inference import choose_batch
-from extract.media import locate_media, open_frames
-from extract.media_survey import MediaSurvey
-from extract.row_readers import choose_n_readers
-from extract.run_options import RunOptions
-from extract.trial_extraction import choose_spread, extract_on_trial
-from extract.weights.resolve import default_weights, resolve_weights
-from pipeline.cards import MediaLayout
-from pipeline.devices import resolve_device
-from pipeline.segments import Segment
-from pipeline.store.layout import FAILED
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.inference import choose_batch
+from echoshift.extract.media import locate_media, open_frames
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.row_readers import choose_n_readers
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.trial_extraction import choose_spread, extract_on_trial
+from echoshift.extract.weights.resolve import default_weights, resolve_weights
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.devices import resolve_device
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.layout import FAILED
 
 SOUND_FACTOR = 5
 MIN_COSINE = 0.999

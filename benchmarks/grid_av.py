@@ -22,9 +22,9 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment
 
 HERE = Path(__file__).resolve().parent
 MARGIN_S = 0.4
@@ -80,7 +80,7 @@ def write_dataset(media: Path, folder: Path) -> None:
 
 def run_echoshift(*arguments: str) -> int:
     """Runs a command; gives its exit code, 0, or 3 where some of its runs failed, and ends with any other."""
-    done = subprocess.run([sys.executable, "-c", "from train.cli import main; main()", *arguments], check=False)
+    done = subprocess.run([sys.executable, "-c", "from echoshift.cli.app import main; main()", *arguments], check=False)
     if done.returncode not in (0, EXIT_SOME_FAILED):
         sys.exit(done.returncode)
     return done.returncode

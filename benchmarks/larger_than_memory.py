@@ -32,16 +32,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store.interface import ShardIndex
-from pipeline.store.layout import plan_rows_per_shard, plan_shards
-from pipeline.store.opening import create_store, open_store
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from train.cached.feature_bank import Rows, make_bank
-from train.cached.feature_rows import FeatureRows, read_visual
-from train.cached.larger_than_memory import count_row_bytes, open_rows
-from train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
-from train.watching import SilentWatcher
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store.interface import ShardIndex
+from echoshift.pipeline.store.layout import plan_rows_per_shard, plan_shards
+from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.cached.feature_bank import Rows, make_bank
+from echoshift.train.cached.feature_rows import FeatureRows, read_visual
+from echoshift.train.cached.larger_than_memory import count_row_bytes, open_rows
+from echoshift.train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
+from echoshift.train.watching import SilentWatcher
 
 N_CLIPS, N_VISUAL, N_AUDIO, N_CLASSES, N_BATCH = 5, 2304, 8, 8, 32
 MB = 2**20

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.alignment.collapse import measure_dead_units
-from train.alignment.config import AlignmentConfig
-from train.alignment.masked_means import compute_mean_norm
-from train.alignment.methods import build_method
-from train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
-from train.alignment.two_streams import StreamShapes
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from train.cached.feature_rows import FeatureRows
-from train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
-from train.watching import SilentWatcher
+from echoshift.train.alignment.collapse import measure_dead_units
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.masked_means import compute_mean_norm
+from echoshift.train.alignment.methods import build_method
+from echoshift.train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
+from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.cached.feature_rows import FeatureRows
+from echoshift.train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
+from echoshift.train.watching import SilentWatcher
 
 N_CLASSES, N_CLIPS, N_VISUAL, N_AUDIO, N_TRAIN, N_TEST = 8, 5, 256, 128, 1200, 800
 P_SILENT, SMALLER_NORM = 0.05, 4.0

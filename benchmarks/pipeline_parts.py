@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from extract.clip_assembly import ClipAssembler, TakeClip
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
-from extract.inference import ShardEncoder
-from extract.media_survey import MediaSurvey, identify_segments
-from extract.row_readers import RowReaders
-from extract.run_options import RunOptions
-from extract.shard_inputs import PictureFacts, PictureStretch, ShardInput, SoundWindow
-from extract.sound.spectrograms import log_spectrogram
-from extract.weights.resolve import WeightsRecord
-from pipeline.errors import MediaError
-from pipeline.execution import ShardTask
-from pipeline.rows import compute_digests
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.layout import Shard
+from echoshift.extract.clip_assembly import ClipAssembler, TakeClip
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.inference import ShardEncoder
+from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.extract.row_readers import RowReaders
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.shard_inputs import PictureFacts, PictureStretch, ShardInput, SoundWindow
+from echoshift.extract.sound.spectrograms import log_spectrogram
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.errors import MediaError
+from echoshift.pipeline.execution import ShardTask
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import Shard
 
 Encoders = Sequence[tuple[FeatureSpec, WeightsRecord]]
 

@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.weights.resolve import load_encoder, resolve_weights
-from pipeline.specs import AudioSpec, FeatureSpec, FrameSpec
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.weights.resolve import load_encoder, resolve_weights
+from echoshift.pipeline.specs import AudioSpec, FeatureSpec, FrameSpec
 
 
 def describe_plain_loop(spec: FeatureSpec, weights: str, segments: Sequence[dict[str, Any]]) -> dict[str, Any]:

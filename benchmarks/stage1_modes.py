@@ -23,28 +23,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from extract.encoders.registry import find_encoder
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.media_survey import MediaSurvey, identify_segments
-from extract.run_options import RunOptions
-from extract.shard import process_shard
-from extract.weights.resolve import load_encoder, resolve_weights
-from pipeline.cards import MediaLayout
-from pipeline.execution import ShardTask, commit_report
-from pipeline.freed_memory import keep_freed_memory
-from pipeline.importers.folder import VIDEO_ENDINGS
-from pipeline.rows import compute_digests
-from pipeline.segments import Segment
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import plan_shards
-from pipeline.store.opening import create_store, open_store
-from train.stage1.audio_attention import AudioAttention
-from train.stage1.config import AttentionConfig
-from train.stage1.frame_inputs import FrameInputs
-from train.stage1.gated_encoder import GatedEncoder
-from train.stage1.trunk_inputs import TrunkInputs
-from train.stage1.visual_inputs import VisualInputs
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.shard import process_shard
+from echoshift.extract.weights.resolve import load_encoder, resolve_weights
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.execution import ShardTask, commit_report
+from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.pipeline.importers.folder import VIDEO_ENDINGS
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import plan_shards
+from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.train.stage1.audio_attention import AudioAttention
+from echoshift.train.stage1.config import AttentionConfig
+from echoshift.train.stage1.frame_inputs import FrameInputs
+from echoshift.train.stage1.gated_encoder import GatedEncoder
+from echoshift.train.stage1.trunk_inputs import TrunkInputs
+from echoshift.train.stage1.visual_inputs import VisualInputs
 
 LAYOUT = MediaLayout()
 N_CLASSES = 8

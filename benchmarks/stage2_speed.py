@@ -36,12 +36,12 @@ from benchmarks.plain_recogniser import (
     train_by_index,
     train_plainly,
 )
-from train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
-from train.prediction_table import read_prediction_table
-from train.stage2.config import Stage2Config
-from train.stage2.config_files import resolve_config
-from train.stage2.recogniser import FeatureShapes, build_recogniser
-from train.stage2.stage1_outputs import StreamInputs, open_stream
+from echoshift.train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
+from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.config_files import resolve_config
+from echoshift.train.stage2.recogniser import FeatureShapes, build_recogniser
+from echoshift.train.stage2.stage1_outputs import StreamInputs, open_stream
 
 SOURCE, TARGET = "D1", "D2"
 N_EPOCHS = 29

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.crops import Crop, plan_crop
-from extract.pictures import Placement, place_pictures
-from extract.shard_inputs import PictureFacts, PictureSource, PictureStretch
-from pipeline.specs import FeatureSpec, FrameSpec
+from echoshift.extract.crops import Crop, plan_crop
+from echoshift.extract.pictures import Placement, place_pictures
+from echoshift.extract.shard_inputs import PictureFacts, PictureSource, PictureStretch
+from echoshift.pipeline.specs import FeatureSpec, FrameSpec
 
 TakeClip = Callable[[str, int, int, Tensor], None]
 

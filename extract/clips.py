@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from extract.random_draws import draw
-from extract.readers.protocol import TIME_TOLERANCE_S, find_shown_frames
-from pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
-from pipeline.segments import END_TOLERANCE_S
-from pipeline.specs import AudioSpec, ClipSpec
+from echoshift.extract.random_draws import draw
+from echoshift.extract.readers.protocol import TIME_TOLERANCE_S, find_shown_frames
+from echoshift.pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
+from echoshift.pipeline.segments import END_TOLERANCE_S
+from echoshift.pipeline.specs import AudioSpec, ClipSpec
 
 RATE_ROUNDING = 1e-6
 

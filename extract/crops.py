@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from extract.random_draws import draw, draw_integer
-from pipeline.specs import ClipSpec, FrameSpec
+from echoshift.extract.random_draws import draw, draw_integer
+from echoshift.pipeline.specs import ClipSpec, FrameSpec
 
 N_TRIES = 10
 

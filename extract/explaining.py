@@ -9,20 +9,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from extract.media import locate_media
-from extract.media_survey import UNREADABLE, MediaSurvey, find_modality, identify_segments
-from pipeline.cards import read_dataset_card
-from pipeline.errors import EchoshiftError, MediaError, StoreError
-from pipeline.manifest_csv import locate_manifest, read_manifest
-from pipeline.rows import NO_MEDIA, compute_digest
-from pipeline.segments import Segment
-from pipeline.specs import AudioSpec
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import read_failures
-from pipeline.store.location import Place, locate
-from pipeline.store.opening import open_store
-from pipeline.suggestions import suggest
+from echoshift.extract.media import locate_media
+from echoshift.extract.media_survey import UNREADABLE, MediaSurvey, find_modality, identify_segments
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.errors import EchoshiftError, MediaError, StoreError
+from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+from echoshift.pipeline.rows import NO_MEDIA, compute_digest
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import AudioSpec
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.location import Place, locate
+from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.suggestions import suggest
 
 Status = Literal["done", "stale", "failed", "pending", "absent", "unknown"]
 N_CLIPS_SHOWN = 10

@@ -15,30 +15,35 @@ from typing import Protocol
 
 import numpy as np
 
-from extract.encoders.registry import find_encoder
-from extract.extraction_plan import ExtractionPlan, StoreTarget
-from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.missing_media import UncheckedRows, find_unchecked_rows, require_media_of_done, require_some_media
-from extract.run_options import RunOptions
-from extract.shard_jobs import ExtractionJob
-from extract.shard_sizing import choose_rows_per_shard
-from extract.weights.resolve import WeightsRecord
-from pipeline.cards import DatasetCard
-from pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
-from pipeline.dask_execution import run_with_dask
-from pipeline.errors import SpecError, StoreReadOnlyError
-from pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
-from pipeline.rows import compute_digests, order_segments, plan_new_rows
-from pipeline.segments import Manifest, Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.attributes import describe_versions, describe_writer
-from pipeline.store.holding import StoreHold, hold_store
-from pipeline.store.interface import Backend, Failure, FeatureStore
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import append_run, read_failures
-from pipeline.store.location import Location, Place, locate
-from pipeline.store.opening import create_store, has_store, name_store, open_store
-from pipeline.store.space import check_space, count_needed_bytes
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.extraction_plan import ExtractionPlan, StoreTarget
+from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
+from echoshift.extract.missing_media import (
+    UncheckedRows,
+    find_unchecked_rows,
+    require_media_of_done,
+    require_some_media,
+)
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.shard_jobs import ExtractionJob
+from echoshift.extract.shard_sizing import choose_rows_per_shard
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
+from echoshift.pipeline.dask_execution import run_with_dask
+from echoshift.pipeline.errors import SpecError, StoreReadOnlyError
+from echoshift.pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
+from echoshift.pipeline.rows import compute_digests, order_segments, plan_new_rows
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.attributes import describe_versions, describe_writer
+from echoshift.pipeline.store.holding import StoreHold, hold_store
+from echoshift.pipeline.store.interface import Backend, Failure, FeatureStore
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import append_run, read_failures
+from echoshift.pipeline.store.location import Location, Place, locate
+from echoshift.pipeline.store.opening import create_store, has_store, name_store, open_store
+from echoshift.pipeline.store.space import check_space, count_needed_bytes
 
 
 class ExtractionProgress(Protocol):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.run_options import RunOptions
-from extract.weights.resolve import WeightsRecord
-from pipeline.cards import MediaLayout
-from pipeline.execution import ShardTask
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.execution import ShardTask
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 
 @dataclass(frozen=True, slots=True)

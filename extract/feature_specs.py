@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from extract.encoders.registry import EncoderEntry, find_encoder
-from extract.presets import apply_preset, find_preset
-from extract.weights.resolve import WeightsRecord
-from pipeline.errors import SpecError
-from pipeline.specs import FeatureSpec, OutputSpec
-from pipeline.suggestions import suggest
+from echoshift.extract.encoders.registry import EncoderEntry, find_encoder
+from echoshift.extract.presets import apply_preset, find_preset
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import FeatureSpec, OutputSpec
+from echoshift.pipeline.suggestions import suggest
 
 SPEC_PARTS = ("clip", "frame", "audio")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from extract.media import locate_media
-from pipeline.cards import DatasetCard
-from pipeline.errors import MediaNotFoundError
-from pipeline.segments import Manifest
+from echoshift.extract.media import locate_media
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import MediaNotFoundError
+from echoshift.pipeline.segments import Manifest
 
 COMPUTED: Literal["tvl1"] = "tvl1"  # what the published flow networks were trained on
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from extract.optical_flow import FlowComputer
-from extract.readers.protocol import FrameReader, find_shown_frames
-from extract.shard_inputs import PictureSource, PictureStretch
+from echoshift.extract.optical_flow import FlowComputer
+from echoshift.extract.readers.protocol import FrameReader, find_shown_frames
+from echoshift.extract.shard_inputs import PictureSource, PictureStretch
 
 
 def pair_pictures(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.media import MediaLocation, Modality, identify_media, locate_media
-from extract.media_survey import UNREADABLE, identify_sources
-from pipeline.cards import MediaLayout
-from pipeline.errors import MediaChangedError, MediaError, MediaNotFoundError
-from pipeline.rows import NO_MEDIA, compute_digest
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
+from echoshift.extract.media import MediaLocation, Modality, identify_media, locate_media
+from echoshift.extract.media_survey import UNREADABLE, identify_sources
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import MediaChangedError, MediaError, MediaNotFoundError
+from echoshift.pipeline.rows import NO_MEDIA, compute_digest
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 Signature = tuple[int, int, int, int]
 

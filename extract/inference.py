@@ -6,14 +6,14 @@ from functools import lru_cache
 
 import torch
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.inference_form import Precision, prepare_for_inference
-from extract.extraction_plan import StoreTarget
-from extract.shard_rows import ShardRows
-from extract.weights.resolve import WeightsRecord, load_encoder
-from pipeline.errors import MediaMemoryError, SpecError
-from pipeline.freed_memory import keep_freed_memory
-from pipeline.specs import FeatureSpec
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.inference_form import Precision, prepare_for_inference
+from echoshift.extract.extraction_plan import StoreTarget
+from echoshift.extract.shard_rows import ShardRows
+from echoshift.extract.weights.resolve import WeightsRecord, load_encoder
+from echoshift.pipeline.errors import MediaMemoryError, SpecError
+from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.pipeline.specs import FeatureSpec
 
 
 def choose_batch(device: torch.device) -> int:

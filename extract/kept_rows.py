@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import ROW_ARRAYS, Shard
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import ROW_ARRAYS, Shard
 
 
 class KeptRows:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from extract.readers.protocol import FrameReader
-from pipeline.cards import MediaLayout
-from pipeline.errors import MediaError, MediaNotFoundError
-from pipeline.importers.folder import VIDEO_ENDINGS
-from pipeline.segments import Segment
+from echoshift.extract.readers.protocol import FrameReader
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import MediaError, MediaNotFoundError
+from echoshift.pipeline.importers.folder import VIDEO_ENDINGS
+from echoshift.pipeline.segments import Segment
 
 SOUND_ENDINGS = (".wav", ".flac", ".ogg", ".m4a", ".mp3", ".opus")
 N_IDENTITY_BLOCKS = 16
@@ -169,10 +169,10 @@ def open_frames(location: MediaLocation, decoder: Literal["pyav", "decord"] = "p
     if location.modality == "flow":
         raise MediaError(f"{location.path} is a video file; flow is read from u/ and v/ images")
     if decoder == "decord":
-        from extract.readers.decord_video import DecordFrameReader
+        from echoshift.extract.readers.decord_video import DecordFrameReader
 
         return DecordFrameReader(location.path)
-    from extract.readers.pyav_video import PyAvFrameReader
+    from echoshift.extract.readers.pyav_video import PyAvFrameReader
 
     return PyAvFrameReader(location.path)
 
@@ -180,14 +180,14 @@ def open_frames(location: MediaLocation, decoder: Literal["pyav", "decord"] = "p
 def _open_images(location: MediaLocation) -> FrameReader:
     place, pattern, rate_hz, n_first = location.path, location.pattern, location.rate_hz, location.n_first
     if location.modality == "flow":
-        from extract.readers.flow_images import FlowImageReader
+        from echoshift.extract.readers.flow_images import FlowImageReader
 
         return FlowImageReader(place, pattern, rate_hz, n_first)
     if location.kind == "tar":
-        from extract.readers.frame_tar import FrameTarReader
+        from echoshift.extract.readers.frame_tar import FrameTarReader
 
         return FrameTarReader(place, pattern, rate_hz, n_first)
-    from extract.readers.frame_folder import FrameFolderReader
+    from echoshift.extract.readers.frame_folder import FrameFolderReader
 
     return FrameFolderReader(place, pattern, rate_hz, n_first)
 
@@ -195,7 +195,7 @@ def _open_images(location: MediaLocation) -> FrameReader:
 def probe_duration_s(location: MediaLocation) -> float:
     """Measures when the pictures end, or the sound of a file without pictures, in seconds."""
     if location.modality == "audio" or location.path.suffix.lower() in SOUND_ENDINGS:
-        from extract.readers.pyav_audio import probe_audio_end_s
+        from echoshift.extract.readers.pyav_audio import probe_audio_end_s
 
         return probe_audio_end_s(location.path)
     with open_frames(location) as reader:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.clips import plan_clips
-from extract.media import Modality, identify_media, locate_media, open_frames, probe_duration_s
-from pipeline.cards import MediaLayout
-from pipeline.errors import MediaError, MediaNotFoundError
-from pipeline.rows import NO_MEDIA
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.media import Modality, identify_media, locate_media, open_frames, probe_duration_s
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import MediaError, MediaNotFoundError
+from echoshift.pipeline.rows import NO_MEDIA
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 UNREADABLE = "unreadable media"
 

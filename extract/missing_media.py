@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extract.media import locate_media
-from extract.media_survey import MediaSurvey, find_modality
-from pipeline.errors import MediaNotFoundError
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
+from echoshift.extract.media import locate_media
+from echoshift.extract.media_survey import MediaSurvey, find_modality
+from echoshift.pipeline.errors import MediaNotFoundError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 
 def require_some_media(survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec) -> None:

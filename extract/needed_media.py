@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from extract.encoders.registry import find_encoder
-from extract.media import MediaLocation, Modality, locate_media
-from extract.media_survey import MediaSurvey
-from pipeline.cards import DatasetCard
-from pipeline.errors import MediaNotFoundError
-from pipeline.segments import Segment
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.media import MediaLocation, Modality, locate_media
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import MediaNotFoundError
+from echoshift.pipeline.segments import Segment
 
 
 @dataclass(slots=True)

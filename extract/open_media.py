@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from extract.identity_check import MediaWatch
-from extract.media import MediaLocation, Modality, locate_media, open_frames
-from extract.readers.protocol import FrameReader
-from extract.readers.pyav_audio import PyAvAudioReader
-from pipeline.cards import MediaLayout
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
+from echoshift.extract.identity_check import MediaWatch
+from echoshift.extract.media import MediaLocation, Modality, locate_media, open_frames
+from echoshift.extract.readers.protocol import FrameReader
+from echoshift.extract.readers.pyav_audio import PyAvAudioReader
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 
 class OpenMedia:

@@ -9,7 +9,7 @@ import cv2 as opencv
 import numpy as np
 import numpy.typing as npt
 
-from extract.crops import plan_resized_shape
+from echoshift.extract.crops import plan_resized_shape
 
 cv2: Any = opencv  # its annotations lack the contributed modules
 Gray = npt.NDArray[np.uint8]

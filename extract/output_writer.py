@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.interface import FeatureStore
 
 N_CHUNKS_AHEAD = 4
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from extract.crops import Crop, plan_centre_crop, plan_resized_shape
-from pipeline.errors import SpecError
-from pipeline.specs import FrameSpec
+from echoshift.extract.crops import Crop, plan_centre_crop, plan_resized_shape
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import FrameSpec
 
 N_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """How many bytes of float pictures at full size exist at a time: on a CPU what stays near its cache is 2-5 x faster."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from extract.encoders.registry import EncoderEntry
-from extract.sound.recipes import PLANAMENTE2021, ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
-from pipeline.errors import SpecError
-from pipeline.suggestions import suggest
+from echoshift.extract.encoders.registry import EncoderEntry
+from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.suggestions import suggest
 
 
 @dataclass(frozen=True, slots=True)

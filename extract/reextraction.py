@@ -11,18 +11,18 @@ from typing import Literal
 
 import numpy as np
 
-from extract.encoders.registry import find_encoder
-from extract.media_survey import MediaSurvey
-from extract.run_options import RunOptions
-from extract.trial_extraction import choose_spread, extract_on_trial
-from extract.weights.resolve import WeightsRecord, list_weights, resolve_weights
-from pipeline.errors import StoreError, WeightsError
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.auditing import Fp16Error, measure_fp16_error
-from pipeline.store.interface import FeatureStore, VerifyFault
-from pipeline.store.layout import DONE
-from pipeline.store.ledger import read_failures
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.trial_extraction import choose_spread, extract_on_trial
+from echoshift.extract.weights.resolve import WeightsRecord, list_weights, resolve_weights
+from echoshift.pipeline.errors import StoreError, WeightsError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.auditing import Fp16Error, measure_fp16_error
+from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.ledger import read_failures
 
 MIN_COSINE = 0.999
 # The unit roundoff of what a network computes in. fp32 is taken as TF32, with which GPUs run convolutions.

@@ -8,12 +8,12 @@ from queue import Empty, Full, Queue
 
 import numpy as np
 
-from extract.extraction_plan import ExtractionPlan, ShardWork
-from extract.open_media import OpenMedia
-from extract.row_reading import read_row
-from extract.shard_inputs import RowEnd, RowFailure, ShardInput, describe_failure
-from pipeline.errors import MediaTimeoutError
-from pipeline.segments import Segment
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.row_reading import read_row
+from echoshift.extract.shard_inputs import RowEnd, RowFailure, ShardInput, describe_failure
+from echoshift.pipeline.errors import MediaTimeoutError
+from echoshift.pipeline.segments import Segment
 
 N_INPUTS_AHEAD = 2
 _POLL_S = 0.2

@@ -7,17 +7,17 @@ from itertools import groupby
 
 import numpy as np
 
-from extract.clips import plan_clips
-from extract.extraction_plan import StoreTarget
-from extract.flow_making import FlowMaker, pair_pictures
-from extract.open_media import OpenMedia
-from extract.readers.protocol import FrameReader, find_shown_frames
-from extract.shard_inputs import PictureFacts, PictureSource, PictureStretch, RowEnd, RowFailure, ShardInput
-from extract.shard_inputs import describe_failure as describe
-from extract.sound_reading import read_sound
-from pipeline.errors import MediaError, MediaMemoryError
-from pipeline.segments import Segment
-from pipeline.specs import ClipSpec
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.extraction_plan import StoreTarget
+from echoshift.extract.flow_making import FlowMaker, pair_pictures
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.readers.protocol import FrameReader, find_shown_frames
+from echoshift.extract.shard_inputs import PictureFacts, PictureSource, PictureStretch, RowEnd, RowFailure, ShardInput
+from echoshift.extract.shard_inputs import describe_failure as describe
+from echoshift.extract.sound_reading import read_sound
+from echoshift.pipeline.errors import MediaError, MediaMemoryError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import ClipSpec
 
 MAX_STRETCH_BYTES = 64 * 2**20
 # Clips that a stretch touches exist at the same time: small pictures must not make it long.

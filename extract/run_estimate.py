@@ -9,17 +9,17 @@ from typing import Literal
 
 import numpy as np
 
-from extract.extraction import ExtractionRequest
-from extract.media_survey import MediaSurvey, count_clips_at_most, find_modality, identify_segments
-from extract.missing_media import find_unchecked_rows
-from extract.shard_sizing import choose_rows_per_shard
-from pipeline.execution import plan_tasks, select_rows
-from pipeline.rows import compute_digests, order_segments, plan_new_rows
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.faults import count_free_bytes
-from pipeline.store.interface import Backend
-from pipeline.store.layout import (
+from echoshift.extract.extraction import ExtractionRequest
+from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, find_modality, identify_segments
+from echoshift.extract.missing_media import find_unchecked_rows
+from echoshift.extract.shard_sizing import choose_rows_per_shard
+from echoshift.pipeline.execution import plan_tasks, select_rows
+from echoshift.pipeline.rows import compute_digests, order_segments, plan_new_rows
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.faults import count_free_bytes
+from echoshift.pipeline.store.interface import Backend
+from echoshift.pipeline.store.layout import (
     DONE,
     FAILED,
     StoreLayout,
@@ -27,8 +27,8 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.location import Place, locate
-from pipeline.store.opening import has_store, name_store, open_store
+from echoshift.pipeline.store.location import Place, locate
+from echoshift.pipeline.store.opening import has_store, name_store, open_store
 
 Level = Literal["Stage 1", "Stage 2"]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from extract.extraction import ExtractionRequest
-from extract.media_survey import MediaSurvey
-from extract.run_estimate import SharedWork
-from extract.trial_extraction import choose_spread, extract_on_trial
-from pipeline.store.layout import FAILED
+from echoshift.extract.extraction import ExtractionRequest
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.run_estimate import SharedWork
+from echoshift.extract.trial_extraction import choose_spread, extract_on_trial
+from echoshift.pipeline.store.layout import FAILED
 
 # About 95 % of ranges of two standard errors to either side hold the true mean.
 N_STANDARD_ERRORS = 2.0
@@ -113,7 +113,7 @@ def describe_device(device: str) -> str:
     """Says which device a run would use: the GPU's name, or the CPU with its threads."""
     import torch
 
-    from pipeline.devices import resolve_device
+    from echoshift.pipeline.devices import resolve_device
 
     chosen = resolve_device(device)
     if chosen.type == "cuda":

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from extract.clip_assembly import ClipAssembler
-from extract.extraction_plan import ExtractionPlan, ShardWork
-from extract.inference import ShardEncoder, choose_batch, is_out_of_memory
-from extract.output_writer import OutputWriter
-from extract.row_readers import RowReaders, choose_n_readers
-from extract.shard_inputs import (
+from echoshift.extract.clip_assembly import ClipAssembler
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork
+from echoshift.extract.inference import ShardEncoder, choose_batch, is_out_of_memory
+from echoshift.extract.output_writer import OutputWriter
+from echoshift.extract.row_readers import RowReaders, choose_n_readers
+from echoshift.extract.shard_inputs import (
     PictureFacts,
     PictureStretch,
     RowFailure,
@@ -21,14 +21,14 @@ from extract.shard_inputs import (
     SoundSpan,
     SoundWindow,
 )
-from extract.shard_rows import ShardRows
-from extract.sound.spectrograms import log_spectrogram
-from extract.sound.views import list_views
-from pipeline.devices import resolve_device
-from pipeline.errors import MediaMemoryError
-from pipeline.execution import ShardReport
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.opening import open_store
+from echoshift.extract.shard_rows import ShardRows
+from echoshift.extract.sound.spectrograms import log_spectrogram
+from echoshift.extract.sound.views import list_views
+from echoshift.pipeline.devices import resolve_device
+from echoshift.pipeline.errors import MediaMemoryError
+from echoshift.pipeline.execution import ShardReport
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.opening import open_store
 
 
 def process_shard(

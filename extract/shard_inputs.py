@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from extract.optical_flow import FlowMethod
-from pipeline.errors import MediaError
-from pipeline.segments import Segment
-from pipeline.specs import ClipSpec, FeatureSpec
-from pipeline.store.interface import Failure
+from echoshift.extract.optical_flow import FlowMethod
+from echoshift.pipeline.errors import MediaError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec
+from echoshift.pipeline.store.interface import Failure
 
 
 @dataclass(frozen=True, slots=True)

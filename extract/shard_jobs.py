@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from extract.extraction_plan import ExtractionPlan, ShardWork
-from extract.kept_rows import KeptRows
-from extract.workers import compute_shard_on_worker, make_ticket
-from pipeline.execution import ShardReport, ShardTask
-from pipeline.segments import Segment
-from pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from pipeline.store.layout import FAILED, N_DIGEST_BYTES, PENDING
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork
+from echoshift.extract.kept_rows import KeptRows
+from echoshift.extract.workers import compute_shard_on_worker, make_ticket
+from echoshift.pipeline.execution import ShardReport, ShardTask
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import FAILED, N_DIGEST_BYTES, PENDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,9 @@ class ExtractionJob:
 
     def compute(self, task: ShardTask, notify: Callable[[int], None]) -> ShardReport:
         """Computes a shard in this process; `notify` is told of every row of the shard."""
-        from extract.shard import process_shard  # brings torch, which a run with nothing to do needn't wait for
+        from echoshift.extract.shard import (
+            process_shard,  # brings torch, which a run with nothing to do needn't wait for
+        )
 
         n_told = 0
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extract.extraction_plan import ShardWork
-from extract.kept_rows import KeptRows
-from extract.output_writer import OutputWriter
-from pipeline.errors import MediaError
-from pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, FAILED, PENDING
+from echoshift.extract.extraction_plan import ShardWork
+from echoshift.extract.kept_rows import KeptRows
+from echoshift.extract.output_writer import OutputWriter
+from echoshift.pipeline.errors import MediaError
+from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
 
 
 @dataclass(frozen=True, slots=True)

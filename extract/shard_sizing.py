@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extract.media_survey import MediaSurvey, count_clips_at_most
-from pipeline.store.layout import plan_rows_per_shard
-from pipeline.store.opening import has_store, name_store, open_store
+from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most
+from echoshift.pipeline.store.layout import plan_rows_per_shard
+from echoshift.pipeline.store.opening import has_store, name_store, open_store
 
 if TYPE_CHECKING:
-    from extract.extraction import ExtractionRequest
+    from echoshift.extract.extraction import ExtractionRequest
 
 # A shard is the most that a kill costs, and on a CPU each of its rows takes seconds.
 MAX_ROWS_PER_SHARD_ON_CPU = 64
@@ -21,7 +21,7 @@ def choose_rows_per_shard(request: ExtractionRequest, survey: MediaSurvey) -> in
     Stores of one run share each decode only where their shards are the same. Where there is no store yet, it is what
     the one with the smallest rows wants; on a CPU at most MAX_ROWS_PER_SHARD_ON_CPU.
     """
-    from pipeline.devices import resolve_device
+    from echoshift.pipeline.devices import resolve_device
 
     if request.n_rows_per_shard is not None:
         return request.n_rows_per_shard

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from extract.clips import plan_audio_windows, plan_clips
-from extract.open_media import OpenMedia
-from extract.readers.pyav_audio import PyAvAudioReader
-from extract.shard_inputs import ShardInput, SoundEnd, SoundSpan, SoundWindow
-from pipeline.segments import Segment
-from pipeline.specs import AudioSpec, FeatureSpec
+from echoshift.extract.clips import plan_audio_windows, plan_clips
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.readers.pyav_audio import PyAvAudioReader
+from echoshift.extract.shard_inputs import ShardInput, SoundEnd, SoundSpan, SoundWindow
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import AudioSpec, FeatureSpec
 
 
 def read_sound(media: OpenMedia, row: int, segment: Segment, path: str, spec: FeatureSpec) -> Iterator[ShardInput]:

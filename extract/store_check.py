@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.media_survey import MediaSurvey, identify_segments
-from extract.reextraction import ReextractionReport, choose_rows, compare_sample
-from extract.run_options import RunOptions
-from pipeline.cards import DatasetCard, read_dataset_card
-from pipeline.errors import EchoshiftError, SpecError, StoreError
-from pipeline.manifest_csv import locate_manifest, read_manifest
-from pipeline.rows import compute_digests, order_segments
-from pipeline.segments import Manifest, Segment
-from pipeline.store.interface import FeatureStore, VerifyFault
-from pipeline.store.layout import DONE
-from pipeline.store.location import Place
-from pipeline.store.opening import open_store
-from pipeline.store.repairing import (
+from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.extract.reextraction import ReextractionReport, choose_rows, compare_sample
+from echoshift.extract.run_options import RunOptions
+from echoshift.pipeline.cards import DatasetCard, read_dataset_card
+from echoshift.pipeline.errors import EchoshiftError, SpecError, StoreError
+from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+from echoshift.pipeline.rows import compute_digests, order_segments
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.location import Place
+from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.repairing import (
     IndexDamage,
     RepairReport,
     find_faulty_rows,
@@ -28,7 +28,7 @@ from pipeline.store.repairing import (
     requeue_rows,
     restore_segment_ids,
 )
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.verifying import verify_store
 
 SPAN_TOLERANCE_S = 1e-6  # of arithmetic on float64 seconds
 

@@ -13,7 +13,7 @@ import threading
 import types
 from typing import Any
 
-from pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError
 
 _kept_libraries: list[Any] = []
 # Readers and networks import in threads of their own; a half-imported package looks imported to the other thread.

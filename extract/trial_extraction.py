@@ -8,17 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
-from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.run_options import RunOptions
-from extract.weights.resolve import WeightsRecord
-from pipeline.execution import ShardTask, commit_report
-from pipeline.rows import compute_digests
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.interface import Backend, FeatureStore
-from pipeline.store.layout import plan_shards
-from pipeline.store.opening import create_store, name_store
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.execution import ShardTask, commit_report
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.interface import Backend, FeatureStore
+from echoshift.pipeline.store.layout import plan_shards
+from echoshift.pipeline.store.opening import create_store, name_store
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def extract_on_trial(
     `n_rows_per_shard` None means one shard for all; `n_clips` None, as many as the segments need. `notify` is called
     with the number of rows read since the last call. Failures go into the trial stores' ledgers.
     """
-    from extract.shard import process_shard  # brings torch
+    from echoshift.extract.shard import process_shard  # brings torch
 
     stores: dict[str, FeatureStore] = {}
     targets: dict[str, StoreTarget] = {}

@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.encoders.registry import find_encoder
-from extract.extraction_plan import ExtractionPlan, ShardWork
-from extract.media_survey import MediaSurvey, identify_segments
-from pipeline.errors import ClusterError, EchoshiftError
-from pipeline.execution import ShardReport
-from pipeline.rows import compute_digests
-from pipeline.store.attributes import describe_versions
-from pipeline.store.interface import FeatureStore
-from pipeline.store.opening import open_store
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork
+from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.pipeline.errors import ClusterError, EchoshiftError
+from echoshift.pipeline.execution import ShardReport
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.store.attributes import describe_versions
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.opening import open_store
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -57,7 +57,7 @@ def compute_shard_on_worker(ticket: RunTicket, plan: ExtractionPlan, work: Shard
     stores = {path: _open_store(ticket, path, worker.address) for path in work.task.store_paths}
     _check_run(ticket, worker)
     _check_files(ticket, plan, work, worker.address)
-    from extract.shard import process_shard  # brings torch
+    from echoshift.extract.shard import process_shard  # brings torch
 
     if ticket.n_threads is not None:
         import torch

@@ -12,9 +12,9 @@ from typing import Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.errors import CardError
-from pipeline.places import MANIFESTS_DIR, list_cards
-from pipeline.suggestions import suggest
+from echoshift.pipeline.errors import CardError
+from echoshift.pipeline.places import MANIFESTS_DIR, list_cards, locate_card
+from echoshift.pipeline.suggestions import suggest
 
 
 class CardModel(BaseModel):
@@ -179,12 +179,12 @@ def _describe_fault(kind: str, message: str, place: tuple[int | str, ...]) -> st
 
 
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:
-    """Reads the card of a dataset by name from data/manifests.
+    """Reads the card of a dataset by name from `manifests_dir`, or of those that come with echoshift.
 
     Raises CardError if there is none, and for a card copied from another dataset that still has its name: features
     would go into that one's stores.
     """
-    path = manifests_dir / f"{dataset}.toml"
+    path = locate_card(dataset, manifests_dir)
     card = read_card(path)
     if card.name != dataset:
         raise CardError(f"{path}: name is {card.name!r}; set name = {dataset!r}, as the file is called")

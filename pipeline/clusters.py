@@ -12,7 +12,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import ClusterError
+from echoshift.pipeline.errors import ClusterError
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
-from pipeline.errors import ClusterError
-from pipeline.execution import ShardReport, ShardTask, begin_task, commit_report
-from pipeline.store.holding import StoreHold
-from pipeline.store.interface import FeatureStore
+from echoshift.pipeline.errors import ClusterError
+from echoshift.pipeline.execution import ShardReport, ShardTask, begin_task, commit_report
+from echoshift.pipeline.store.holding import StoreHold
+from echoshift.pipeline.store.interface import FeatureStore
 
 if TYPE_CHECKING:
     from distributed import Client, Future

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError
 
 if TYPE_CHECKING:
     import torch

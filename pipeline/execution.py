@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.store.holding import StoreHold
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import FAILED, Shard, StoreLayout, plan_shards
-from pipeline.store.ledger import FailureLedger
+from echoshift.pipeline.store.holding import StoreHold
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import FAILED, Shard, StoreLayout, plan_shards
+from echoshift.pipeline.store.ledger import FailureLedger
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.manifest_check import Fault
+from echoshift.pipeline.manifest_check import Fault
 
 N_LISTED_VIDEOS = 20
 _KINDS = ("missing", "unreadable")

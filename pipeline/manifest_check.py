@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError, MediaError, MediaNotFoundError
-from pipeline.segments import END_TOLERANCE_S, Segment
-from pipeline.suggestions import suggest
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import ManifestError, MediaError, MediaNotFoundError
+from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
+from echoshift.pipeline.suggestions import suggest
 
 
 class MediaProbe(Protocol):

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError
-from pipeline.manifest_check import (
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.manifest_check import (
     Fault,
     ManifestRow,
     MediaProbe,
@@ -28,9 +28,9 @@ from pipeline.manifest_check import (
     find_media_faults,
     find_segment_faults,
 )
-from pipeline.places import MANIFESTS_DIR
-from pipeline.segments import Manifest, Segment, TimedLabel
-from pipeline.suggestions import suggest
+from echoshift.pipeline.places import MANIFESTS_DIR
+from echoshift.pipeline.segments import Manifest, Segment, TimedLabel
+from echoshift.pipeline.suggestions import suggest
 
 REQUIRED_COLUMNS = ("segment_id", "video_id", "start_s", "stop_s", "labels", "domain", "split")
 OPTIONAL_COLUMNS = ("noun", "pair_id", "tags", "timed_labels")

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.cards import DatasetCard
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.segments import Segment
 
 FRAME_RATE_HZ = 60
 N_SPAN_FRAMES = 64

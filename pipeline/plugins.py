@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PluginError
+from echoshift.pipeline.errors import PluginError
 
 ENCODER_GROUP = "echoshift.encoders"
 METHOD_GROUP = "echoshift.methods"

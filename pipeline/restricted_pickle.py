@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import ManifestError, UnsafePickleError
+from echoshift.pipeline.errors import ManifestError, UnsafePickleError
 
 _PLAIN_KINDS = "biufcSUO"
 _DAMAGE = (

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from pipeline.segments import Segment
-from pipeline.store.layout import N_DIGEST_BYTES
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.layout import N_DIGEST_BYTES
 
 NO_MEDIA = "no media"
 

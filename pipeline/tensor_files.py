@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import WeightsError
+from echoshift.pipeline.errors import WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.clusters import ClusterRequest, connect_cluster
-from pipeline.errors import EchoshiftError
-from train.data_places import DataPlaces
-from train.grids import PlannedRun, Stage
-from train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from train.splits import find_shift
-from train.two_stages import NeededStage1, list_needed, plan_network_run
-from train.watching import EpochWatcher, SilentWatcher
+from echoshift.pipeline.clusters import ClusterRequest, connect_cluster
+from echoshift.pipeline.errors import EchoshiftError
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.grids import PlannedRun, Stage
+from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
+from echoshift.train.splits import find_shift
+from echoshift.train.two_stages import NeededStage1, list_needed, plan_network_run
+from echoshift.train.watching import EpochWatcher, SilentWatcher
 
 if TYPE_CHECKING:
-    from train.stage_settings import RunSettings
+    from echoshift.train.stage_settings import RunSettings
 
 Resolve = Callable[[Stage, tuple[str, ...]], "RunSettings"]
 CUDA = "cuda"
@@ -105,7 +105,7 @@ def run_grid(
 
 def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
     """Plans each run of Stage 1 once, with everything that Stage 2 needs where a row of it asks."""
-    from train.stage1.run_context import Stage1Request
+    from echoshift.train.stage1.run_context import Stage1Request
 
     records = read_runs(place.runs_dir / RESULTS)
     needed: dict[tuple[str, str, int], NeededStage1] = {}
@@ -138,7 +138,7 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
 
 def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers) -> list[_Task]:
     """Plans runs on cached features: on a GPU of this process all together, to train in stacks; else one by one."""
-    from pipeline.devices import resolve_device
+    from echoshift.pipeline.devices import resolve_device
 
     if not runs:
         return []
@@ -151,16 +151,16 @@ def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace, workers: Worker
 
 def run_one_stage1(request: Any) -> None:
     """Runs Stage 1 in this process, and says nothing of its steps."""
-    from train.ranks import Ranks
-    from train.stage1.running import run_stage1
+    from echoshift.train.ranks import Ranks
+    from echoshift.train.stage1.running import run_stage1
 
     run_stage1(request, SilentWatcher(), ranks=Ranks())
 
 
 def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
     """Runs Stage 2 or alignment in this process, and says nothing of its epochs."""
-    from pipeline.devices import resolve_device
-    from train.method_running import run_training
+    from echoshift.pipeline.devices import resolve_device
+    from echoshift.train.method_running import run_training
 
     shift = find_shift(places.card, run.shift)
     planned = plan_network_run(places, settings, shift, run.seed, runs_dir, row=run.row)
@@ -169,8 +169,8 @@ def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSe
 
 def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> None:
     """Trains runs on cached features in stacks, then scores each."""
-    from pipeline.devices import resolve_device
-    from train.method_running import run_training, train_together
+    from echoshift.pipeline.devices import resolve_device
+    from echoshift.train.method_running import run_training, train_together
 
     device = resolve_device(place.places.device)
     planned = []
@@ -225,7 +225,7 @@ def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[tuple
 
 def _make_portable(argument: Any) -> Any:
     """Has paths hold wherever a worker runs; a worker, which may start no processes, decodes by itself."""
-    from train.stage1.run_context import Stage1Request
+    from echoshift.train.stage1.run_context import Stage1Request
 
     if isinstance(argument, DataPlaces):
         where = str(argument.cache_dir)

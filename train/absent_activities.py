@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError
 
 
 def mark_absent_single(p_audio: np.ndarray, has_audio: np.ndarray, n_absent: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError
 
 
 def compute_effective_weights(counts: np.ndarray, beta: float) -> np.ndarray:

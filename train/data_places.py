@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cards import DatasetCard
-from pipeline.segments import Manifest
-from pipeline.store.location import Place
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.segments import Manifest
+from echoshift.pipeline.store.location import Place
 
 
 @dataclass(frozen=True, slots=True)

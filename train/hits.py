@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train.grids import PlannedRun
-from train.runs import RunRecord, keep_latest
-from train.scoring import read_hits
-from train.selection_rules import SelectionRule
+from echoshift.train.grids import PlannedRun
+from echoshift.train.runs import RunRecord, keep_latest
+from echoshift.train.scoring import read_hits
+from echoshift.train.selection_rules import SelectionRule
 
 
 def average_hits(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import RunError
+from echoshift.pipeline.errors import RunError
 
 PairKey = tuple[str, int]  # a shift's name and a seed
 LEVEL = 0.95

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.devices import describe_device
-from pipeline.tensor_files import write_tensors
-from train.cached.training import TrainedRun, TrainingJob, train_jobs
-from train.network_predictions import (
+from echoshift.pipeline.devices import describe_device
+from echoshift.pipeline.tensor_files import write_tensors
+from echoshift.train.cached.training import TrainedRun, TrainingJob, train_jobs
+from echoshift.train.network_predictions import (
     CHECKPOINT,
     EPOCHS,
     PREDICTIONS,
@@ -27,12 +27,20 @@ from train.network_predictions import (
     predict_snapshots,
     write_arrays,
 )
-from train.planned_training import MethodRun, PlannedTraining
-from train.runs import RESULTS, RunRecord, append_run, describe_code_version, hash_config, keep_latest, read_runs
-from train.scores import Scores
-from train.scoring import TestSplit, make_scores, open_test_split, plan_scores_step
-from train.steps import StepResult, hash_json
-from train.watching import EpochWatcher
+from echoshift.train.planned_training import MethodRun, PlannedTraining
+from echoshift.train.runs import (
+    RESULTS,
+    RunRecord,
+    append_run,
+    describe_code_version,
+    hash_config,
+    keep_latest,
+    read_runs,
+)
+from echoshift.train.scores import Scores
+from echoshift.train.scoring import TestSplit, make_scores, open_test_split, plan_scores_step
+from echoshift.train.steps import StepResult, hash_json
+from echoshift.train.watching import EpochWatcher
 
 WARNINGS = "warnings"  # in the outcome of a training, where there are any
 

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.errors import RunError
-from pipeline.tensor_files import check_tensors, read_tensors
-from train.cached.feature_bank import Rows
-from train.cached.predicting import predict_rows
-from train.cached.training import TrainedRun
-from train.planned_training import MethodRun, PlannedTraining
-from train.scores import compute_scores
-from train.scoring import TestSplit
-from train.selection_rules import SelectionRule
-from train.steps import Step, StepResult, hash_json
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.tensor_files import check_tensors, read_tensors
+from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.cached.predicting import predict_rows
+from echoshift.train.cached.training import TrainedRun
+from echoshift.train.planned_training import MethodRun, PlannedTraining
+from echoshift.train.scores import compute_scores
+from echoshift.train.scoring import TestSplit
+from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.steps import Step, StepResult, hash_json
 
 CHECKPOINT, EPOCHS, PREDICTIONS = "trained.safetensors", "epochs.npz", "predictions.npz"
 TARGET_TEST, SOURCE_VAL = "target_test", "source_val"

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import RunError
-from pipeline.suggestions import suggest
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.suggestions import suggest
 
 Settings = dict[str, Any]
 Config = TypeVar("Config", bound=BaseModel)

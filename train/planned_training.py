@@ -10,15 +10,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import nn
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.segments import Manifest
-from train.cached.batches import Domain
-from train.cached.feature_bank import Rows
-from train.cached.training import TrainedRun, TrainingJob
-from train.grids import Stage
-from train.selection_rules import SelectionRule
-from train.splits import ShiftSplits
-from train.steps import Step, StepRunner
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.segments import Manifest
+from echoshift.train.cached.batches import Domain
+from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.cached.training import TrainedRun, TrainingJob
+from echoshift.train.grids import Stage
+from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.splits import ShiftSplits
+from echoshift.train.steps import Step, StepRunner
 
 
 class MethodRun(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import RunError
+from echoshift.pipeline.errors import RunError
 
 CLASSES = "classes"  # the key of the classes' names in the file's metadata
 COLUMNS = (

@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import RunError
-from pipeline.suggestions import suggest
-from train.overrides import Settings, make_config, merge_settings, parse_override, read_settings
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.suggestions import suggest
+from echoshift.train.overrides import Settings, make_config, merge_settings, parse_override, read_settings
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -16,11 +16,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipeline.errors import RunError
-from train.alignment.config import keep_used
-from train.scores import Scores
-from train.selection_rules import SelectionRule
-from train.steps import hash_json
+from echoshift.pipeline.errors import RunError
+from echoshift.train.alignment.config import keep_used
+from echoshift.train.scores import Scores
+from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.steps import hash_json
 
 RESULTS = "results.jsonl"
 _LOCK_TIMEOUT_S = 60.0
@@ -169,7 +169,7 @@ def keep_latest(records: Iterable[RunRecord]) -> dict[RunKey, RunRecord]:
 def describe_code_version() -> str:
     """Says which code runs: the package's version, with `git describe` of the checkout it runs from, if it is one."""
     release = version("echoshift")
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent  # of the checkout, beyond the links
     if not (root / ".git").exists():
         return release
     command = ["git", "-C", str(root), "describe", "--always", "--long", "--dirty", "--abbrev=12"]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import RunError
-from train.source_bins import BIN_NAMES, N_RARE_BINS, NO_BIN, SourceBins
+from echoshift.pipeline.errors import RunError
+from echoshift.train.source_bins import BIN_NAMES, N_RARE_BINS, NO_BIN, SourceBins
 
 _TOLERANCE = 1e-3  # how far rounding in half precision may take a probability out of 0..1
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.errors import RunError
-from pipeline.segments import Manifest
-from train.scores import average_scores, compute_scores
-from train.source_bins import bin_by_source
-from train.splits import LabelledSegments, label_target_test, select_labelled
-from train.steps import Step, hash_json
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Manifest
+from echoshift.train.scores import average_scores, compute_scores
+from echoshift.train.source_bins import bin_by_source
+from echoshift.train.splits import LabelledSegments, label_target_test, select_labelled
+from echoshift.train.steps import Step, hash_json
 
 HITS = "hits.npz"
 

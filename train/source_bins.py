@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from train.splits import LabelledSegments, count_labels
+from echoshift.train.splits import LabelledSegments, count_labels
 
 # A, section 5.1: rare are 0-1 and 2-10 instances in the source, frequent are those with more than 10.
 BIN_NAMES = ("0-1", "2-10", "over 10")

@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.errors import ManifestError
-from pipeline.importers.charades_ego import tag_labelled, thin_pairs
-from pipeline.segments import Manifest, Segment
-from pipeline.suggestions import suggest
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.importers.charades_ego import tag_labelled, thin_pairs
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.suggestions import suggest
 
 TRAIN, TEST = "train", "test"
 

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.encoders.registry import find_encoder
-from pipeline.cards import DatasetCard
-from pipeline.errors import EchoshiftError, RunError
-from pipeline.suggestions import suggest
-from train.alignment.config_files import FILES as ALIGNMENT
-from train.alignment.stage_config import AlignmentStageConfig
-from train.grids import Stage
-from train.overrides import parse_override
-from train.stage1.config import Stage1Config, TargetLabelsConfig
-from train.stage1.config_files import list_presets as list_stage1_presets
-from train.stage1.config_files import resolve_config as resolve_stage1
-from train.stage2.config import Stage2Config, StreamConfig
-from train.stage2.config_files import FILES as STAGE2
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import EchoshiftError, RunError
+from echoshift.pipeline.suggestions import suggest
+from echoshift.train.alignment.config_files import FILES as ALIGNMENT
+from echoshift.train.alignment.stage_config import AlignmentStageConfig
+from echoshift.train.grids import Stage
+from echoshift.train.overrides import parse_override
+from echoshift.train.stage1.config import Stage1Config, TargetLabelsConfig
+from echoshift.train.stage1.config_files import list_presets as list_stage1_presets
+from echoshift.train.stage1.config_files import resolve_config as resolve_stage1
+from echoshift.train.stage2.config import Stage2Config, StreamConfig
+from echoshift.train.stage2.config_files import FILES as STAGE2
 
 PARTS: Mapping[Stage, frozenset[str]] = {
     "stage1": frozenset(Stage1Config.model_fields),

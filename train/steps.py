@@ -20,8 +20,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import RunError
-from pipeline.store.attributes import describe_versions
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.store.attributes import describe_versions
 
 RECORD = "record.json"
 _POLL_S = 1.0

@@ -6,9 +6,9 @@ import csv
 import io
 import re
 
-from train.intervals import MeanInterval, PairedTest
-from train.table_notes import NO_BENCHMARK
-from train.tables import Table, TableCell, TableRow
+from echoshift.train.intervals import MeanInterval, PairedTest
+from echoshift.train.table_notes import NO_BENCHMARK
+from echoshift.train.tables import Table, TableCell, TableRow
 
 _NOTHING = "-"
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from pipeline.cards import DatasetCard, PublishedNumber
-from train.runs import RunRecord
-from train.selection_rules import SelectionRule
+from echoshift.pipeline.cards import DatasetCard, PublishedNumber
+from echoshift.train.runs import RunRecord
+from echoshift.train.selection_rules import SelectionRule
 
 NO_BENCHMARK = "The dataset is synthetic: these numbers are no benchmark."
 _METRICS = {

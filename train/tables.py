@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cards import DatasetCard, PublishedNumber
-from pipeline.errors import RunError
-from train.grids import ColumnGroup, Grid, PlannedRun, list_shifts
-from train.intervals import (
+from echoshift.pipeline.cards import DatasetCard, PublishedNumber
+from echoshift.pipeline.errors import RunError
+from echoshift.train.grids import ColumnGroup, Grid, PlannedRun, list_shifts
+from echoshift.train.intervals import (
     MeanInterval,
     PairedTest,
     PairKey,
@@ -19,10 +19,10 @@ from train.intervals import (
     compare_segments,
     compute_interval,
 )
-from train.runs import RunRecord, keep_latest
-from train.scores import Score
-from train.selection_rules import SelectionRule
-from train.table_notes import write_notes
+from echoshift.train.runs import RunRecord, keep_latest
+from echoshift.train.scores import Score
+from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.table_notes import write_notes
 
 MEAN = "mean"
 PERCENT = 100.0

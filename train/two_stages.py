@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cards import Shift
-from train.data_places import DataPlaces
-from train.runs import RESULTS, RunRecord, hash_config, read_runs
-from train.stage1.config import Stage1Config
-from train.stage2.stage1_outputs import (
+from echoshift.pipeline.cards import Shift
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage2.stage1_outputs import (
     StreamInputs,
     find_cached,
     find_stage1_outputs,
@@ -20,8 +20,8 @@ from train.stage2.stage1_outputs import (
 )
 
 if TYPE_CHECKING:
-    from train.planned_training import PlannedTraining
-    from train.stage_settings import RunSettings
+    from echoshift.train.planned_training import PlannedTraining
+    from echoshift.train.stage_settings import RunSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,9 @@ def plan_network_run(
     described = settings.describe()
     if settings.stage == "stage2":
         return _plan_stage2(places, settings, shift, seed, runs_dir, row, rerun, inputs, described, notify)
-    from train.alignment.alignment_runs import AlignmentRequest
-    from train.alignment.planning import plan_alignment
-    from train.alignment.stage_config import AlignmentStageConfig
+    from echoshift.train.alignment.alignment_runs import AlignmentRequest
+    from echoshift.train.alignment.planning import plan_alignment
+    from echoshift.train.alignment.stage_config import AlignmentStageConfig
 
     assert isinstance(settings.config, AlignmentStageConfig), "settings of alignment"
     configs = {s.stream.name: s.config for s in settings.streams if isinstance(s.config, AlignmentStageConfig)}
@@ -102,9 +102,9 @@ def _plan_stage2(
     described: Mapping[str, Any],
     notify: Callable[[str], None],
 ) -> PlannedTraining:
-    from train.stage2.config import Stage2Config
-    from train.stage2.planning import plan_stage2
-    from train.stage2.requests import Stage2Request, StreamRequest
+    from echoshift.train.stage2.config import Stage2Config
+    from echoshift.train.stage2.planning import plan_stage2
+    from echoshift.train.stage2.requests import Stage2Request, StreamRequest
 
     assert isinstance(settings.config, Stage2Config), "settings of Stage 2"
     streams = tuple(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from extract.demo.planning import Motion, Shot, VideoPlan
-from extract.demo.worlds import FRAME_RATE_HZ, HEIGHT, PROP_COLOURS, WIDTH, World
+from echoshift.extract.demo.planning import Motion, Shot, VideoPlan
+from echoshift.extract.demo.worlds import FRAME_RATE_HZ, HEIGHT, PROP_COLOURS, WIDTH, World
 
 Floats = npt.NDArray[np.float32]
 

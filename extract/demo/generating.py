@@ -9,12 +9,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from extract.demo.drawing import draw_video
-from extract.demo.mp4_files import write_mp4
-from extract.demo.planning import VideoPlan, plan_demo, plan_segments
-from extract.demo.sounding import sound_video
-from extract.demo.worlds import FRAME_RATE_HZ, SAMPLE_RATE_HZ
-from pipeline.segments import Segment
+from echoshift.extract.demo.drawing import draw_video
+from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.demo.planning import VideoPlan, plan_demo, plan_segments
+from echoshift.extract.demo.sounding import sound_video
+from echoshift.extract.demo.worlds import FRAME_RATE_HZ, SAMPLE_RATE_HZ
+from echoshift.pipeline.segments import Segment
 
 N_THREADS = 2
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extract.demo.worlds import (
+from echoshift.extract.demo.worlds import (
     ACTIVITIES,
     FRAME_RATE_HZ,
     HEIGHT,
@@ -19,8 +19,8 @@ from extract.demo.worlds import (
     Timbre,
     World,
 )
-from pipeline.errors import ManifestError
-from pipeline.segments import Segment
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.segments import Segment
 
 SPLITS = ("train", "test")
 N_SEGMENTS_A_VIDEO = 15

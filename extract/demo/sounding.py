@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from extract.demo.planning import Shot, VideoPlan
-from extract.demo.worlds import PITCHES_HZ, SAMPLE_RATE_HZ, World
+from echoshift.extract.demo.planning import Shot, VideoPlan
+from echoshift.extract.demo.worlds import PITCHES_HZ, SAMPLE_RATE_HZ, World
 
 Samples = npt.NDArray[np.float64]
 

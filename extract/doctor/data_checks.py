@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from extract.doctor.findings import Finding
-from pipeline.errors import CardError, EchoshiftError, ManifestError, StoreError
-from pipeline.places import list_cards
-from pipeline.store.location import locate
+from echoshift.extract.doctor.findings import Finding
+from echoshift.pipeline.errors import CardError, EchoshiftError, ManifestError, StoreError
+from echoshift.pipeline.places import list_cards
+from echoshift.pipeline.store.location import locate
 
 GB = 1e9
 LEAST_FREE_GB = 10.0
@@ -27,7 +27,7 @@ def check_cache(cache: str) -> Iterator[Finding]:
 
 
 def _check_folder(folder: Path) -> Finding:
-    from pipeline.store.faults import count_free_bytes
+    from echoshift.pipeline.store.faults import count_free_bytes
 
     remedy = "choose another with --cache or ECHOSHIFT_CACHE, or change its owner"
     if folder.exists() and not folder.is_dir():
@@ -49,8 +49,8 @@ def _check_folder(folder: Path) -> Finding:
 
 
 def _check_stores(cache: str) -> Iterator[Finding]:
-    from pipeline.store.layout import DONE, FAILED
-    from pipeline.store.opening import list_stores, open_store
+    from echoshift.pipeline.store.layout import DONE, FAILED
+    from echoshift.pipeline.store.opening import list_stores, open_store
 
     n_stores, n_bytes = Counter[str](), 0
     for path in list_stores(cache):
@@ -76,8 +76,8 @@ def _check_stores(cache: str) -> Iterator[Finding]:
 
 def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
     """Looks at which weights of the catalogue are installed; what isn't is no fault until a command needs it."""
-    from extract.weights.install import find_weights_dir
-    from extract.weights.resolve import list_weights
+    from echoshift.extract.weights.install import find_weights_dir
+    from echoshift.extract.weights.resolve import list_weights
 
     folder = find_weights_dir(weights_dir)
     rows = list_weights(weights_dir)
@@ -117,8 +117,8 @@ def check_datasets(manifests: Path) -> Iterator[Finding]:
 
 def _check_dataset(name: str, manifests: Path) -> Finding | None:
     """Looks at one dataset; None where it has a card alone."""
-    from pipeline.cards import read_dataset_card
-    from pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.cards import read_dataset_card
+    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
 
     card = read_dataset_card(name, manifests)
     path = locate_manifest(name, manifests)

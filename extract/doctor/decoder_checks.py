@@ -11,10 +11,19 @@ from typing import Literal
 import av
 import numpy as np
 
-from extract.doctor.findings import Finding
-from extract.doctor.trial_clips import FORMATS, N_FRAMES, RATE_HZ, TONE, TONE_HZ, can_write, grey_of_frame, write_clip
-from extract.readers.protocol import FrameReader
-from pipeline.errors import MediaError
+from echoshift.extract.doctor.findings import Finding
+from echoshift.extract.doctor.trial_clips import (
+    FORMATS,
+    N_FRAMES,
+    RATE_HZ,
+    TONE,
+    TONE_HZ,
+    can_write,
+    grey_of_frame,
+    write_clip,
+)
+from echoshift.extract.readers.protocol import FrameReader
+from echoshift.pipeline.errors import MediaError
 
 TOLERATED_GREY = 7.0  # of 16 between two frames
 TOLERATED_TONE = 0.1  # of the amplitude, relative
@@ -40,8 +49,8 @@ def check_decoders() -> Iterator[Finding]:
                 unwritten.append(f"{form.name} ({' '.join(str(error).split())})")
         if unwritten:
             yield Finding("ok", "decoders", f"not tried, as PyAV can't write them here: {', '.join(unwritten)}")
-        from extract.readers.decord_video import DecordFrameReader
-        from extract.readers.pyav_video import PyAvFrameReader
+        from echoshift.extract.readers.decord_video import DecordFrameReader
+        from echoshift.extract.readers.pyav_video import PyAvFrameReader
 
         yield _try_each("pyav", clips, lambda path: find_picture_fault(path, PyAvFrameReader), "fail", "av")
         yield _try_each("pyav sound", clips, find_sound_fault, "fail", "av")
@@ -73,7 +82,7 @@ def find_picture_fault(path: Path, open_reader: Callable[[Path], FrameReader]) -
 
 def find_sound_fault(path: Path) -> str:
     """Says what is wrong with the sound that PyAV returns of a trial clip, by its tone's strength; "" where right."""
-    from extract.readers.pyav_audio import read_audio
+    from echoshift.extract.readers.pyav_audio import read_audio
 
     try:
         samples = read_audio(path, 0.25, 0.75, SOUND_READ_HZ)
@@ -88,7 +97,7 @@ def find_sound_fault(path: Path) -> str:
 
 def check_flow() -> Iterator[Finding]:
     """Looks whether OpenCV has both ways of computing flow, and whether they run."""
-    from extract.optical_flow import FlowComputer, FlowMethod
+    from echoshift.extract.optical_flow import FlowComputer, FlowMethod
 
     picture = np.random.default_rng(0).integers(0, 256, (FLOW_SIDE_PX, FLOW_SIDE_PX, 3), dtype=np.uint8)
     names: tuple[Literal["tvl1", "dis"], ...] = ("tvl1", "dis")
@@ -105,7 +114,7 @@ def check_flow() -> Iterator[Finding]:
 
 def check_networks() -> Iterator[Finding]:
     """Looks whether the packages import that networks and spectrograms are made of."""
-    from extract.torchvision_import import ensure_torchaudio, ensure_torchvision
+    from echoshift.extract.torchvision_import import ensure_torchaudio, ensure_torchvision
 
     ensure_torchvision()
     ensure_torchaudio()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from extract.doctor.findings import Finding
+from echoshift.extract.doctor.findings import Finding
 
 DISTRIBUTION = "echoshift"
 FIRST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)

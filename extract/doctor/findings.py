@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import EchoshiftError
+from echoshift.pipeline.errors import EchoshiftError
 
 Level = Literal["ok", "warn", "fail"]
 Check = Callable[[], Iterable["Finding"]]

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.torchvision_import import ensure_torchvision
-from pipeline.errors import SpecError
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.torchvision_import import ensure_torchvision
+from echoshift.pipeline.errors import SpecError
 
 
 class AudioResNet(EncoderNetwork):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from pipeline.errors import SpecError
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.pipeline.errors import SpecError
 
 _N_STEM, _N_POOLED = 192, 1024
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pipeline.errors import SpecError
-from pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.suggestions import suggest
 
 
 class EncoderNetwork(nn.Module, ABC):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork, check_clip_shape
-from extract.encoders.fused_layers import same_padding
+from echoshift.extract.encoders.encoder_network import EncoderNetwork, check_clip_shape
+from echoshift.extract.encoders.fused_layers import same_padding
 
 _BATCH_NORM_EPS = 1e-3
 _BATCH_NORM_MOMENTUM = 0.01

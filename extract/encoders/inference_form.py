@@ -13,14 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from extract.encoders.audio_resnet import AudioResNet
-from extract.encoders.bn_inception import BNInception, ConvNorm
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.fused_layers import FusedConv, FusedLateral, FusedResidualBlock, FusedStem
-from extract.encoders.inception_i3d import InceptionI3D, SamePaddedConv
-from extract.encoders.slowfast import SlowFast
-from extract.encoders.slowonly import SlowOnly
-from pipeline.errors import SpecError
+from echoshift.extract.encoders.audio_resnet import AudioResNet
+from echoshift.extract.encoders.bn_inception import BNInception, ConvNorm
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.fused_layers import FusedConv, FusedLateral, FusedResidualBlock, FusedStem
+from echoshift.extract.encoders.inception_i3d import InceptionI3D, SamePaddedConv
+from echoshift.extract.encoders.slowfast import SlowFast
+from echoshift.extract.encoders.slowonly import SlowOnly
+from echoshift.pipeline.errors import SpecError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(

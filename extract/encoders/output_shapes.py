@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from extract.encoders.slowfast_variants import VARIANTS, plan_slowfast_shapes
-from extract.sound.recipes import plan_spectrogram_shape
-from pipeline.errors import SpecError
-from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+from echoshift.extract.encoders.slowfast_variants import VARIANTS, plan_slowfast_shapes
+from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
 Shapes = dict[str, tuple[int, ...]]
 

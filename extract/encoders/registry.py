@@ -12,7 +12,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from extract.encoders.output_shapes import (
+from echoshift.extract.encoders.output_shapes import (
     Shapes,
     plan_audio_outputs,
     plan_bn_inception_outputs,
@@ -20,14 +20,14 @@ from extract.encoders.output_shapes import (
     plan_slowfast_outputs,
     plan_slowonly_outputs,
 )
-from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
-from pipeline.errors import PluginError, SpecError
-from pipeline.plugins import ENCODER_GROUP, Plugin, list_plugin_names, load_plugin
-from pipeline.specs import AudioSpec, ClipSpec, FrameSpec
-from pipeline.suggestions import suggest
+from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022
+from echoshift.pipeline.errors import PluginError, SpecError
+from echoshift.pipeline.plugins import ENCODER_GROUP, Plugin, list_plugin_names, load_plugin
+from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+from echoshift.pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
-    from extract.encoders.encoder_network import EncoderNetwork
+    from echoshift.extract.encoders.encoder_network import EncoderNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,38 +80,38 @@ def _flow(crop: int, centre: float) -> FrameSpec:
 
 
 def _build_slowfast(variant: str) -> EncoderNetwork:
-    from extract.encoders.slowfast import SlowFast
-    from extract.encoders.slowfast_variants import VARIANTS
+    from echoshift.extract.encoders.slowfast import SlowFast
+    from echoshift.extract.encoders.slowfast_variants import VARIANTS
 
     return SlowFast(VARIANTS[variant])
 
 
 def _build_slowonly() -> EncoderNetwork:
-    from extract.encoders.slowonly import SlowOnly
+    from echoshift.extract.encoders.slowonly import SlowOnly
 
     return SlowOnly()
 
 
 def _build_i3d(n_channels: int) -> EncoderNetwork:
-    from extract.encoders.inception_i3d import InceptionI3D
+    from echoshift.extract.encoders.inception_i3d import InceptionI3D
 
     return InceptionI3D(n_channels)
 
 
 def _build_resnet18_audio() -> EncoderNetwork:
-    from extract.encoders.audio_resnet import build_resnet18_audio
+    from echoshift.extract.encoders.audio_resnet import build_resnet18_audio
 
     return build_resnet18_audio()
 
 
 def _build_bn_inception_audio() -> EncoderNetwork:
-    from extract.encoders.bn_inception import BNInception
+    from echoshift.extract.encoders.bn_inception import BNInception
 
     return BNInception()
 
 
 def _build_resnet_demo() -> EncoderNetwork:
-    from extract.encoders.audio_resnet import build_resnet_demo
+    from echoshift.extract.encoders.audio_resnet import build_resnet_demo
 
     return build_resnet_demo()
 
@@ -257,7 +257,7 @@ def _check_plugin(plugin: Plugin) -> EncoderEntry:
 
 def _build_plugin(entry: EncoderEntry, source: str) -> EncoderNetwork:
     """Builds the network of an encoder from outside; raises PluginError where it isn't an EncoderNetwork."""
-    from extract.encoders.encoder_network import EncoderNetwork
+    from echoshift.extract.encoders.encoder_network import EncoderNetwork
 
     try:
         network = entry.build()

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork, check_clip_shape
-from extract.encoders.slowfast_variants import N_FRAMES_PER_SLOW_FRAME, SlowFastVariant, plan_slow_indices
-from extract.torchvision_import import ensure_torchvision
+from echoshift.extract.encoders.encoder_network import EncoderNetwork, check_clip_shape
+from echoshift.extract.encoders.slowfast_variants import N_FRAMES_PER_SLOW_FRAME, SlowFastVariant, plan_slow_indices
+from echoshift.extract.torchvision_import import ensure_torchvision
 
 _N_TRUNK_BLOCKS = 4  # stem, res2, res3, res4
 _RES5, _CLASSIFIER = 4, 6

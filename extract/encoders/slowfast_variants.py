@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError
 
 N_FRAMES_PER_SLOW_FRAME = 4  # alpha of the 8x8 networks
 FAST_WIDTH_RATIO = 8  # 1 / beta

@@ -10,7 +10,7 @@ import av
 from av.container import InputContainer
 from av.stream import Disposition
 
-from pipeline.errors import DecodeError, MediaNotFoundError
+from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 # These formats are text, or refer to other files: a video of a dataset is neither.
 REFUSED_FORMATS = frozenset({"tty", "hls", "concat", "dash", "sdp", "imf", "webm_dash_manifest", "lrc", "aqtitle"})

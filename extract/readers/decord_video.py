@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extract.readers.container import get_container_start_s, open_container, pick_video_stream
-from extract.readers.orientation import compute_rotation_deg, get_orientation
-from extract.readers.protocol import VideoInfo, check_times, find_shown_frames
-from pipeline.errors import DecodeError, SpecError
+from echoshift.extract.readers.container import get_container_start_s, open_container, pick_video_stream
+from echoshift.extract.readers.orientation import compute_rotation_deg, get_orientation
+from echoshift.extract.readers.protocol import VideoInfo, check_times, find_shown_frames
+from echoshift.pipeline.errors import DecodeError, SpecError
 
 NO_DECORD = (
     "decord isn't installed (its wheels are for x86_64 Linux and Windows alone); leave out --decoder decord: PyAV, the "

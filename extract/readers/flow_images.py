@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.readers.frame_folder import FolderFiles
-from extract.readers.frame_tar import TarFiles
-from extract.readers.numbered_images import NumberedFiles, NumberedFrameReader
-from pipeline.errors import DecodeError
+from echoshift.extract.readers.frame_folder import FolderFiles
+from echoshift.extract.readers.frame_tar import TarFiles
+from echoshift.extract.readers.numbered_images import NumberedFiles, NumberedFrameReader
+from echoshift.pipeline.errors import DecodeError
 
 
 class FlowImageReader(NumberedFrameReader):

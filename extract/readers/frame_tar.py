@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from extract.readers.numbered_images import NumberedFrameReader, compile_frame_pattern
-from pipeline.errors import DecodeError, MediaNotFoundError
+from echoshift.extract.readers.numbered_images import NumberedFrameReader, compile_frame_pattern
+from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 
 class TarFiles:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from extract.readers.protocol import VideoInfo, check_times, find_shown_frames
-from pipeline.errors import DecodeError
+from echoshift.extract.readers.protocol import VideoInfo, check_times, find_shown_frames
+from echoshift.pipeline.errors import DecodeError
 
 FRAME_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """All that PIL may take a frame for, whatever its name says: EPS runs Ghostscript, others are plugged in."""

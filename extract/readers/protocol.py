@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import SegmentOutsideVideoError
+from echoshift.pipeline.errors import SegmentOutsideVideoError
 
 TIME_TOLERANCE_S = 1e-3
 

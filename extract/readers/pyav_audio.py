@@ -11,7 +11,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from extract.readers.container import (
+from echoshift.extract.readers.container import (
     check_declared_end,
     explain_av_error,
     find_audio_stream,
@@ -19,8 +19,8 @@ from extract.readers.container import (
     get_declared_end_s,
     open_container,
 )
-from extract.readers.sound_track import SoundTrack
-from pipeline.errors import DecodeError
+from echoshift.extract.readers.sound_track import SoundTrack
+from echoshift.pipeline.errors import DecodeError
 
 Samples = npt.NDArray[np.float32]
 _MARGIN_TAPS = 256  # input samples, times the downsampling factor: well over half of swresample's 32-tap filter

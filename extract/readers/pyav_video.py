@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from extract.readers.container import explain_av_error, open_container, pick_video_stream
-from extract.readers.orientation import compute_rotation_deg, get_orientation, turn_upright
-from extract.readers.protocol import VideoInfo, check_times, find_shown_frames
-from extract.readers.shown_frames import index_shown_frames
-from pipeline.errors import DecodeError
+from echoshift.extract.readers.container import explain_av_error, open_container, pick_video_stream
+from echoshift.extract.readers.orientation import compute_rotation_deg, get_orientation, turn_upright
+from echoshift.extract.readers.protocol import VideoInfo, check_times, find_shown_frames
+from echoshift.extract.readers.shown_frames import index_shown_frames
+from echoshift.pipeline.errors import DecodeError
 
 _SEEK_GAIN = 12  # frames of decoding that a seek has to save; it empties the decoder's pipeline
 _FROM_START = -1

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
 
-from extract.readers.container import (
+from echoshift.extract.readers.container import (
     check_declared_end,
     explain_av_error,
     get_container_start_s,
     get_declared_end_s,
     open_container,
 )
-from pipeline.errors import DecodeError
+from echoshift.pipeline.errors import DecodeError
 
 _RESTART_S = 1.0  # decoding time stamps that fall back by more than this start over
 _WHOLE_FILE_FORMATS = ("matroska", "flv")  # declare one duration for all streams, and are read whole anyway

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
 
-from extract.readers.container import (
+from echoshift.extract.readers.container import (
     check_declared_end,
     explain_av_error,
     get_container_start_s,
@@ -20,7 +20,7 @@ from extract.readers.container import (
     has_whole_index,
     open_container,
 )
-from pipeline.errors import DecodeError
+from echoshift.pipeline.errors import DecodeError
 
 Samples = npt.NDArray[np.float32]
 PREROLL_S = 0.5  # decoders need a start: MP3's bit reservoir, Opus' 80 ms, AAC's overlap and band replication

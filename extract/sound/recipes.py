@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.errors import SpecError
-from pipeline.specs import AudioSpec
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import AudioSpec
 
 ZHANG2022 = AudioSpec(
     recipe="zhang2022",

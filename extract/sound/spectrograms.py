@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from extract.sound.recipes import plan_spectrogram_shape
-from extract.torchvision_import import ensure_torchaudio
-from pipeline.errors import SpecError
-from pipeline.specs import AudioSpec
+from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.extract.torchvision_import import ensure_torchaudio
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import AudioSpec
 
 STD_FLOOR = 1e-9
 TUKEY_SHAPE = 0.25

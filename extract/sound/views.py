@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from extract.random_draws import draw_array, draw_integer
-from pipeline.specs import AudioSpec, FeatureSpec
+from echoshift.extract.random_draws import draw_array, draw_integer
+from echoshift.pipeline.specs import AudioSpec, FeatureSpec
 
 # [A-code] draws the first masked band from 0..246 of 257, so that the two highest bands always stay.
 N_BAND_STARTS = 247

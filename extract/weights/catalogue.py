@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from extract.encoders.registry import ENCODERS
-from pipeline.errors import WeightsError
-from pipeline.suggestions import suggest
+from echoshift.extract.encoders.registry import ENCODERS
+from echoshift.pipeline.errors import WeightsError
+from echoshift.pipeline.suggestions import suggest
 
 CATALOGUE_PATH = Path(__file__).with_name("catalogue.toml")
 

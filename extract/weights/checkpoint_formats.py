@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extract.weights.key_maps import (
+from echoshift.extract.weights.key_maps import (
     map_bn_inception_name,
     map_flax_i3d_name,
     map_mmaction2_slowfast_name,
@@ -23,8 +23,8 @@ from extract.weights.key_maps import (
     map_pytorchvideo_name,
     map_vggsound_name,
 )
-from pipeline.errors import ManifestError, WeightsError
-from pipeline.restricted_pickle import NUMPY_CONSTRUCTORS, read_restricted_pickle
+from echoshift.pipeline.errors import ManifestError, WeightsError
+from echoshift.pipeline.restricted_pickle import NUMPY_CONSTRUCTORS, read_restricted_pickle
 
 _N_NAMES_SHOWN = 8
 

@@ -13,8 +13,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from extract.weights.catalogue import CatalogueEntry
-from pipeline.errors import WeightsError
+from echoshift.extract.weights.catalogue import CatalogueEntry
+from echoshift.pipeline.errors import WeightsError
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all if known
 

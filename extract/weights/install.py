@@ -9,11 +9,11 @@ from pathlib import Path
 
 from platformdirs import user_cache_dir
 
-from extract.encoders.registry import find_encoder
-from extract.weights.catalogue import find_catalogue_entry
-from extract.weights.fetch import Progress, compute_file_sha256, fetch_checkpoint
-from extract.weights.weights_files import InstalledWeights, write_weights
-from pipeline.tensor_files import tensor_sha256
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.weights.catalogue import find_catalogue_entry
+from echoshift.extract.weights.fetch import Progress, compute_file_sha256, fetch_checkpoint
+from echoshift.extract.weights.weights_files import InstalledWeights, write_weights
+from echoshift.pipeline.tensor_files import tensor_sha256
 
 WEIGHTS_VARIABLE = "ECHOSHIFT_WEIGHTS"
 
@@ -40,7 +40,7 @@ def install_weights(
     """
     import torch
 
-    from extract.weights.checkpoint_formats import convert_tensors, read_checkpoint
+    from echoshift.extract.weights.checkpoint_formats import convert_tensors, read_checkpoint
 
     entry = find_catalogue_entry(name)
     folder = find_weights_dir(weights_dir)

@@ -10,17 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.encoders.registry import find_encoder
-from extract.weights.catalogue import find_catalogue_entry, read_catalogue
-from extract.weights.install import find_weights_dir
-from extract.weights.weights_files import InstalledWeights, read_record
-from pipeline.errors import WeightsError
-from pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.weights.catalogue import find_catalogue_entry, read_catalogue
+from echoshift.extract.weights.install import find_weights_dir
+from echoshift.extract.weights.weights_files import InstalledWeights, read_record
+from echoshift.pipeline.errors import WeightsError
+from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256
 
 if TYPE_CHECKING:
     import torch
 
-    from extract.encoders.encoder_network import EncoderNetwork
+    from echoshift.extract.encoders.encoder_network import EncoderNetwork
 
 _ENDING = ".safetensors"
 _MAX_SEED = 2**63 - 1

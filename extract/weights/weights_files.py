@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import WeightsError
+from echoshift.pipeline.errors import WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import ManifestError
+from echoshift.pipeline.errors import ManifestError
 
 
 def read_annotation_rows(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError
-from pipeline.importers.annotation_csv import parse_seconds, read_annotation_rows
-from pipeline.manifest_check import require_counts
-from pipeline.segments import Segment, TimedLabel
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.importers.annotation_csv import parse_seconds, read_annotation_rows
+from echoshift.pipeline.manifest_check import require_counts
+from echoshift.pipeline.segments import Segment, TimedLabel
 
 Pairs = Literal["all", "half", "none"]
 VIEWS = {"third": "3rd", "first": "1st"}

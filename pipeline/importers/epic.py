@@ -6,12 +6,17 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError
-from pipeline.importers.annotation_csv import read_annotation_rows
-from pipeline.manifest_check import require_counts
-from pipeline.restricted_pickle import NUMPY_CONSTRUCTORS, PANDAS_CONSTRUCTORS, PickledFrame, read_restricted_pickle
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.importers.annotation_csv import read_annotation_rows
+from echoshift.pipeline.manifest_check import require_counts
+from echoshift.pipeline.restricted_pickle import (
+    NUMPY_CONSTRUCTORS,
+    PANDAS_CONSTRUCTORS,
+    PickledFrame,
+    read_restricted_pickle,
+)
+from echoshift.pipeline.segments import Segment
 
 COLUMNS = ("uid", "video_id", "start_timestamp", "stop_timestamp", "verb_class")
 FRAME_RATE_HZ = 60

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError, MediaError
-from pipeline.importers.own_card import make_card_from_names
-from pipeline.manifest_check import require_counts
-from pipeline.segments import Segment
-from pipeline.suggestions import suggest
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import ManifestError, MediaError
+from echoshift.pipeline.importers.own_card import make_card_from_names
+from echoshift.pipeline.manifest_check import require_counts
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.suggestions import suggest
 
 VIDEO_ENDINGS = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import ManifestError
-from pipeline.importers.annotation_csv import read_annotation_rows
-from pipeline.manifest_check import MediaProbe, require_counts
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.importers.annotation_csv import read_annotation_rows
+from echoshift.pipeline.manifest_check import MediaProbe, require_counts
+from echoshift.pipeline.segments import Segment
 
 
 def import_hac(folder: Path, card: DatasetCard, probe: MediaProbe, allow_counts: bool = False) -> tuple[Segment, ...]:

@@ -8,10 +8,10 @@ from itertools import permutations
 
 from pydantic import ValidationError
 
-from pipeline.cards import DatasetCard, MediaLayout, Shift
-from pipeline.errors import CardError
-from pipeline.segments import Segment
-from pipeline.suggestions import find_nearest
+from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift
+from echoshift.pipeline.errors import CardError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.suggestions import find_nearest
 
 SPLIT_ORDER = ("train", "validation", "val", "test")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.cards import DatasetCard
-from pipeline.importers.own_card import make_card_from_names
-from pipeline.manifest_check import require_counts
-from pipeline.manifest_csv import read_manifest, read_unchecked_segments
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.importers.own_card import make_card_from_names
+from echoshift.pipeline.manifest_check import require_counts
+from echoshift.pipeline.manifest_csv import read_manifest, read_unchecked_segments
+from echoshift.pipeline.segments import Segment
 
 
 def import_own_csv(path: Path, card: DatasetCard, allow_counts: bool = False) -> tuple[Segment, ...]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import StoreError
-from pipeline.plugins import describe_plugin_versions
-from pipeline.specs import FeatureSpec, fingerprint
-from pipeline.store.layout import FORMAT_NAME, FORMAT_VERSION, StoreLayout
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.plugins import describe_plugin_versions
+from echoshift.pipeline.specs import FeatureSpec, fingerprint
+from echoshift.pipeline.store.layout import FORMAT_NAME, FORMAT_VERSION, StoreLayout
 
 RECORDED_PACKAGES = (
     "echoshift",

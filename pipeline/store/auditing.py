@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import plan_row_blocks
-from pipeline.store.reading import DoneIndex, read_done_index
-from pipeline.suggestions import suggest
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import plan_row_blocks
+from echoshift.pipeline.store.reading import DoneIndex, read_done_index
+from echoshift.pipeline.suggestions import suggest
 
 NORM_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 N_NORM_BINS = 20

@@ -10,10 +10,10 @@ import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from pipeline.store.file_maps import map_file
-from pipeline.store.interface import VerifyFault
-from pipeline.store.layout import DONE
-from pipeline.store.raw_chunks import N_CHECKSUM_BYTES, RawArray, describe_raw_array, is_whole
+from echoshift.pipeline.store.file_maps import map_file
+from echoshift.pipeline.store.interface import VerifyFault
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.raw_chunks import N_CHECKSUM_BYTES, RawArray, describe_raw_array, is_whole
 
 _INDEX_OF_CLIPS = ("times", "frames")
 

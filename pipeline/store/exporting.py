@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE
-from pipeline.store.reading import iterate_done_blocks
-from pipeline.suggestions import suggest
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.reading import iterate_done_blocks
+from echoshift.pipeline.suggestions import suggest
 
 ExportForm = Literal["npz", "h5", "parquet", "epic100"]
 EPIC100_NAMES = {"rgb": "RGB", "flow": "Flow", "audio": "Audio"}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import EchoshiftError, StoreError, StoreFullError, StoreReadOnlyError
+from echoshift.pipeline.errors import EchoshiftError, StoreError, StoreFullError, StoreReadOnlyError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import h5py
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.store.file_maps import FileMap, identify_file, map_file
-from pipeline.store.reading import require_done
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.file_maps import FileMap, identify_file, map_file
+from echoshift.pipeline.store.reading import require_done
 
 
 class Hdf5Rows:

@@ -18,13 +18,13 @@ import google_crc32c
 import h5py
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.specs import FeatureSpec
-from pipeline.store.attributes import pack_attributes, unpack_attributes
-from pipeline.store.faults import tell_store_faults
-from pipeline.store.hdf5_rows import Hdf5Rows
-from pipeline.store.interface import Backend, ShardIndex, VerifyFault
-from pipeline.store.layout import (
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.attributes import pack_attributes, unpack_attributes
+from echoshift.pipeline.store.faults import tell_store_faults
+from echoshift.pipeline.store.hdf5_rows import Hdf5Rows
+from echoshift.pipeline.store.interface import Backend, ShardIndex, VerifyFault
+from echoshift.pipeline.store.layout import (
     DONE,
     ROW_ARRAYS,
     Shard,
@@ -35,7 +35,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips
+from echoshift.pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips
 
 # No checksum, as in a store that is new.
 UNSEALED = 0

@@ -19,11 +19,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import LeaseLostError, StoreBusyError, StoreError, StoreFullError
-from pipeline.store.attributes import describe_writer
-from pipeline.store.faults import telling_faults
-from pipeline.store.ledger import FailureLedger
-from pipeline.store.location import Location, Place, locate
+from echoshift.pipeline.errors import LeaseLostError, StoreBusyError, StoreError, StoreFullError
+from echoshift.pipeline.store.attributes import describe_writer
+from echoshift.pipeline.store.faults import telling_faults
+from echoshift.pipeline.store.ledger import FailureLedger
+from echoshift.pipeline.store.location import Location, Place, locate
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.restricted_pickle import read_restricted_pickle
-from pipeline.specs import ImportSpec
-from pipeline.suggestions import suggest
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.restricted_pickle import read_restricted_pickle
+from echoshift.pipeline.specs import ImportSpec
+from echoshift.pipeline.suggestions import suggest
 
 ImportForm = Literal["npz", "epic100"]
 Modality = Literal["rgb", "flow", "audio"]

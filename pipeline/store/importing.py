@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.rows import compute_digests, order_segments, plan_new_rows
-from pipeline.segments import Manifest, Segment
-from pipeline.specs import ClipSpec, FeatureSpec, OutputSpec
-from pipeline.store.attributes import describe_writer
-from pipeline.store.import_sources import ImportSource
-from pipeline.store.interface import Backend, FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, PENDING, Shard, plan_rows_per_shard, plan_shards
-from pipeline.store.ledger import append_run
-from pipeline.store.location import Location, Place
-from pipeline.store.opening import create_store, has_store, hold_store, name_store, open_store
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.rows import compute_digests, order_segments, plan_new_rows
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, OutputSpec
+from echoshift.pipeline.store.attributes import describe_writer
+from echoshift.pipeline.store.import_sources import ImportSource
+from echoshift.pipeline.store.interface import Backend, FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import DONE, PENDING, Shard, plan_rows_per_shard, plan_shards
+from echoshift.pipeline.store.ledger import append_run
+from echoshift.pipeline.store.location import Location, Place
+from echoshift.pipeline.store.opening import create_store, has_store, hold_store, name_store, open_store
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from pipeline.store.raw_chunks import N_CHECKSUM_BYTES, RawArray, read_chunk
+from echoshift.pipeline.store.raw_chunks import N_CHECKSUM_BYTES, RawArray, read_chunk
 
 
 def read_rows(array: RawArray, start_row: int, stop_row: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pipeline.specs import FeatureSpec
-from pipeline.store.layout import Shard, StoreLayout
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import Shard, StoreLayout
 
 Backend = Literal["zarr", "hdf5"]
 

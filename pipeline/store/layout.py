@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.specs import FeatureSpec
+from echoshift.pipeline.specs import FeatureSpec
 
 FORMAT_NAME = "echoshift-features"
 FORMAT_VERSION = 1

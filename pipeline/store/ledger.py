@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.errors import StoreError
-from pipeline.store.interface import Failure
-from pipeline.store.location import Location, Place, locate
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.interface import Failure
+from echoshift.pipeline.store.location import Location, Place, locate
 
 
 def failures_path(store_path: Place) -> Location:

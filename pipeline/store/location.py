@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.errors import StoreError
-from pipeline.store.faults import ask_for_options, telling_faults
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.faults import ask_for_options, telling_faults
 
 # Another process's writes must be seen at once.
 STORAGE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}

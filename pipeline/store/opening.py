@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import StoreError
-from pipeline.specs import FeatureSpec, fingerprint
-from pipeline.store.attributes import make_attributes, parse_attributes, unpack_attributes
-from pipeline.store.faults import telling_faults
-from pipeline.store.holding import hold_store
-from pipeline.store.interface import Backend, FeatureStore
-from pipeline.store.layout import StoreLayout, measure_id_bytes
-from pipeline.store.location import STORAGE_OPTIONS, Location, Place, locate
-from pipeline.store.space import check_space, plan_store_bytes
-from pipeline.suggestions import find_nearest, suggest
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.specs import FeatureSpec, fingerprint
+from echoshift.pipeline.store.attributes import make_attributes, parse_attributes, unpack_attributes
+from echoshift.pipeline.store.faults import telling_faults
+from echoshift.pipeline.store.holding import hold_store
+from echoshift.pipeline.store.interface import Backend, FeatureStore
+from echoshift.pipeline.store.layout import StoreLayout, measure_id_bytes
+from echoshift.pipeline.store.location import STORAGE_OPTIONS, Location, Place, locate
+from echoshift.pipeline.store.space import check_space, plan_store_bytes
+from echoshift.pipeline.suggestions import find_nearest, suggest
 
 __all__ = ["create_store", "has_store", "hold_store", "list_stores", "name_store", "open_store"]
 
@@ -46,7 +46,7 @@ def open_store(place: Place) -> FeatureStore:
     if path.suffix == ENDINGS["zarr"]:
         import zarr
 
-        from pipeline.store.zarr_store import ZarrFeatureStore
+        from echoshift.pipeline.store.zarr_store import ZarrFeatureStore
 
         if path.is_remote and not has_store(path):
             raise StoreError(f"no feature store at {path}; {_suggest_store(path)}")
@@ -66,7 +66,7 @@ def open_store(place: Place) -> FeatureStore:
     if path.suffix == ENDINGS["hdf5"]:
         import h5py
 
-        from pipeline.store.hdf5_store import Hdf5FeatureStore
+        from echoshift.pipeline.store.hdf5_store import Hdf5FeatureStore
 
         try:
             with h5py.File(path, "r", locking=False) as file:
@@ -148,11 +148,11 @@ def _create_empty(
     fresh: Path, spec: FeatureSpec, layout: StoreLayout, segment_ids: Sequence[str], attributes: Mapping[str, Any]
 ) -> None:
     if fresh.name.partition(".creating-")[0].endswith(ENDINGS["zarr"]):
-        from pipeline.store.zarr_store import create_zarr_store
+        from echoshift.pipeline.store.zarr_store import create_zarr_store
 
         create_zarr_store(fresh, spec, layout, segment_ids, attributes)
     else:
-        from pipeline.store.hdf5_store import create_hdf5_store
+        from echoshift.pipeline.store.hdf5_store import create_hdf5_store
 
         create_hdf5_store(fresh, spec, layout, segment_ids, attributes)
 

@@ -15,8 +15,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
-from pipeline.errors import StoreError
-from pipeline.store.file_maps import FileIdentity, FileMap, MapSpace, is_still, map_file
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.file_maps import FileIdentity, FileMap, MapSpace, is_still, map_file
 
 N_CHECKSUM_BYTES = 4
 # Half of what Linux lets a process map, shared by the few stores that one process reads.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE, PENDING, STATE_NAMES, Shard, plan_row_blocks
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE, PENDING, STATE_NAMES, Shard, plan_row_blocks
 
 N_BLOCK_BYTES = 32 * 2**20
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import StoreError
-from pipeline.store.interface import FeatureStore, VerifyFault
-from pipeline.store.layout import (
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
+from echoshift.pipeline.store.layout import (
     FAILED,
     PENDING,
     Shard,
@@ -18,7 +18,7 @@ from pipeline.store.layout import (
     plan_arrays,
     plan_shards,
 )
-from pipeline.store.location import STORAGE_OPTIONS, locate
+from echoshift.pipeline.store.location import STORAGE_OPTIONS, locate
 
 
 @dataclass(frozen=True, slots=True)

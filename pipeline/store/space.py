@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import StoreFullError
-from pipeline.specs import FeatureSpec
-from pipeline.store.faults import count_free_bytes
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import ArrayLayout, StoreLayout, plan_arrays, plan_shards
-from pipeline.store.location import Place, locate
+from echoshift.pipeline.errors import StoreFullError
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.faults import count_free_bytes
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import ArrayLayout, StoreLayout, plan_arrays, plan_shards
+from echoshift.pipeline.store.location import Place, locate
 
 N_CHECKSUM_BYTES = 4
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.store.interface import FeatureStore, VerifyFault
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import read_failures
-from pipeline.store.reading import iterate_done_blocks
+from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.reading import iterate_done_blocks
 
 
 def verify_store(store: FeatureStore) -> list[VerifyFault]:

@@ -10,13 +10,13 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pipeline.errors import StoreError
-from pipeline.specs import FeatureSpec
-from pipeline.store.chunk_checking import find_chunk_faults
-from pipeline.store.faults import tell_store_faults
-from pipeline.store.index_chunks import read_rows, write_rows
-from pipeline.store.interface import Backend, ShardIndex, VerifyFault
-from pipeline.store.layout import (
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.chunk_checking import find_chunk_faults
+from echoshift.pipeline.store.faults import tell_store_faults
+from echoshift.pipeline.store.index_chunks import read_rows, write_rows
+from echoshift.pipeline.store.interface import Backend, ShardIndex, VerifyFault
+from echoshift.pipeline.store.layout import (
     ROW_ARRAYS,
     ArrayLayout,
     Shard,
@@ -25,10 +25,10 @@ from pipeline.store.layout import (
     encode_segment_ids,
     plan_arrays,
 )
-from pipeline.store.local_rows import LocalRows
-from pipeline.store.location import Place
-from pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
-from pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips, require_done
+from echoshift.pipeline.store.local_rows import LocalRows
+from echoshift.pipeline.store.location import Place
+from echoshift.pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
+from echoshift.pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips, require_done
 
 
 def create_zarr_store(

@@ -12,15 +12,15 @@ from typing import Any
 
 import typer
 
-from extract.commands.spec_options import list_names
-from extract.encoders.registry import find_encoder
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.weights.resolve import WeightsRecord
-from pipeline.cards import read_dataset_card
-from train.cli import app
-from train.grids import read_grid
-from train.splits import find_shift
-from train.stage_settings import resolve_settings
+from echoshift.cli.app import app
+from echoshift.cli.spec_options import list_names
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.train.grids import read_grid
+from echoshift.train.splits import find_shift
+from echoshift.train.stage_settings import resolve_settings
 
 ECHOSHIFT = ".venv/bin/echoshift"
 MANIFESTS = Path(__file__).resolve().parents[2] / "data" / "manifests"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _SHIM = """#!/bin/sh
 exec '{python}' {arguments} "$@"
 """
-_RUN_MAIN = "-c 'from train.cli import main; main()'"
+_RUN_MAIN = "-c 'from echoshift.cli.app import main; main()'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class DocCheckout:
         """Gives the environment of a command: this code, the folder's own data, and a pip that asks nobody."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PIP_"))}
         return kept | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.site}",
+            "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{self.site}",
             "ECHOSHIFT_MANIFESTS": str(self.root / "data" / "manifests"),
             "OMP_NUM_THREADS": "1",
             "PIP_TARGET": str(self.site),
@@ -78,7 +78,7 @@ class DocCheckout:
 
 def run_here(words: list[str]) -> tuple[int, str]:
     """Runs `.venv/bin/echoshift …` in this process and folder, patterns first; gives exit code and output."""
-    from train.cli import main
+    from echoshift.cli.app import main
 
     assert words[0] == ".venv/bin/echoshift", words
     arguments = [found for word in words[1:] for found in _expand(word)]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.store.opening import list_stores, open_store
-from pipeline.tensor_files import read_tensors
-from train.alignment.config import METHOD_NAMES, AlignmentConfig
-from train.runs import RESULTS, RunRecord, read_runs
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.tensor_files import read_tensors
+from echoshift.train.alignment.config import METHOD_NAMES, AlignmentConfig
+from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
 PAGE, MODULE, NAME = "docs/adding-a-method.md", "variance_matching.py", "variance_matching"
 SETTINGS = (
@@ -143,7 +143,11 @@ def test_its_settings_and_its_file_name_a_run(
 WRONG = {
     "no_losses": (("def losses(", "def loss("), (), "lacks losses"),
     "no_module": (("(nn.Module)", ""), (), "names a class derived from torch.nn.Module"),
-    "odd_settings": (("class Settings(SpecModel)", "class Settings"), (), "Settings must derive from pipeline.specs"),
+    "odd_settings": (
+        ("class Settings(SpecModel)", "class Settings"),
+        (),
+        "must derive from echoshift.pipeline.specs",
+    ),
     "unknown_key": (("", ""), ("alignment.own.wieght=1",), "own.wieght: Extra inputs are not permitted; it has weight"),
     "wrong_value": (("", ""), ("alignment.own.weight=-1",), "own.weight: Input should be greater than or equal to 0"),
     "not_built": (("super().__init__()", "raise OSError('no file')"), (), "can't be built: OSError: no file"),

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from pipeline.cards import read_dataset_card
-from train.grids import list_grids, read_grid
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.train.grids import list_grids, read_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "published-tables.md"

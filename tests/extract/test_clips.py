@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.clips import ClipPlan, plan_audio_windows, plan_clips
-from extract.readers.protocol import find_shown_frames
-from extract.sound.recipes import PLANAMENTE2021, ZHANG2022
-from pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
-from pipeline.specs import ClipSpec
+from echoshift.extract.clips import ClipPlan, plan_audio_windows, plan_clips
+from echoshift.extract.readers.protocol import find_shown_frames
+from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022
+from echoshift.pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
+from echoshift.pipeline.specs import ClipSpec
 
 EPIC = ClipSpec(n_frames=32, stride=2, rate_hz=60, n_clips=5)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.demo.drawing import draw_video, trace_motion
-from extract.demo.generating import generate_demo, locate_demo_video, write_demo_video
-from extract.demo.planning import count_activities, plan_demo, plan_segments
-from extract.demo.sounding import sound_video
-from extract.demo.worlds import (
+from echoshift.extract.demo.drawing import draw_video, trace_motion
+from echoshift.extract.demo.generating import generate_demo, locate_demo_video, write_demo_video
+from echoshift.extract.demo.planning import count_activities, plan_demo, plan_segments
+from echoshift.extract.demo.sounding import sound_video
+from echoshift.extract.demo.worlds import (
     ACTIVITIES,
     FRAME_RATE_HZ,
     HEIGHT,
@@ -23,9 +23,9 @@ from extract.demo.worlds import (
     WIDTH,
     WORLDS,
 )
-from pipeline.cards import read_dataset_card
-from pipeline.errors import ManifestError
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.segments import Segment
 
 TINY = {"n_train": 6, "n_test": 6}
 PLANS = plan_demo()
@@ -196,7 +196,7 @@ def test_the_same_arguments_give_the_same_bytes_each_of_five_times(tiny_demo, tm
 
 def test_two_processes_generate_into_one_folder(tiny_demo, tmp_path):
     out_dir, _ = tiny_demo
-    code = f"from pathlib import Path; from extract.demo.generating import generate_demo; \
+    code = f"from pathlib import Path; from echoshift.extract.demo.generating import generate_demo; \
 generate_demo(Path({str(tmp_path)!r}), seed=3, n_train=6, n_test=6)"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2

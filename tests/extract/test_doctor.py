@@ -12,11 +12,11 @@ import av
 import numpy as np
 import pytest
 
-from extract.doctor import decoder_checks, environment_checks, trial_clips
-from extract.doctor.data_checks import check_cache, check_datasets, check_weights
-from extract.doctor.findings import Finding, run_checks
-from extract.readers.pyav_video import PyAvFrameReader
-from pipeline.errors import DecodeError
+from echoshift.extract.doctor import decoder_checks, environment_checks, trial_clips
+from echoshift.extract.doctor.data_checks import check_cache, check_datasets, check_weights
+from echoshift.extract.doctor.findings import Finding, run_checks
+from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.pipeline.errors import DecodeError
 
 
 def levels(findings: Iterator[Finding]) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from extract.encoders.registry import find_encoder
-from extract.torchvision_import import ensure_torchvision
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.torchvision_import import ensure_torchvision
 
 
 def test_resnet18_equals_torchvisions_and_its_map_has_1071_positions() -> None:

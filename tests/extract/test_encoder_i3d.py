@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from extract.encoders.inception_i3d import InceptionI3D, SamePaddedConv, SamePaddedMaxPool, same_padding
+from echoshift.extract.encoders.inception_i3d import InceptionI3D, SamePaddedConv, SamePaddedMaxPool, same_padding
 
 
 def test_same_padding_by_hand() -> None:

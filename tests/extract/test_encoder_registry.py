@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from extract.encoders.registry import ENCODERS, find_encoder
-from extract.sound.recipes import plan_spectrogram_shape
-from pipeline.errors import SpecError
-from pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.extract.encoders.registry import ENCODERS, find_encoder
+from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 
 _BIG = [name for name in ENCODERS if not name.endswith("_demo")]
 _PARAMETERS = {
@@ -39,7 +39,7 @@ def _small_input(name: str) -> tuple[ClipSpec, FrameSpec | AudioSpec, torch.Tens
 
 def test_registry_and_weights_are_listed_without_torch() -> None:
     probe = (
-        "import sys; from extract.encoders.registry import ENCODERS; import extract.weights.resolve; "
+        "import sys, echoshift.extract.weights.resolve; from echoshift.extract.encoders.registry import ENCODERS; "
         "e = ENCODERS['slowfast_r101']; print(e.output_shapes(e.clip, e.frame)['pooled'], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from extract.encoders.registry import find_encoder
-from extract.encoders.slowfast_variants import VARIANTS, plan_slow_indices
-from pipeline.errors import SpecError
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.encoders.slowfast_variants import VARIANTS, plan_slow_indices
+from echoshift.pipeline.errors import SpecError
 
 
 def _randomise_norms(network: nn.Module) -> None:

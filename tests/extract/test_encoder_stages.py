@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extract.encoders.registry import ENCODERS, find_encoder
-from pipeline.errors import SpecError
+from echoshift.extract.encoders.registry import ENCODERS, find_encoder
+from echoshift.pipeline.errors import SpecError
 
 _SPLITS = {"slowfast": "res5", "slowonly": "res5", "i3d": "Mixed_5b", "resnet": "layer4", "resnet18": "layer4",
            "bninception": "inception_4e"}  # fmt: skip

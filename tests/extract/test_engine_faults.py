@@ -18,27 +18,27 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.cards import DatasetCard, write_card
-from pipeline.errors import EchoshiftError
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment
-from pipeline.store.layout import DONE, FAILED, PENDING
-from pipeline.store.ledger import read_failures
-from pipeline.store.opening import list_stores, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.errors import EchoshiftError
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
 )
 N_VIDEOS, N_EACH, N_ROWS_PER_SHARD = 3, 28, 4
 N_ROWS = N_VIDEOS * N_EACH
-COMMAND = "from train.cli import main; main()"
+COMMAND = "from echoshift.cli.app import main; main()"
 INTERRUPTED = "interrupted; what is committed is kept, the same command goes on from there"
 
 # Kills the worker that is given rows 8 to 12, as the kernel does when memory runs out; workers import this by its name.
 DEADLY = """
 import os, signal
-import extract.shard_jobs, extract.workers
+import echoshift.extract.shard_jobs, echoshift.extract.workers
 from pathlib import Path
 
 def compute(ticket, plan, work):
@@ -46,9 +46,9 @@ def compute(ticket, plan, work):
         with Path(os.environ["DEATHS"]).open("a") as file:
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
-    return extract.workers.compute_shard_on_worker(ticket, plan, work)
+    return echoshift.extract.workers.compute_shard_on_worker(ticket, plan, work)
 
-extract.shard_jobs.compute_shard_on_worker = compute
+echoshift.extract.shard_jobs.compute_shard_on_worker = compute
 """
 
 
@@ -322,13 +322,13 @@ def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
 
 @pytest.mark.slow
 def test_workers_that_cannot_see_the_store_are_one_error(start: Start, tmp_path: Path) -> None:
-    blind = "import pipeline.store.opening as o, deadly2"
+    blind = "import echoshift.pipeline.store.opening as o, deadly2"
     (tmp_path / "deadly2.py").write_text(
-        "import multiprocessing, extract.workers\nfrom pipeline.errors import StoreError\n"
+        "import multiprocessing, echoshift.extract.workers\nfrom pipeline.errors import StoreError\n"
         "def refuse(path):\n    raise StoreError(f'no feature store at {path}')\n"
-        "def compute(ticket, plan, work):\n    extract.workers.open_store = refuse\n"
-        "    return extract.workers.compute_shard_on_worker(ticket, plan, work)\n"
-        "import extract.shard_jobs\nextract.shard_jobs.compute_shard_on_worker = compute\n"
+        "def compute(ticket, plan, work):\n    echoshift.extract.workers.open_store = refuse\n"
+        "    return echoshift.extract.workers.compute_shard_on_worker(ticket, plan, work)\n"
+        "import echoshift.extract.shard_jobs\nextract.shard_jobs.compute_shard_on_worker = compute\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     code, errors = start("--workers", "2", code=f"{blind}; {COMMAND}", PYTHONPATH=path).finish()
@@ -348,7 +348,7 @@ def test_workers_that_cannot_see_the_store_are_one_error(start: Start, tmp_path:
     ],
 )
 def test_impossible_options_are_one_error(folder: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
-    from train.cli import app
+    from echoshift.cli.app import app
 
     arguments = ["extract", "tiny", "--media", str(folder / "media"), "--manifests", str(folder), "--device", "cpu"]
     with pytest.raises(EchoshiftError, match=message):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from pipeline.store.layout import Shard
-from pipeline.store.opening import hold_store, list_stores, open_store
+from echoshift.pipeline.store.layout import Shard
+from echoshift.pipeline.store.opening import hold_store, list_stores, open_store
 
 
 def explain(tiny, segment_id: str, *arguments):

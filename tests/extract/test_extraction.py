@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from extract.clips import plan_clips
-from extract.extraction import ExtractionRequest, ExtractionSummary, extract_features
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.inference import load_network
-from extract.pictures import prepare_clips
-from extract.run_options import RunOptions
-from extract.weights.resolve import list_weights, resolve_weights
-from pipeline.cards import DatasetCard
-from pipeline.errors import SpecError, StoreBusyError
-from pipeline.segments import Manifest, Segment
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import read_failures
-from pipeline.store.opening import hold_store, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.extraction import ExtractionRequest, ExtractionSummary, extract_features
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.inference import load_network
+from echoshift.extract.pictures import prepare_clips
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.weights.resolve import list_weights, resolve_weights
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import SpecError, StoreBusyError
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.opening import hold_store, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)

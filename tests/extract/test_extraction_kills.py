@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.segments import Segment
-from pipeline.store.layout import DONE
-from pipeline.store.opening import list_stores, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 CHOICES = ("--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4")
 
@@ -30,7 +30,8 @@ def read_every_array(path: Path) -> dict[str, bytes]:
 
 def start_command(tiny: Any, cache: Path, backend: str, blocked: str = "") -> subprocess.Popen[str]:
     """Starts `echoshift extract` in a process of its own, where the package `blocked` can't be imported."""
-    command = f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r})); from train.cli import main; main()"
+    block = f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r}))"
+    command = f"{block}; from echoshift.cli.app import main; main()"
     arguments = ["extract", "tiny", "--media", str(tiny.media), "--cache", str(cache), "--manifests", str(tiny.root)]
     arguments += ["--backend", backend, "--device", "cpu", *CHOICES]
     return subprocess.Popen(

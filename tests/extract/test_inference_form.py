@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.fused_layers import FusedConv, fold_norm
-from extract.encoders.inception_i3d import SamePaddedMaxPool
-from extract.encoders.inference_form import choose_precision_hint, prepare_for_inference
-from extract.encoders.registry import find_encoder
-from pipeline.errors import SpecError
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.fused_layers import FusedConv, fold_norm
+from echoshift.extract.encoders.inception_i3d import SamePaddedMaxPool
+from echoshift.extract.encoders.inference_form import choose_precision_hint, prepare_for_inference
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.pipeline.errors import SpecError
 
 _CPU = torch.device("cpu")
 _SHAPES = {
@@ -85,7 +85,7 @@ def test_without_onednn_torchs_own_convolutions_give_the_same(monkeypatch: pytes
     x = torch.randn(1, 1, 65, 80)
     with torch.inference_mode():
         wanted = network(x, ["map", "pooled"])
-        monkeypatch.setattr("extract.encoders.fused_layers.has_onednn", lambda _device, _dtype: False)
+        monkeypatch.setattr("echoshift.extract.encoders.fused_layers.has_onednn", lambda _device, _dtype: False)
         found = prepare_for_inference(network, _CPU)(x, ["map", "pooled"])
     for key in wanted:
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_without_onednn_torchs_own_convolutions_give_the_same(monkeypatch: pytes
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precision_is_the_forms_own(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extract.encoders.fused_layers.has_onednn", lambda _device, _dtype: False)
+    monkeypatch.setattr("echoshift.extract.encoders.fused_layers.has_onednn", lambda _device, _dtype: False)
     network = _build("resnet_demo")
     form = prepare_for_inference(network, _CPU, precision)  # type: ignore[arg-type]
     x = torch.randn(1, 1, 33, 40)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from extract.commands.json_answers import make_jsonable, print_json
-from pipeline.store.location import locate
+from echoshift.cli.json_answers import make_jsonable, print_json
+from echoshift.pipeline.store.location import locate
 
 
 class Form(StrEnum):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.store.layout import DONE
-from pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import list_stores, open_store
 
 ENCODER = ("--encoders", "resnet_demo")
 
@@ -90,6 +90,6 @@ def test_the_weights_are_listed_with_their_sources(tiny) -> None:
 
 def make(tiny, name: str) -> list[Any]:
     """Makes two segments of a video."""
-    from pipeline.segments import Segment
+    from echoshift.pipeline.segments import Segment
 
     return [Segment(f"{name}-{i}", name, 0.5 * i, 0.5 * i + 1.2, ("a",), "d", "train") for i in range(2)]

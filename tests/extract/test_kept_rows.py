@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store.layout import DONE, FAILED, PENDING
-from pipeline.store.opening import list_stores, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 INDEX = ("times", "frames", "n_valid", "digest", "state")
 SOUND_INDEX = ("has_audio", "loudness_dbfs")
@@ -89,9 +89,9 @@ def test_kept_rows_stay_done_while_their_shard_is_computed_and_after_a_kill(tiny
     tiny.write_manifest(tiny_dataset.make_segments(["u"]))
     # The process kills itself where the shard's outputs are written and its index isn't.
     command = (
-        "import os, signal, extract.shard_rows as module\n"
+        "import os, signal, echoshift.extract.shard_rows as module\n"
         "module.ShardRows.finish = lambda self: (self._writer.wait(), os.kill(os.getpid(), signal.SIGKILL))\n"
-        "from train.cli import main; main()"
+        "from echoshift.cli.app import main; main()"
     )
     places = [str(place) for place in tiny.places]
     arguments = [sys.executable, "-c", command, "extract", "tiny", *places, "--device", "cpu", *options]

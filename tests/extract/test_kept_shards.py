@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline.store.layout as layout_module
-from extract.extraction_plan import ShardWork
-from extract.output_writer import OutputWriter
-from extract.shard_jobs import ExtractionJob
-from extract.shard_rows import ShardRows
-from pipeline.errors import MediaError, StoreError
-from pipeline.execution import ShardReport, ShardTask, begin_task, commit_report, plan_tasks
-from pipeline.segments import Segment
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE, FAILED, PENDING
-from pipeline.store.location import Place
-from pipeline.store.opening import create_store, name_store, open_store
-from pipeline.store.verifying import verify_store
+import echoshift.pipeline.store.layout as layout_module
+from echoshift.extract.extraction_plan import ShardWork
+from echoshift.extract.output_writer import OutputWriter
+from echoshift.extract.shard_jobs import ExtractionJob
+from echoshift.extract.shard_rows import ShardRows
+from echoshift.pipeline.errors import MediaError, StoreError
+from echoshift.pipeline.execution import ShardReport, ShardTask, begin_task, commit_report, plan_tasks
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
+from echoshift.pipeline.store.location import Place
+from echoshift.pipeline.store.opening import create_store, name_store, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 SHAPES = {"pooled": (5,), "trunk": (2, 3)}
 WINDOWS = ClipSpec(n_frames=4, sampling="windows", step=4)

@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from extract.media import MediaLocation, identify_media, locate_media, open_frames, probe_duration_s
-from extract.open_media import OpenMedia
-from extract.readers.decord_video import DecordFrameReader
-from extract.readers.pyav_audio import read_audio
-from extract.readers.pyav_video import PyAvFrameReader
-from pipeline.cards import MediaLayout
-from pipeline.errors import MediaError, MediaNotFoundError
-from pipeline.segments import Segment
+from echoshift.extract.media import MediaLocation, identify_media, locate_media, open_frames, probe_duration_s
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.readers.decord_video import DecordFrameReader
+from echoshift.extract.readers.pyav_audio import read_audio
+from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import MediaError, MediaNotFoundError
+from echoshift.pipeline.segments import Segment
 
 
 def make_segment(video_id="P08_01", domain="D1", split="train"):

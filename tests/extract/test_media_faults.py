@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.extraction import ExtractionRequest, extract_features
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.identity_check import MediaWatch
-from extract.media_survey import MediaSurvey, identify_segments
-from extract.run_options import RunOptions
-from extract.weights.resolve import resolve_weights
-from pipeline.cards import MediaLayout, read_dataset_card
-from pipeline.errors import MediaChangedError
-from pipeline.manifest_csv import read_manifest
-from pipeline.rows import compute_digests
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import read_failures
-from pipeline.store.opening import list_stores, open_store
+from echoshift.extract.extraction import ExtractionRequest, extract_features
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.identity_check import MediaWatch
+from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.cards import MediaLayout, read_dataset_card
+from echoshift.pipeline.errors import MediaChangedError
+from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.opening import list_stores, open_store
 
 
 def open_pictures(tiny):
@@ -185,7 +185,7 @@ def test_an_unreadable_file_fails_its_rows(tiny) -> None:
 def test_media_that_the_system_refuses_fail_their_rows_and_turn_stale(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.add_videos("v", "w")
     with monkeypatch.context() as patch:
-        import extract.media_survey as survey_module
+        import echoshift.extract.media_survey as survey_module
 
         identify = survey_module.identify_media
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract.media_survey import MediaSurvey
-from extract.needed_media import NeededMediaProbe, find_needed_modalities
-from pipeline.cards import DatasetCard, MediaLayout, write_card
-from pipeline.errors import MediaNotFoundError
-from pipeline.segments import Segment
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.needed_media import NeededMediaProbe, find_needed_modalities
+from echoshift.pipeline.cards import DatasetCard, MediaLayout, write_card
+from echoshift.pipeline.errors import MediaNotFoundError
+from echoshift.pipeline.segments import Segment
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)

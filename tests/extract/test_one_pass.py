@@ -12,27 +12,27 @@ import numpy as np
 import pytest
 import torch
 
-from extract import row_reading
-from extract.clips import plan_clips
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.inference import load_network
-from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.optical_flow import FlowComputer, FlowMethod
-from extract.pictures import prepare_clips
-from extract.readers.pyav_video import PyAvFrameReader
-from extract.run_options import RunOptions
-from extract.shard import process_shard
-from extract.weights.resolve import resolve_weights
-from pipeline.cards import MediaLayout
-from pipeline.execution import ShardTask, commit_report
-from pipeline.rows import compute_digests
-from pipeline.segments import Segment
-from pipeline.store import layout
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import plan_shards
-from pipeline.store.opening import create_store, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.extract import row_reading
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.inference import load_network
+from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
+from echoshift.extract.optical_flow import FlowComputer, FlowMethod
+from echoshift.extract.pictures import prepare_clips
+from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.shard import process_shard
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.execution import ShardTask, commit_report
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store import layout
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import plan_shards
+from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_a_clip_that_needs_more_memory_than_there_is_fails_alone(tmp_path, video
     """Gives the process 6 GB of address space and asks for a clip of which one copy takes 12 GB."""
     script = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+sys.path.insert(0, {str(Path(__file__).resolve().parents[2] / "src")!r})
 import importlib.util
 spec = importlib.util.spec_from_file_location("t", {__file__!r}); t = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(t)

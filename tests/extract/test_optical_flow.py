@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from extract.flow_making import FlowMaker, pair_pictures
-from extract.optical_flow import FlowComputer, FlowMethod, quantise_flow
-from extract.readers.frame_folder import FrameFolderReader
-from extract.shard_inputs import PictureSource
+from echoshift.extract.flow_making import FlowMaker, pair_pictures
+from echoshift.extract.optical_flow import FlowComputer, FlowMethod, quantise_flow
+from echoshift.extract.readers.frame_folder import FrameFolderReader
+from echoshift.extract.shard_inputs import PictureSource
 
 
 def draw_texture(shift_x: int, shift_y: int, size: int = 96) -> np.ndarray:

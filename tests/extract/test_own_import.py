@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cards import read_card
+from echoshift.pipeline.cards import read_card
 
 HEAD = "segment_id,video_id,start_s,stop_s,labels,domain,split"
 GOOD = ("a,v,0.0,2.5,pour,kitchen,train", "b,v,2.5,4.0,cut,garden,test")

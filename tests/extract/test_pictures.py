@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from extract import pictures
-from extract.crops import plan_centre_crop, plan_resized_shape
-from extract.pictures import prepare_clips
-from extract.torchvision_import import ensure_torchvision
-from pipeline.errors import SpecError
-from pipeline.specs import FrameSpec
+from echoshift.extract import pictures
+from echoshift.extract.crops import plan_centre_crop, plan_resized_shape
+from echoshift.extract.pictures import prepare_clips
+from echoshift.extract.torchvision_import import ensure_torchvision
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import FrameSpec
 
 KINETICS = FrameSpec(short_side=64, crop=56, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 PLAIN = FrameSpec(short_side=64, crop=64, mean=(0, 0, 0), std=(1, 1, 1))

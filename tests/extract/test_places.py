@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cards import DatasetCard, write_card
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment
-from pipeline.store.layout import DONE
-from pipeline.store.location import locate
-from pipeline.store.opening import list_stores, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.location import locate
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
@@ -64,7 +64,7 @@ def write_media(path: Path) -> None:
 
 def run(command: str, folder: Path, cache: object, *options: str) -> subprocess.CompletedProcess[str]:
     """Runs `echoshift extract` or `echoshift store …` in this process, as the console script does."""
-    from train.cli import main
+    from echoshift.cli.app import main
 
     arguments = [*command.split(), *options]
     if command == "extract":
@@ -123,7 +123,7 @@ def test_the_command_line_works_on_a_url(folder: Path, unbroken: dict[str, bytes
 
 
 def store_shard(store, index: int):
-    from pipeline.store.layout import plan_shards
+    from echoshift.pipeline.store.layout import plan_shards
 
     return plan_shards(store.layout)[index]
 
@@ -245,8 +245,8 @@ def test_a_read_only_cache_can_be_read_and_a_run_with_work_to_do_is_refused(
 def test_a_clock_that_jumps_changes_nothing(
     folder: Path, unbroken: dict[str, bytes], s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.errors import StoreBusyError
-    from pipeline.store.holding import LeaseTiming, hold_store
+    from echoshift.pipeline.errors import StoreBusyError
+    from echoshift.pipeline.store.holding import LeaseTiming, hold_store
 
     year_s = 365 * 86400.0
     real, now = time.time, [0.0]

@@ -8,10 +8,10 @@ import av
 import numpy as np
 import pytest
 
-from extract.readers import pyav_audio, sound_track
-from extract.readers.container import has_whole_index, open_container
-from extract.readers.pyav_audio import PyAvAudioReader, has_audio_track, probe_audio_end_s, read_audio
-from pipeline.errors import DecodeError, MediaNotFoundError
+from echoshift.extract.readers import pyav_audio, sound_track
+from echoshift.extract.readers.container import has_whole_index, open_container
+from echoshift.extract.readers.pyav_audio import PyAvAudioReader, has_audio_track, probe_audio_end_s, read_audio
+from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 RATE = 44100
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from extract.readers.decord_video import DecordFrameReader
-from extract.readers.pyav_video import PyAvFrameReader
-from pipeline.errors import DecodeError, SegmentOutsideVideoError, SpecError
+from echoshift.extract.readers.decord_video import DecordFrameReader
+from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.pipeline.errors import DecodeError, SegmentOutsideVideoError, SpecError
 
 pytest.importorskip("decord", reason="decord isn't installed")
 
@@ -58,7 +58,7 @@ def test_open_groups_of_hevc_come_back_wrong(shared_data, media_factory):
 import sys
 from pathlib import Path
 import numpy as np
-from extract.readers.decord_video import DecordFrameReader
+from echoshift.extract.readers.decord_video import DecordFrameReader
 with DecordFrameReader(Path(sys.argv[1])) as reader:
     for i in np.random.default_rng(0).permutation(400)[:60].tolist():
         image = reader.read_frames([i / 25])[0]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extract.readers.flow_images import FlowImageReader
-from extract.readers.frame_folder import FrameFolderReader
-from extract.readers.frame_tar import FrameTarReader
-from pipeline.errors import DecodeError, MediaNotFoundError, SegmentOutsideVideoError
+from echoshift.extract.readers.flow_images import FlowImageReader
+from echoshift.extract.readers.frame_folder import FrameFolderReader
+from echoshift.extract.readers.frame_tar import FrameTarReader
+from echoshift.pipeline.errors import DecodeError, MediaNotFoundError, SegmentOutsideVideoError
 
 PATTERN = "frame_%010d.jpg"
 

@@ -9,9 +9,9 @@ import av
 import numpy as np
 import pytest
 
-from extract.readers.orientation import turn_upright
-from extract.readers.pyav_video import PyAvFrameReader
-from pipeline.errors import DecodeError, MediaNotFoundError, SegmentOutsideVideoError
+from echoshift.extract.readers.orientation import turn_upright
+from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.pipeline.errors import DecodeError, MediaNotFoundError, SegmentOutsideVideoError
 
 
 def assert_reads_like(path, times, frames, n_single=4, seed=0):

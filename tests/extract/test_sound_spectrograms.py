@@ -8,11 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from extract.readers.pyav_audio import read_audio
-from extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
-from extract.sound.spectrograms import log_spectrogram, rms_dbfs
-from pipeline.errors import SpecError
-from pipeline.specs import AudioSpec
+from echoshift.extract.readers.pyav_audio import read_audio
+from echoshift.extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
+from echoshift.extract.sound.spectrograms import log_spectrogram, rms_dbfs
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import AudioSpec
 
 RNG = np.random.default_rng(5)
 

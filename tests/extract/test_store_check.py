@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.reextraction import compare_values, derive_tolerance
-from extract.weights.resolve import resolve_weights
-from pipeline.store.layout import DONE, PENDING, Shard
-from pipeline.store.opening import hold_store, list_stores, open_store
+from echoshift.extract.reextraction import compare_values, derive_tolerance
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.store.layout import DONE, PENDING, Shard
+from echoshift.pipeline.store.opening import hold_store, list_stores, open_store
 
 CHOICES = ["--rows-per-shard", "2"]
 
@@ -269,7 +269,7 @@ def test_without_media_the_store_itself_is_still_checked(tiny) -> None:
 def test_weights_that_are_not_there_are_named_with_the_remedy(tiny, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from extract.weights.resolve import load_encoder
+    from echoshift.extract.weights.resolve import load_encoder
 
     tiny.add_videos("v")
     weights = tmp_path / "mine.safetensors"
@@ -299,7 +299,7 @@ def test_repair_waits_for_nobody_and_needs_a_store(tiny) -> None:
 
 
 def make_spec(dtype: str = "float16", precision: str = "fp32"):
-    from extract.feature_specs import StoreOptions, make_feature_spec
+    from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 
     return make_feature_spec(
         "slowfast_demo", resolve_weights("random:0", "slowfast_demo"), StoreOptions(dtype, precision)

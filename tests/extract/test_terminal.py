@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from extract.commands import terminal
+from echoshift.cli import terminal
 
 TABLE = """
-from extract.commands.terminal import print_table, show_progress
+from echoshift.cli.terminal import print_table, show_progress
 print_table("title", ("name", "n"), [["[bold]x[/bold]", 3], ["y", 12]])
 with show_progress("rows") as progress:
     progress.start("reading", 2)
@@ -56,7 +56,7 @@ def test_a_terminal_gets_a_frame_and_a_bar() -> None:
 
 def test_a_table_wider_than_the_terminal_is_told_row_by_row_with_no_name_in_pieces() -> None:
     path = "/cache/" + "x" * 60 + ".zarr"
-    code = f"from extract.commands.terminal import print_table; print_table('t', ('a', 'store'), [[1, {path!r}]])"
+    code = f"from echoshift.cli.terminal import print_table; print_table('t', ('a', 'store'), [[1, {path!r}]])"
     assert "┃" in run_on_terminal(code)
     narrow = run_on_terminal(code, COLUMNS="70")
     assert "┃" not in narrow

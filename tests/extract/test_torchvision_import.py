@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from extract import torchvision_import
-from pipeline.errors import SpecError
+from echoshift.extract import torchvision_import
+from echoshift.pipeline.errors import SpecError
 
 _PROBE = """
 from concurrent.futures import ThreadPoolExecutor
-from extract.torchvision_import import ensure_torchaudio, ensure_torchvision
+from echoshift.extract.torchvision_import import ensure_torchaudio, ensure_torchvision
 def see():
     ensure_torchvision()
     import torchvision.models

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from extract.media import MediaLocation, identify_media
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import read_failures
-from pipeline.store.opening import list_stores, open_store
+from echoshift.extract.media import MediaLocation, identify_media
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.opening import list_stores, open_store
 
 ENCODER = ("--encoders", "resnet_demo")
 

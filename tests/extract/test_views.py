@@ -7,17 +7,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from extract.clips import plan_clips
-from extract.crops import Crop, plan_crop, plan_resized_shape
-from extract.encoders.registry import ENCODERS
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.pictures import Placement, place_pictures
-from extract.presets import PRESETS
-from extract.random_draws import draw
-from extract.torchvision_import import ensure_torchvision
-from extract.weights.resolve import resolve_weights
-from pipeline.errors import SpecError
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.crops import Crop, plan_crop, plan_resized_shape
+from echoshift.extract.encoders.registry import ENCODERS
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.pictures import Placement, place_pictures
+from echoshift.extract.presets import PRESETS
+from echoshift.extract.random_draws import draw
+from echoshift.extract.torchvision_import import ensure_torchvision
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 
 CLIPS = ClipSpec(n_frames=4, stride=2, rate_hz=10, sampling="random", n_clips=2, n_views=3, seed=5)
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

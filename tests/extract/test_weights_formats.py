@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from extract.encoders.registry import find_encoder
-from extract.weights import checkpoint_formats
-from extract.weights.catalogue import read_catalogue
-from extract.weights.checkpoint_formats import FORMATS, CheckpointFormat, convert_tensors
-from pipeline.errors import WeightsError
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.weights import checkpoint_formats
+from echoshift.extract.weights.catalogue import read_catalogue
+from echoshift.extract.weights.checkpoint_formats import FORMATS, CheckpointFormat, convert_tensors
+from echoshift.pipeline.errors import WeightsError
 
 _DEPTHS = {"slowfast_r50": (3, 4, 6, 3), "slowfast_r101": (3, 4, 23, 3)}
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -18,15 +18,20 @@ import numpy as np
 import pytest
 import torch
 
-from extract.encoders.registry import find_encoder
-from extract.weights import catalogue, fetch, install, weights_files
-from extract.weights.catalogue import CatalogueEntry, find_catalogue_entry, read_catalogue, read_catalogue_file
-from extract.weights.checkpoint_formats import read_checkpoint
-from extract.weights.fetch import compute_file_sha256, fetch_checkpoint
-from extract.weights.install import find_weights_dir, install_weights
-from extract.weights.resolve import check_weights, list_weights, load_encoder, resolve_weights
-from pipeline.errors import WeightsError
-from pipeline.tensor_files import read_header
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.weights import catalogue, fetch, install, weights_files
+from echoshift.extract.weights.catalogue import (
+    CatalogueEntry,
+    find_catalogue_entry,
+    read_catalogue,
+    read_catalogue_file,
+)
+from echoshift.extract.weights.checkpoint_formats import read_checkpoint
+from echoshift.extract.weights.fetch import compute_file_sha256, fetch_checkpoint
+from echoshift.extract.weights.install import find_weights_dir, install_weights
+from echoshift.extract.weights.resolve import check_weights, list_weights, load_encoder, resolve_weights
+from echoshift.pipeline.errors import WeightsError
+from echoshift.pipeline.tensor_files import read_header
 
 
 class _Malicious:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from extract.encoders.registry import ENCODERS, find_encoder
-from extract.weights.resolve import default_weights, load_encoder, resolve_weights
-from pipeline.errors import SpecError, WeightsError
-from pipeline.tensor_files import tensor_sha256
+from echoshift.extract.encoders.registry import ENCODERS, find_encoder
+from echoshift.extract.weights.resolve import default_weights, load_encoder, resolve_weights
+from echoshift.pipeline.errors import SpecError, WeightsError
+from echoshift.pipeline.tensor_files import tensor_sha256
 
 
 def test_checksum_by_hand_and_whatever_the_order_or_layout() -> None:
@@ -41,7 +41,8 @@ def test_random_weights_are_the_same_in_every_process() -> None:
         assert resolve_weights("random:8", encoder).sha256 != record.sha256
     assert torch.equal(torch.random.get_rng_state(), before)
     code = (
-        "import torch; torch.set_num_threads(1); torch.rand(3); from extract.weights.resolve import resolve_weights;"
+        "import torch; torch.set_num_threads(1); torch.rand(3);"
+        "from echoshift.extract.weights.resolve import resolve_weights;"
         f"print(*[resolve_weights('random:7', encoder).sha256 for encoder in {encoders}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipeline.cards import DatasetCard, write_card
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment
+from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment
 
 N_FRAMES, RATE_HZ, SOUND_HZ = 45, 15, 16000
 
@@ -73,7 +73,7 @@ class TinyDataset:
 
     def run(self, *arguments):
         """Runs `echoshift ARGUMENTS` as the console script does."""
-        from train.cli import main
+        from echoshift.cli.app import main
 
         before, sys.argv = sys.argv, ["echoshift", *map(str, arguments)]
         self._capture.readouterr()

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from pipeline.cards import MANIFESTS_DIR, DatasetCard, MediaLayout, read_card, read_dataset_card
-from pipeline.errors import CardError
+from echoshift.pipeline.cards import MANIFESTS_DIR, DatasetCard, MediaLayout, read_card, read_dataset_card
+from echoshift.pipeline.errors import CardError
 
 
 @pytest.mark.parametrize("name", ["epic", "charades_ego", "actor_shift", "hac"])

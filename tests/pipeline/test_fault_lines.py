@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.errors import DecodeError, MediaError, MediaNotFoundError
-from pipeline.fault_lines import join_missing, list_fault_lines
-from pipeline.manifest_check import Fault, find_media_faults, number_rows
-from pipeline.segments import Segment
+from echoshift.pipeline.errors import DecodeError, MediaError, MediaNotFoundError
+from echoshift.pipeline.fault_lines import join_missing, list_fault_lines
+from echoshift.pipeline.manifest_check import Fault, find_media_faults, number_rows
+from echoshift.pipeline.segments import Segment
 
 PATH = Path("m.csv")
 

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.errors import ManifestError
-from pipeline.importers.charades_ego import import_charades_ego
-from pipeline.manifest_csv import check_manifest, write_manifest
-from pipeline.segments import TimedLabel
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.importers.charades_ego import import_charades_ego
+from echoshift.pipeline.manifest_csv import check_manifest, write_manifest
+from echoshift.pipeline.segments import TimedLabel
 
 CARD = read_dataset_card("charades_ego")
 HEAD = "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length,egocentric"

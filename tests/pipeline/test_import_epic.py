@@ -11,11 +11,11 @@ from fractions import Fraction
 
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.errors import ManifestError, UnsafePickleError
-from pipeline.importers.epic import import_epic, parse_timestamp
-from pipeline.manifest_csv import check_manifest, read_manifest, write_manifest
-from pipeline.manifest_summary import SplitSummary, summarise_manifest
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.errors import ManifestError, UnsafePickleError
+from echoshift.pipeline.importers.epic import import_epic, parse_timestamp
+from echoshift.pipeline.manifest_csv import check_manifest, read_manifest, write_manifest
+from echoshift.pipeline.manifest_summary import SplitSummary, summarise_manifest
 
 CARD = read_dataset_card("epic")
 HEAD = "uid,participant_id,video_id,narration,start_timestamp,stop_timestamp,start_frame,stop_frame,verb,verb_class"

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.errors import CardError, ManifestError, MediaNotFoundError
-from pipeline.importers.folder import card_from_folder, import_folder
-from pipeline.importers.hac import import_hac
-from pipeline.importers.own_csv import import_own_csv
-from pipeline.manifest_csv import check_manifest, read_manifest, write_manifest
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.errors import CardError, ManifestError, MediaNotFoundError
+from echoshift.pipeline.importers.folder import card_from_folder, import_folder
+from echoshift.pipeline.importers.hac import import_hac
+from echoshift.pipeline.importers.own_csv import import_own_csv
+from echoshift.pipeline.manifest_csv import check_manifest, read_manifest, write_manifest
 
 HAC = read_dataset_card("hac")
 

@@ -12,14 +12,14 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pipeline.errors import StoreError, StoreFullError
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store import index_chunks
-from pipeline.store.index_chunks import read_rows, write_rows
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, PENDING, plan_shards
-from pipeline.store.opening import create_store, open_store
-from pipeline.store.raw_chunks import RawArray, describe_raw_array
+from echoshift.pipeline.errors import StoreError, StoreFullError
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store import index_chunks
+from echoshift.pipeline.store.index_chunks import read_rows, write_rows
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import DONE, PENDING, plan_shards
+from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.raw_chunks import RawArray, describe_raw_array
 
 
 def make_array(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array:

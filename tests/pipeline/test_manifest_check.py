@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cards import DatasetCard, ExpectedCount
-from pipeline.errors import DecodeError, ManifestError, MediaNotFoundError
-from pipeline.manifest_check import Fault, find_count_warnings, find_media_faults, number_rows, require_counts
-from pipeline.manifest_csv import check_manifest
-from pipeline.segments import END_TOLERANCE_S, Segment
+from echoshift.pipeline.cards import DatasetCard, ExpectedCount
+from echoshift.pipeline.errors import DecodeError, ManifestError, MediaNotFoundError
+from echoshift.pipeline.manifest_check import Fault, find_count_warnings, find_media_faults, number_rows, require_counts
+from echoshift.pipeline.manifest_csv import check_manifest
+from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
 
 CARD = DatasetCard(
     name="try", title="t", task="single-label", metric="top1", classes=("open", "close"), domains=("D1", "D2"),

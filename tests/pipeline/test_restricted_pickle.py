@@ -13,8 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.errors import ManifestError, UnsafePickleError
-from pipeline.restricted_pickle import NUMPY_CONSTRUCTORS, PANDAS_CONSTRUCTORS, PickledFrame, read_restricted_pickle
+from echoshift.pipeline.errors import ManifestError, UnsafePickleError
+from echoshift.pipeline.restricted_pickle import (
+    NUMPY_CONSTRUCTORS,
+    PANDAS_CONSTRUCTORS,
+    PickledFrame,
+    read_restricted_pickle,
+)
 
 ALL = {**NUMPY_CONSTRUCTORS, **PANDAS_CONSTRUCTORS}
 

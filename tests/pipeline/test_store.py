@@ -12,16 +12,16 @@ import pandas as pd
 import pytest
 import zarr
 
-from pipeline.errors import StoreBusyError, StoreError
-from pipeline.execution import ShardReport, ShardTask, commit_report, plan_tasks, select_rows
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec, fingerprint
-from pipeline.store.exporting import export_store
-from pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from pipeline.store.layout import Shard, plan_shards
-from pipeline.store.ledger import failures_path, read_failures
-from pipeline.store.location import locate
-from pipeline.store.opening import create_store, hold_store, list_stores, name_store, open_store
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.errors import StoreBusyError, StoreError
+from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report, plan_tasks, select_rows
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec, fingerprint
+from echoshift.pipeline.store.exporting import export_store
+from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import Shard, plan_shards
+from echoshift.pipeline.store.ledger import failures_path, read_failures
+from echoshift.pipeline.store.location import locate
+from echoshift.pipeline.store.opening import create_store, hold_store, list_stores, name_store, open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 MakeStore = Callable[..., FeatureStore]
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from extract.commands import store_commands
-from pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
-from pipeline.store import auditing
-from pipeline.store.auditing import NORM_QUANTILES, audit_output, find_audit_faults, measure_fp16_error
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import plan_shards
-from pipeline.store.opening import create_store
+from echoshift.cli import store_commands
+from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
+from echoshift.pipeline.store import auditing
+from echoshift.pipeline.store.auditing import NORM_QUANTILES, audit_output, find_audit_faults, measure_fp16_error
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import plan_shards
+from echoshift.pipeline.store.opening import create_store
 
 N_ROWS, N_CLIPS, N_DIMS = 100, 3, 12
 SPEC = FeatureSpec(

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from extract.commands import store_commands
-from pipeline.cards import DatasetCard, write_card
-from pipeline.errors import StoreError, UnsafePickleError
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Manifest, Segment
-from pipeline.store.exporting import export_store
-from pipeline.store.import_sources import open_import_source
-from pipeline.store.importing import compute_import_digests, import_features
-from pipeline.store.opening import open_store
-from pipeline.store.verifying import verify_store
+from echoshift.cli import store_commands
+from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.errors import StoreError, UnsafePickleError
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.store.exporting import export_store
+from echoshift.pipeline.store.import_sources import open_import_source
+from echoshift.pipeline.store.importing import compute_import_digests, import_features
+from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.verifying import verify_store
 
 N = 40
 IDS = [f"P01/s{i:02d}" for i in range(N)]

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import StoreError
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store import raw_chunks
-from pipeline.store.file_maps import N_LARGE_PAGE_BYTES, identify_file, is_still
-from pipeline.store.interface import Backend, FeatureStore, ShardIndex
-from pipeline.store.layout import (
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store import raw_chunks
+from echoshift.pipeline.store.file_maps import N_LARGE_PAGE_BYTES, identify_file, is_still
+from echoshift.pipeline.store.interface import Backend, FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import (
     DONE,
     Shard,
     plan_arrays,
@@ -26,9 +26,9 @@ from pipeline.store.layout import (
     plan_rows_per_shard,
     plan_shards,
 )
-from pipeline.store.opening import create_store, open_store
-from pipeline.store.reading import RowFinder
-from pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.verifying import verify_store
 
 N_ROWS, N_CLIPS = 40, 3
 
@@ -170,10 +170,11 @@ def test_a_reader_sees_what_another_process_recomputed(tmp_path: Path, backend: 
     write = (
         "import sys, numpy as np; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from test_store_maps import fill, make_index\n"
-        "from pipeline.store.opening import open_store\n"
+        "from echoshift.pipeline.store.opening import open_store\n"
+        "from echoshift.pipeline.store.layout import plan_shards\n"
         "store, values = open_store(Path(sys.argv[2])), np.load(sys.argv[3])\n"
         "fill(store, values, (1,))\n"
-        "store.begin_shard(__import__('pipeline.store.layout', fromlist=['x']).plan_shards(store.layout)[2])\n"
+        "store.begin_shard(plan_shards(store.layout)[2])\n"
         "store.write_outputs('pooled', 32, values[32:])\n"
     )
     arguments = [sys.executable, "-c", write, str(Path(__file__).parent), str(path), str(tmp_path / "new.npy")]

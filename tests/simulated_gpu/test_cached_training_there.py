@@ -14,12 +14,12 @@ import toy_method as toy
 from simulated_cuda import simulate_gpu
 from simulated_graphs import SimulatedGraph
 
-from train.alignment.config import METHOD_NAMES
-from train.alignment.two_streams import StreamShapes
-from train.cached.training import TrainedRun, TrainingJob, train_jobs
-from train.stage2.config import Stage2Config
-from train.stage2.recogniser import FeatureShapes, build_recogniser
-from train.watching import SilentWatcher
+from echoshift.train.alignment.config import METHOD_NAMES
+from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.cached.training import TrainedRun, TrainingJob, train_jobs
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.recogniser import FeatureShapes, build_recogniser
+from echoshift.train.watching import SilentWatcher
 
 N_STEPS = 6  # three as they are written, one captured and replayed, two replayed
 BY_DEFAULT = ("rna_grl", "adabn")

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from train.alignment.config import METHOD_NAMES, AlignmentConfig
-from train.alignment.methods import build_method
-from train.alignment.two_streams import StreamShapes
-from train.cached.batches import FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
-from train.overrides import merge_settings
+from echoshift.train.alignment.config import METHOD_NAMES, AlignmentConfig
+from echoshift.train.alignment.methods import build_method
+from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.cached.batches import FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.overrides import merge_settings
 
 N_VISUAL, N_AUDIO, N_CLASSES, WIDTH = 6, 5, 3, 8
 SHAPES = StreamShapes({"pooled": (N_VISUAL,)}, N_AUDIO)

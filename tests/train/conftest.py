@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.cards import read_dataset_card
-from pipeline.manifest_csv import read_manifest
-from train.data_places import DataPlaces
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.train.data_places import DataPlaces
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import SpecError
-from train.absent_activities import compute_absent_loss, mark_absent_multi, mark_absent_single
+from echoshift.pipeline.errors import SpecError
+from echoshift.train.absent_activities import compute_absent_loss, mark_absent_multi, mark_absent_single
 
 
 def test_single_label_marks_by_hand() -> None:

@@ -11,15 +11,15 @@ from scipy.stats import ortho_group
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.alignment.align import alignment_loss
-from train.alignment.config import DiscrepancyConfig
-from train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal, reverse_gradient
-from train.alignment.hna import find_middle_norm, hard_norm_loss
-from train.alignment.mmd import discrepancy_loss
-from train.alignment.orth import orthogonality_loss
-from train.alignment.rna import relative_norm_loss, relative_norm_loss_by_source
-from train.alignment.synchronisation import build_synchronisation_head, find_strangers, synchronisation_loss
-from train.alignment.two_streams import StreamFeatures
+from echoshift.train.alignment.align import alignment_loss
+from echoshift.train.alignment.config import DiscrepancyConfig
+from echoshift.train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal, reverse_gradient
+from echoshift.train.alignment.hna import find_middle_norm, hard_norm_loss
+from echoshift.train.alignment.mmd import discrepancy_loss
+from echoshift.train.alignment.orth import orthogonality_loss
+from echoshift.train.alignment.rna import relative_norm_loss, relative_norm_loss_by_source
+from echoshift.train.alignment.synchronisation import build_synchronisation_head, find_strangers, synchronisation_loss
+from echoshift.train.alignment.two_streams import StreamFeatures
 
 HEARD = torch.tensor([True, False, True, True, True, False])
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
-from pipeline.errors import RunError
-from train.alignment.config import METHOD_NAMES, AlignmentConfig
-from train.alignment.masked_batch_norm import MaskedBatchNorm
-from train.alignment.methods import METHODS
-from train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
-from train.cached.batches import Dropouts, FeatureBatch, StepInputs
-from train.overrides import make_config
+from echoshift.pipeline.errors import RunError
+from echoshift.train.alignment.config import METHOD_NAMES, AlignmentConfig
+from echoshift.train.alignment.masked_batch_norm import MaskedBatchNorm
+from echoshift.train.alignment.methods import METHODS
+from echoshift.train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
+from echoshift.train.cached.batches import Dropouts, FeatureBatch, StepInputs
+from echoshift.train.overrides import make_config
 
 
 class Losses(nn.Module):

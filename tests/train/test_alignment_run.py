@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.manifest_csv import read_manifest, write_manifest
-from train.runs import RESULTS, RunRecord, read_runs
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.manifest_csv import read_manifest, write_manifest
+from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
 SETTINGS = (
     "alignment.network.width=8",
@@ -79,8 +79,8 @@ def test_domain_generalisation_opens_no_row_of_the_target(
     aligned: Any, tiny_shift: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until the network is trained, nothing but the source's train split is read from a store."""
-    from train.alignment import alignment_runs
-    from train.cached import training
+    from echoshift.train.alignment import alignment_runs
+    from echoshift.train.cached import training
 
     opened: list[str] = []
     trained: list[list[str]] = []
@@ -97,7 +97,7 @@ def test_domain_generalisation_opens_no_row_of_the_target(
 
     open_rows.cache_clear()
     monkeypatch.setattr(alignment_runs, "_open_rows", watch_rows)
-    monkeypatch.setattr("train.method_running.train_jobs", watch_training)
+    monkeypatch.setattr("echoshift.train.method_running.train_jobs", watch_training)
     align(aligned.with_runs(tmp_path), tiny_shift, "rna")
     assert len(trained) == 1
     assert set(trained[0]) == {f"s-train-{i}" for i in range(8)}
@@ -108,7 +108,7 @@ def test_one_source_only_network_serves_every_target(aligned: Any, tiny_shift: M
     """A manifest with a third domain: the network that was trained on s is scored on t and on u."""
     tiny = replace(aligned, root=tmp_path, runs=tmp_path / "runs")
     shutil.copytree(aligned.root / "cache", tmp_path / "cache")
-    from pipeline.cards import Shift
+    from echoshift.pipeline.cards import Shift
 
     shifts = tuple(Shift(source=("s",), target=target) for target in ("t", "u"))
     tiny.write_card(domains=("s", "t", "u"), shifts=shifts)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.registry import find_encoder
-from pipeline.errors import RunError
-from train.stage1.audio_classifier import AudioPredictions, predict_audio, train_audio_classifier
-from train.stage1.config import AudioClassifierConfig
-from train.stage1.sound_features import SoundFeatures
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.pipeline.errors import RunError
+from echoshift.train.stage1.audio_classifier import AudioPredictions, predict_audio, train_audio_classifier
+from echoshift.train.stage1.config import AudioClassifierConfig
+from echoshift.train.stage1.sound_features import SoundFeatures
 
 N, N_CLASSES, CPU = 30, 3, torch.device("cpu")
 IDS = [f"x{i:02d}" for i in range(N)]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cards import read_dataset_card
-from pipeline.errors import SpecError
-from train.balancing import (
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.errors import SpecError
+from echoshift.train.balancing import (
     compute_class_weights,
     compute_cluster_weights,
     compute_effective_weights,

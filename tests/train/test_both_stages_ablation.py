@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from train.runs import RESULTS, RunRecord, read_runs
+from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
 GRID = """
 title = "Both stages"

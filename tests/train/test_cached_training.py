@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import RunError
-from train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
-from train.cached.training import TrainedRun, TrainingJob, train_jobs
-from train.epoch_plan import plan_epoch
-from train.watching import SilentWatcher
+from echoshift.pipeline.errors import RunError
+from echoshift.train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.cached.training import TrainedRun, TrainingJob, train_jobs
+from echoshift.train.epoch_plan import plan_epoch
+from echoshift.train.watching import SilentWatcher
 
 CPU = torch.device("cpu")
 DRAWS, VIEWS = 4, 3

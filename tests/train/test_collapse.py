@@ -11,14 +11,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from train.alignment.collapse import compute_guessing_loss, describe_collapse, measure_dead_units
-from train.alignment.config import AlignmentConfig
-from train.alignment.rna import relative_norm_loss
-from train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
-from train.alignment.stage_config import AlignmentStageConfig
-from train.cached.feature_rows import FeatureRows
-from train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
-from train.watching import SilentWatcher
+from echoshift.train.alignment.collapse import compute_guessing_loss, describe_collapse, measure_dead_units
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.rna import relative_norm_loss
+from echoshift.train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
+from echoshift.train.alignment.stage_config import AlignmentStageConfig
+from echoshift.train.cached.feature_rows import FeatureRows
+from echoshift.train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
+from echoshift.train.watching import SilentWatcher
 
 
 def make_rows(n: int, n_visual: int, n_audio: int, scale: float, n_clips: int = 2) -> FeatureRows:
@@ -125,8 +125,8 @@ def test_who_guesses_loses_the_entropy_of_the_classes() -> None:
 @pytest.mark.parametrize(("weight", "is_killed"), [(1.0, True), (0.001, False)])
 def test_rna_kills_long_features_with_weight_1_and_not_with_less(weight: float, is_killed: bool) -> None:
     """The features of pictures are 40 long, those of sound 1; 20 steps of the paper's rate."""
-    from train.alignment.methods import build_method
-    from train.alignment.two_streams import StreamShapes
+    from echoshift.train.alignment.methods import build_method
+    from echoshift.train.alignment.two_streams import StreamShapes
 
     rows = make_rows(32, 16, 16, 40.0)
     config = AlignmentConfig.model_validate({"method": "rna", "network": {"width": 32}, "rna": {"weight": weight}})

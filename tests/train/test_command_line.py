@@ -14,9 +14,9 @@ from types import ModuleType
 
 import pytest
 
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store.interface import Backend
-from pipeline.store.opening import create_store, name_store
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store.interface import Backend
+from echoshift.pipeline.store.opening import create_store, name_store
 
 HEAVY = ("torch", "torchvision", "torchaudio", "timm", "pytorchvideo", "pandas", "sklearn", "scipy", "matplotlib")
 LIGHT = (*HEAVY, "numpy", "zarr", "h5py", "av", "cv2", "distributed")
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def run_blocked(blocked: tuple[str, ...], *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `echoshift ARGUMENTS` in a process of its own in which some packages can't be imported."""
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from train.cli import main; main()"
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from echoshift.cli.app import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
@@ -39,7 +39,7 @@ def run_blocked(blocked: tuple[str, ...], *arguments: object, **environment: str
 MANY = """
 import contextlib, io, json, os, sys
 sys.modules.update(dict.fromkeys(BLOCKED))
-from train.cli import main
+from echoshift.cli.app import main
 answers = []
 for environment in json.load(sys.stdin):
     os.environ.update(environment)
@@ -143,7 +143,7 @@ def test_the_shell_completes_without_what_computes() -> None:
 def test_bash_itself_completes_behind_an_equals_sign(line: str, offered: list[str], tmp_path: Path) -> None:
     # Bash takes words apart at `=` and asks for the last piece; its own reader of lines is what does so.
     command = tmp_path / "echoshift"
-    code = "from train.cli import main; main()"
+    code = "from echoshift.cli.app import main; main()"
     command.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
     command.chmod(0o755)
     words = [piece for word in line.split(" ") for piece in re.findall(r"=|[^=]+", word)]
@@ -225,7 +225,7 @@ def test_faults_of_our_own_keep_their_traceback(
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number), "/some/where")
 
-    monkeypatch.setattr("pipeline.cards.read_dataset_card", fail)
+    monkeypatch.setattr("echoshift.pipeline.cards.read_dataset_card", fail)
     if not is_told:
         with pytest.raises(OSError, match=os.strerror(number)):
             tiny_shift.run("manifest", "show", "demo")

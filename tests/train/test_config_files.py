@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-import train.stage1.config_files as config_files
-from extract.encoders.registry import find_encoder
-from extract.presets import find_preset
-from pipeline.cards import MANIFESTS_DIR, DatasetCard, read_dataset_card
-from pipeline.errors import RunError, SpecError
-from train.grids import list_grids, list_shifts, plan_runs, read_grid
-from train.stage1.config import Stage1Config, TrainingConfig
-from train.stage1.config_files import list_presets, resolve_config
-from train.stage_settings import resolve_settings
+import echoshift.train.stage1.config_files as config_files
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.presets import find_preset
+from echoshift.pipeline.cards import MANIFESTS_DIR, DatasetCard, read_dataset_card
+from echoshift.pipeline.errors import RunError, SpecError
+from echoshift.train.grids import list_grids, list_shifts, plan_runs, read_grid
+from echoshift.train.stage1.config import Stage1Config, TrainingConfig
+from echoshift.train.stage1.config_files import list_presets, resolve_config
+from echoshift.train.stage_settings import resolve_settings
 
 CARDS = sorted(path.stem for path in MANIFESTS_DIR.glob("*.toml"))
 HERE = Path(config_files.__file__).parent
@@ -188,5 +188,6 @@ def test_every_grid_is_planned_on_every_card(name: str) -> None:
 
 def test_settings_are_resolved_without_torch() -> None:
     """A grid that is done prints its table in a second; importing torch alone takes two."""
-    code = "import sys, train.stage_settings, train.tables, train.grids, train.hits; sys.exit('torch' in sys.modules)"
+    names = ", ".join(f"echoshift.train.{name}" for name in ("stage_settings", "tables", "grids", "hits"))
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.cards import Shift
-from train.stage1.run_context import describe_data
+from echoshift.pipeline.cards import Shift
+from echoshift.train.stage1.run_context import describe_data
 
 
 @pytest.mark.parametrize(("n_classes", "listed"), [(3, "(c0 2, c1 1, c2 0)"), (157, "(157 classes, of each 0 to 2)")])

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from train.batches import EncoderInputs, SourceBatch, TargetBatch
-from train.stage1.encoder_losses import compute_encoder_losses, compute_source_loss
+from echoshift.train.batches import EncoderInputs, SourceBatch, TargetBatch
+from echoshift.train.stage1.encoder_losses import compute_encoder_losses, compute_source_loss
 
 
 def _make_inputs(n: int) -> EncoderInputs:

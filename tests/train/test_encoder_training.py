@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import RunError
-from train.ranks import Ranks
-from train.stage1.encoder_training import STATE
-from train.stage1.sound_features import SoundFeatures
+from echoshift.pipeline.errors import RunError
+from echoshift.train.ranks import Ranks
+from echoshift.train.stage1.encoder_training import STATE
+from echoshift.train.stage1.sound_features import SoundFeatures
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_tensorboard_has_every_epoch_once_though_a_run_was_killed(
 def test_validation_is_the_accuracy_of_the_mean_over_clips(
     tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
 ) -> None:
-    from train.batches import EncoderInputs
+    from echoshift.train.batches import EncoderInputs
 
     config = tiny_encoder.make_config(n_epochs=1)
     task, visual = tiny_encoder.make_task(), tiny_encoder.MemoryInputs()
@@ -212,7 +212,7 @@ def start_ranks(script: Path, out: Path, n_source: int, n_ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])
     common = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
     command = [sys.executable, str(script), str(out), str(n_source)]
     running = [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.epoch_plan import PlannedBatch, plan_epoch
-from train.stage1.config import TrainingConfig
+from echoshift.train.epoch_plan import PlannedBatch, plan_epoch
+from echoshift.train.stage1.config import TrainingConfig
 
 SIZES = st.integers(min_value=1, max_value=40)
 BATCHES = st.integers(min_value=1, max_value=9)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.weights.resolve import resolve_weights
-from pipeline.errors import RunError, StoreError
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, plan_shards
-from pipeline.store.opening import create_store
-from train.cached.feature_bank import FeatureBank
-from train.cached.feature_rows import FeatureRows, read_sound, read_visual
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.errors import RunError, StoreError
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import DONE, plan_shards
+from echoshift.pipeline.store.opening import create_store
+from echoshift.train.cached.feature_bank import FeatureBank
+from echoshift.train.cached.feature_rows import FeatureRows, read_sound, read_visual
 
 IDS = tuple(f"s{i}" for i in range(6))
 CPU = torch.device("cpu")

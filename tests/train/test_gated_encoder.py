@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.registry import find_encoder
-from pipeline.errors import SpecError, WeightsError
-from train.stage1.gated_encoder import GatedEncoder
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.pipeline.errors import SpecError, WeightsError
+from echoshift.train.stage1.gated_encoder import GatedEncoder
 
 _CLIPS = {"slowfast_demo": (2, 3, 8, 32, 32), "i3d_rgb": (2, 3, 8, 32, 32)}
 _N_CLASSES = 5

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.errors import RunError
-from train.intervals import MeanInterval, PairedTest, compare_pairs, compare_segments, compute_interval
+from echoshift.pipeline.errors import RunError
+from echoshift.train.intervals import MeanInterval, PairedTest, compare_pairs, compare_segments, compute_interval
 
 
 def test_interval_by_hand():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from train.runs import RESULTS, read_runs
+from echoshift.train.runs import RESULTS, read_runs
 
 GRID = """
 title = "One row"

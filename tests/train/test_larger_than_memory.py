@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import RunError, StoreError
-from pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from pipeline.store.interface import FeatureStore, ShardIndex
-from pipeline.store.layout import DONE, plan_shards
-from pipeline.store.opening import create_store
-from train.cached.feature_bank import FeatureBank, make_bank
-from train.cached.feature_rows import FeatureRows, read_visual
-from train.cached.larger_than_memory import StoredBank, StoredRows, count_row_bytes, open_rows
-from train.cached.training import train_jobs
-from train.watching import SilentWatcher
+from echoshift.pipeline.errors import RunError, StoreError
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
+from echoshift.pipeline.store.layout import DONE, plan_shards
+from echoshift.pipeline.store.opening import create_store
+from echoshift.train.cached.feature_bank import FeatureBank, make_bank
+from echoshift.train.cached.feature_rows import FeatureRows, read_visual
+from echoshift.train.cached.larger_than_memory import StoredBank, StoredRows, count_row_bytes, open_rows
+from echoshift.train.cached.training import train_jobs
+from echoshift.train.watching import SilentWatcher
 
 CPU = torch.device("cpu")
 N_ROWS, N_PER_SHARD, N_CLIPS, N_VIEWS, N_VISUAL, N_AUDIO = 300, 5, 2, 2, 5, 4

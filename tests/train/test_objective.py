@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import RunError
-from train.batches import EncoderInputs
-from train.ranks import Ranks
-from train.runs import RESULTS, read_runs
-from train.stage1.audio_adaptive_encoder import predict_segments
-from train.stage1.config import Stage1Config
-from train.stage1.sound_features import SoundFeatures
+from echoshift.pipeline.errors import RunError
+from echoshift.train.batches import EncoderInputs
+from echoshift.train.ranks import Ranks
+from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.stage1.audio_adaptive_encoder import predict_segments
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.sound_features import SoundFeatures
 
 METHODS = ("rna", "hna", "align", "orth", "grl")
 LABELS, DOMAINS = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 0, 0])

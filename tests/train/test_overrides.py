@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RunError
-from train.overrides import make_config, merge_settings, parse_override, read_settings
-from train.stage1.config import Stage1Config
+from echoshift.pipeline.errors import RunError
+from echoshift.train.overrides import make_config, merge_settings, parse_override, read_settings
+from echoshift.train.stage1.config import Stage1Config
 
 LEAST: dict[str, Any] = {"visual": {"encoder": "slowfast_demo"}, "sound": {"encoder": "resnet_demo"}}
 

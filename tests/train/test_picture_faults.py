@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.demo.mp4_files import write_mp4
-from extract.encoders.registry import find_encoder
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.media_survey import MediaSurvey
-from extract.weights.resolve import resolve_weights
-from pipeline.cards import MediaLayout
-from pipeline.segments import Segment
-from train.stage1.picture_faults import find_without_pictures
+from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.segments import Segment
+from echoshift.train.stage1.picture_faults import find_without_pictures
 
 
 def make_segment(video_id: str, stop_s: float) -> Segment:

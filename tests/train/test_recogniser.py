@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
-from pipeline.cards import MANIFESTS_DIR, read_dataset_card
-from train.cached.batches import (
+from echoshift.pipeline.cards import MANIFESTS_DIR, read_dataset_card
+from echoshift.train.cached.batches import (
     Dropouts,
     FeatureBatch,
     LabelledTargetFeatures,
@@ -20,11 +20,11 @@ from train.cached.batches import (
     StepInputs,
     TargetFeatures,
 )
-from train.overrides import merge_settings
-from train.stage2.config import Stage2Config
-from train.stage2.config_files import resolve_config
-from train.stage2.recogniser import AudioInfusedRecogniser, FeatureShapes, build_recogniser
-from train.stage2.recogniser_losses import compute_class_loss
+from echoshift.train.overrides import merge_settings
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.config_files import resolve_config
+from echoshift.train.stage2.recogniser import AudioInfusedRecogniser, FeatureShapes, build_recogniser
+from echoshift.train.stage2.recogniser_losses import compute_class_loss
 
 N_CLASSES, N_AUDIO, N_VISUAL, N_CLIPS = 4, 6, 10, 3
 SMALL: dict[str, Any] = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
-from train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
-from train.stage2.config import Stage2Config
-from train.stage2.recogniser import AudioInfusedRecogniser, FeatureShapes, build_recogniser
+from echoshift.train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.recogniser import AudioInfusedRecogniser, FeatureShapes, build_recogniser
 
 N_CLASSES, N_AUDIO, N_VISUAL, N_CLIPS, N = 3, 5, 6, 2, 4
 SMALL = {"width": 8, "n_heads": 2, "head_width": 4, "mlp_width": 8, "visual_width": 4}

@@ -12,10 +12,10 @@ from errno import ENOSPC
 import numpy as np
 import pytest
 
-from pipeline.errors import RunError
-from train import runs
-from train.alignment.config import AlignmentConfig, CosineConfig, keep_used
-from train.runs import (
+from echoshift.pipeline.errors import RunError
+from echoshift.train import runs
+from echoshift.train.alignment.config import AlignmentConfig, CosineConfig, keep_used
+from echoshift.train.runs import (
     RunRecord,
     TornLineWarning,
     append_run,
@@ -24,8 +24,8 @@ from train.runs import (
     keep_latest,
     read_runs,
 )
-from train.scores import compute_scores
-from train.steps import hash_json
+from echoshift.train.scores import compute_scores
+from echoshift.train.steps import hash_json
 
 SCORES = compute_scores(np.array([[0.7, 0.3], [0.2, 0.8]]), np.array([0, 0]), np.array([True, False]), ("a", "b"))
 

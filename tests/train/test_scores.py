@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, confusion_matrix
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from train.scores import BinScore, ClassScore, Score, Scores, average_scores, compute_scores
-from train.source_bins import NO_BIN, SourceBins, bin_by_source
-from train.splits import LabelledSegments
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.train.scores import BinScore, ClassScore, Score, Scores, average_scores, compute_scores
+from echoshift.train.source_bins import NO_BIN, SourceBins, bin_by_source
+from echoshift.train.splits import LabelledSegments
 
 CLASSES = ("take", "put", "open")
 # Predicted: take, put, put, open, take.

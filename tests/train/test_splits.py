@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.errors import ManifestError
-from pipeline.segments import Manifest, Segment, TimedLabel
-from train.splits import (
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.segments import Manifest, Segment, TimedLabel
+from echoshift.train.splits import (
     count_labels,
     find_shift,
     label_target_test,

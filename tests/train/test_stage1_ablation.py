@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from train.runs import RESULTS, RunRecord, read_runs
+from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
 GRID = """
 title = "Two rows"

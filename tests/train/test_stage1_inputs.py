@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from extract.demo.mp4_files import write_mp4
-from pipeline.cards import MediaLayout
-from pipeline.segments import Segment
-from pipeline.store.opening import list_stores
-from train.runs import RESULTS, read_runs
+from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.opening import list_stores
+from echoshift.train.runs import RESULTS, read_runs
 
 TRUNK = ("visual.mode=trunk", "visual.n_views=2", "training.trainable_from=split")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.store.layout import DONE
-from pipeline.store.opening import open_store
-from train.stage1.encoder_training import STATE
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import open_store
+from echoshift.train.stage1.encoder_training import STATE
 
 SETTINGS = [
     "training.n_epochs=3",
@@ -79,7 +79,7 @@ def test_features_go_on_from_the_shards_that_are_done(
     whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_kept: int
 ) -> None:
     """Stops where a kill may hit: after a shard's predictions are written, before or after the shard is committed."""
-    from train.stage1 import exporting
+    from echoshift.train.stage1 import exporting
 
     shutil.copytree(whole.runs, tmp_path / "runs")
     tiny = whole.with_runs(tmp_path / "runs")

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score
 
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment
-from train.runs import RESULTS, read_runs
-from train.stage1.exporting import VisualPredictions
-from train.stage1.sound_steps import PREDICTIONS
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment
+from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.stage1.exporting import VisualPredictions
+from echoshift.train.stage1.sound_steps import PREDICTIONS
 
 SETTINGS = (
     "target_labels.use_tags=true",

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 from safetensors import safe_open
 
-from pipeline.store.layout import DONE
-from pipeline.store.opening import open_store
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import open_store
 
 
 @pytest.mark.slow

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment, TimedLabel
-from pipeline.store.layout import DONE
-from pipeline.store.opening import list_stores, open_store
-from train.runs import RESULTS, read_runs
-from train.stage1.exporting import VisualPredictions
-from train.stage1.sound_steps import PREDICTIONS
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment, TimedLabel
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.stage1.exporting import VisualPredictions
+from echoshift.train.stage1.sound_steps import PREDICTIONS
 
 ENTRIES = 15  # zhang-encoder-test: 5 clips, three crops each
 

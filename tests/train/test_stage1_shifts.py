@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.cards import Shift
-from train.runs import RESULTS, read_runs
+from echoshift.pipeline.cards import Shift
+from echoshift.train.runs import RESULTS, read_runs
 
 QUICK = ("training.n_epochs=1", "visual.test_preset=zhang-stage1-val", "training.validate_every=0")
 

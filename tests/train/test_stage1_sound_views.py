@@ -16,15 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import RunError
-from pipeline.store.location import locate
-from pipeline.store.opening import list_stores, open_store
-from train.runs import RESULTS, read_runs
-from train.stage1.audio_adaptive_encoder import predict_segments
-from train.stage1.audio_classifier import AudioClassifier, predict_audio, train_audio_classifier
-from train.stage1.config import AudioClassifierConfig, Stage1Config
-from train.stage1.sound_features import SoundFeatures
-from train.stage2.stage1_outputs import find_cached
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.store.location import locate
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.stage1.audio_adaptive_encoder import predict_segments
+from echoshift.train.stage1.audio_classifier import AudioClassifier, predict_audio, train_audio_classifier
+from echoshift.train.stage1.config import AudioClassifierConfig, Stage1Config
+from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage2.stage1_outputs import find_cached
 
 IDS = [f"x{i:02d}" for i in range(12)]
 LABELS = np.arange(12) % 3

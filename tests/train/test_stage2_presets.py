@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-import train.stage2
-from train.overrides import merge_settings
-from train.stage1.config import Stage1Config
-from train.stage2.config import Stage2Config
+from echoshift.train import stage2
+from echoshift.train.overrides import merge_settings
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage2.config import Stage2Config
 
-HERE = Path(train.stage2.__file__).parent
+HERE = Path(str(stage2.__file__)).parent
 PRESETS, DATASETS = sorted(HERE.glob("presets/*.toml")), sorted(HERE.glob("datasets/*.toml"))
 
 

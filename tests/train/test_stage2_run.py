@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cards import read_dataset_card
-from pipeline.manifest_csv import read_manifest, write_manifest
-from train.runs import RESULTS, RunRecord, read_runs
+from echoshift.pipeline.cards import read_dataset_card
+from echoshift.pipeline.manifest_csv import read_manifest, write_manifest
+from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
 # What features are made with; who has the features needs none of it.
 HEAVY = ("av", "decord", "torchaudio", "torchvision", "timm", "pytorchvideo", "cv2")
@@ -77,7 +77,7 @@ def test_a_run_prints_the_scores_of_its_stored_predictions(recognised: Any) -> N
 def test_it_runs_where_nothing_that_makes_features_can_be_imported(own: Any) -> None:
     shutil.rmtree(own.steps / f"recogniser_rgb-{list_results(own)[0].steps['trained_rgb']}")
     absent = (*HEAVY, "torch._dynamo")  # torch's compiler would cost a start seconds
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); from train.cli import main; main()"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); from echoshift.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *own.list_stage2()],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -88,7 +88,8 @@ def test_it_runs_where_nothing_that_makes_features_can_be_imported(own: Any) -> 
 
 
 def test_stage_2_imports_nothing_of_extract() -> None:
-    code = "import sys; sys.modules['extract'] = None; import train.stage2.planning, train.cached.training"
+    block = "import sys; sys.modules['echoshift.extract'] = None"
+    code = f"{block}; import echoshift.train.stage2.planning, echoshift.train.cached.training"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 

@@ -8,9 +8,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from train.cached.feature_bank import FeatureBank
-from train.cached.run_steps import ChunkInputs, RunSteps, StepSource
-from train.cached.training import TrainingJob
+from echoshift.train.cached.feature_bank import FeatureBank
+from echoshift.train.cached.run_steps import ChunkInputs, RunSteps, StepSource
+from echoshift.train.cached.training import TrainingJob
 
 CPU = torch.device("cpu")
 DRAWS = 4

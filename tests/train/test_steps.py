@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import RunError
-from train.steps import RECORD, Step, StepRunner, hash_json
+from echoshift.pipeline.errors import RunError
+from echoshift.train.steps import RECORD, Step, StepRunner, hash_json
 
 STEP = Step("encoder", 1, {"lr": 0.1, "seed": 3, "table": {"a": 1, "b": [1, 2]}}, {"sound": "abc", "clips": "def"})
 

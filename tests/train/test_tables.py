@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.cards import DatasetCard, PublishedNumber, Shift, read_dataset_card
-from pipeline.errors import RunError
-from train.grids import Grid, GridRow, PublishedTable, plan_runs, read_grid
-from train.runs import RunRecord
-from train.scores import Score, Scores
-from train.table_formats import format_csv, format_latex, format_markdown, lay_out
-from train.table_notes import NO_BENCHMARK
-from train.tables import make_table
+from echoshift.pipeline.cards import DatasetCard, PublishedNumber, Shift, read_dataset_card
+from echoshift.pipeline.errors import RunError
+from echoshift.train.grids import Grid, GridRow, PublishedTable, plan_runs, read_grid
+from echoshift.train.runs import RunRecord
+from echoshift.train.scores import Score, Scores
+from echoshift.train.table_formats import format_csv, format_latex, format_markdown, lay_out
+from echoshift.train.table_notes import NO_BENCHMARK
+from echoshift.train.tables import make_table
 
 CARD = DatasetCard(
     name="toy",
@@ -304,11 +304,14 @@ def test_latex_escapes_what_means_something_there():
 
 
 def test_a_table_needs_neither_extract_nor_torch():
-    code = "import sys, train.tables, train.table_formats, train.runs; print(*sys.modules)"
+    code = (
+        "import sys, echoshift.train.tables, echoshift.train.table_formats, echoshift.train.runs; print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert "numpy" in loaded
-    assert not loaded & {"extract", "torch", "sklearn", "av", "timm"}
+    modules = done.stdout.split()
+    loaded = {name.partition(".")[0] for name in modules}
+    assert "numpy" in loaded and not [name for name in modules if name.startswith("echoshift.extract")]
+    assert not loaded & {"torch", "sklearn", "av", "timm"}
 
 
 def test_rows_that_are_trained_on_the_targets_labels_are_marked():

@@ -18,29 +18,29 @@ import pytest
 import torch
 from torch import Tensor
 
-import extract.shard
-from extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from extract.open_media import OpenMedia
-from extract.random_draws import draw_integer
-from extract.run_options import RunOptions
-from extract.weights.resolve import resolve_weights
-from pipeline.cards import MediaLayout
-from pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError
-from pipeline.execution import ShardTask, commit_report
-from pipeline.rows import compute_digests
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import plan_shards
-from pipeline.store.opening import create_store, open_store
-from train.stage1 import frame_inputs
-from train.stage1.clip_reading import read_clips
-from train.stage1.frame_inputs import FrameInputs
-from train.stage1.kept_media import KeptMedia
-from train.stage1.trunk_inputs import TrunkInputs
-from train.stage1.visual_inputs import derive_epoch_seed
+from echoshift.extract import shard as shard_module
+from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.random_draws import draw_integer
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError
+from echoshift.pipeline.execution import ShardTask, commit_report
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import plan_shards
+from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.train.stage1 import frame_inputs
+from echoshift.train.stage1.clip_reading import read_clips
+from echoshift.train.stage1.frame_inputs import FrameInputs
+from echoshift.train.stage1.kept_media import KeptMedia
+from echoshift.train.stage1.trunk_inputs import TrunkInputs
+from echoshift.train.stage1.visual_inputs import derive_epoch_seed
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "extract" / "tiny_dataset.py"))
 LAYOUT = MediaLayout()
@@ -93,7 +93,7 @@ def extract_store(
     work = ShardWork(ShardTask(plan_shards(store.layout)[0], (store.path,)), tuple(segments), digests)
 
     class Capturing:
-        def __init__(self, _target: object, rows: extract.shard.ShardRows, *_: object) -> None:
+        def __init__(self, _target: object, rows: shard_module.ShardRows, *_: object) -> None:
             self._rows = rows
 
         def add(self, row: int, entry: int, clip: Tensor) -> None:
@@ -106,8 +106,8 @@ def extract_store(
 
     with pytest.MonkeyPatch.context() as patch:
         if fed is not None:
-            patch.setattr(extract.shard, "ShardEncoder", Capturing)
-        commit_report({store.path: store}, extract.shard.process_shard(plan, work, {store.path: store}))
+            patch.setattr(shard_module, "ShardEncoder", Capturing)
+        commit_report({store.path: store}, shard_module.process_shard(plan, work, {store.path: store}))
     return open_store(store.path)
 
 
@@ -300,7 +300,7 @@ def test_readers_end_with_the_run(media: Path, tmp_path: Path, end: str) -> None
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
     )
     assert run.stdout is not None
     pids = [int(pid) for pid in run.stdout.readline().split()]
@@ -354,7 +354,7 @@ def test_trunk_mode_gives_stored_views_and_tests_and_agrees_with_the_frames(
         cached = list(inputs.iterate_clips(ids, adapted))
         assert [name for name, _, _ in cached] == ids
         with make_inputs(media, segments) as frames:
-            from extract.inference import load_network
+            from echoshift.extract.inference import load_network
 
             network = load_network("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), "cpu")
             for (name, clips, facts), (_, trunk, stored) in zip(

@@ -14,23 +14,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.registry import find_encoder
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.weights.resolve import resolve_weights
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec, OutputSpec
-from pipeline.store.interface import ShardIndex
-from pipeline.store.layout import DONE, plan_shards
-from pipeline.store.opening import create_store
-from train.ranks import Ranks, join_ranks
-from train.splits import LabelledSegments
-from train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, build_encoder
-from train.stage1.config import Stage1Config
-from train.stage1.encoder_training import EncoderTask, EpochRecord, train_encoder
-from train.stage1.input_stores import list_view_settings
-from train.stage1.sound_features import SoundFeatures
-from train.stage1.visual_inputs import ClipFacts
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec, OutputSpec
+from echoshift.pipeline.store.interface import ShardIndex
+from echoshift.pipeline.store.layout import DONE, plan_shards
+from echoshift.pipeline.store.opening import create_store
+from echoshift.train.ranks import Ranks, join_ranks
+from echoshift.train.splits import LabelledSegments
+from echoshift.train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, build_encoder
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.encoder_training import EncoderTask, EpochRecord, train_encoder
+from echoshift.train.stage1.input_stores import list_view_settings
+from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.visual_inputs import ClipFacts
 
 CLASSES = ("a", "b", "c")
 MAP, N_POOLED = (6, 2, 3), 8

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.demo.mp4_files import write_mp4
-from pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
-from pipeline.manifest_csv import write_manifest
-from pipeline.segments import Segment
+from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
+from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.segments import Segment
 
 NAME, CLASSES, DOMAINS = "tiny", ("low", "high", "never"), ("s", "t")
 RATE_HZ, SOUND_HZ, SIDE_PX = 12, 16000, 32
@@ -175,7 +175,7 @@ class TinyShift:
 
     def start_command(self, command: Iterable[str]) -> subprocess.Popen[bytes]:
         """Starts `echoshift COMMAND` in a process of its own."""
-        code = "from train.cli import main; main()"
+        code = "from echoshift.cli.app import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", code, *command],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -195,7 +195,7 @@ class TinyShift:
 
 def run(*arguments: object) -> tuple[int, str, str]:
     """Runs `echoshift ARGUMENTS` as the console script does; gives exit code, stdout and stderr."""
-    from train.cli import main
+    from echoshift.cli.app import main
 
     before, sys.argv = sys.argv, ["echoshift", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()

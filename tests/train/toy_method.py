@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from train.cached.feature_rows import FeatureRows
-from train.cached.training import Schedule, TrainingData, TrainingJob
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.cached.feature_rows import FeatureRows
+from echoshift.train.cached.training import Schedule, TrainingData, TrainingJob
 
 N_CLASSES, N_CLIPS, N_VISUAL, N_AUDIO = 3, 2, 5, 4
 

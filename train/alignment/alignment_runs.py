@@ -12,20 +12,20 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.segments import Manifest, Segment
-from train.alignment.collapse import describe_collapse, measure_dead_units
-from train.alignment.config import AlignmentConfig, keep_used
-from train.alignment.methods import build_method
-from train.alignment.schedule import plan_schedule
-from train.alignment.stage_config import AlignmentStageConfig
-from train.alignment.two_streams import StreamShapes
-from train.cached.batches import Domain
-from train.cached.feature_bank import Rows
-from train.cached.training import TrainedRun, TrainingData, TrainingJob
-from train.splits import LabelledSegments, ShiftSplits
-from train.stage2.stage1_outputs import StreamInputs, hears_clips, open_stream, stays_stored
-from train.steps import Step, hash_json
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.train.alignment.collapse import describe_collapse, measure_dead_units
+from echoshift.train.alignment.config import AlignmentConfig, keep_used
+from echoshift.train.alignment.methods import build_method
+from echoshift.train.alignment.schedule import plan_schedule
+from echoshift.train.alignment.stage_config import AlignmentStageConfig
+from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.cached.batches import Domain
+from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.cached.training import TrainedRun, TrainingData, TrainingJob
+from echoshift.train.splits import LabelledSegments, ShiftSplits
+from echoshift.train.stage2.stage1_outputs import StreamInputs, hears_clips, open_stream, stays_stored
+from echoshift.train.steps import Step, hash_json
 
 REVISION = 1
 NO_LABEL = -1

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.alignment.stage_config import AlignmentStageConfig
-from train.alignment.two_streams import TwoStreams
-from train.cached.feature_bank import Rows, make_bank
-from train.cached.training import TrainedRun
+from echoshift.train.alignment.stage_config import AlignmentStageConfig
+from echoshift.train.alignment.two_streams import TwoStreams
+from echoshift.train.cached.feature_bank import Rows, make_bank
+from echoshift.train.cached.training import TrainedRun
 
 # Half of a stream's units are dead from the start where features are much the same, and adaptation that works leaves
 # up to 0.95 (DECISIONS.md, a dead stream).

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from pipeline.errors import PluginError
-from pipeline.specs import SpecModel
-from pipeline.suggestions import suggest
-from train.alignment.outside_methods import find_outside_method, list_outside_methods
+from echoshift.pipeline.errors import PluginError
+from echoshift.pipeline.specs import SpecModel
+from echoshift.pipeline.suggestions import suggest
+from echoshift.train.alignment.outside_methods import find_outside_method, list_outside_methods
 
 METHOD_NAMES = (
     "source_only",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.alignment.stage_config import AlignmentStageConfig
-from train.preset_files import PresetFiles
+from echoshift.train.alignment.stage_config import AlignmentStageConfig
+from echoshift.train.preset_files import PresetFiles
 
 FILES = PresetFiles("alignment", AlignmentStageConfig, Path(__file__).resolve().parent)

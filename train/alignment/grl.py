@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.alignment.config import AlignmentConfig
-from train.alignment.masked_means import compute_masked_mean
-from train.alignment.two_streams import StreamShapes, TwoStreams
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.masked_means import compute_masked_mean
+from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
 
 _SOURCE, _TARGET = 0, 1
 

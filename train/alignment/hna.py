@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.alignment.config import AlignmentConfig
-from train.alignment.masked_means import compute_mean_norm
-from train.alignment.two_streams import StreamShapes, TwoStreams
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.masked_means import compute_mean_norm
+from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
 
 
 def hard_norm_loss(visual: Tensor, audio: Tensor, heard: Tensor, norm: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.cached.batches import Domain
+from echoshift.train.cached.batches import Domain
 
 _EPS, _MOMENTUM = 1e-5, 0.1
 

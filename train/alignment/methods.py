@@ -8,23 +8,23 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from pipeline.errors import PluginError
-from train.alignment.adabn import AdaptiveBatchNorm
-from train.alignment.align import AngularAlignment
-from train.alignment.config import AlignmentConfig
-from train.alignment.grl import GradientReversal
-from train.alignment.hna import HardNormAlignment
-from train.alignment.mm_sada import MultiModalSelfSupervisedAdversarial
-from train.alignment.mmd import MaximumMeanDiscrepancy
-from train.alignment.orth import Orthogonality
-from train.alignment.outside_methods import find_outside_method
-from train.alignment.planamente_rerun import PlanamenteRerun
-from train.alignment.rna import RelativeNormAlignment
-from train.alignment.rna_grl import RelativeNormAlignmentWithReversal
-from train.alignment.source_only import SourceOnly
-from train.alignment.synchronisation import Synchronisation
-from train.alignment.two_streams import StreamShapes
-from train.alignment.yang_rerun import YangRerun
+from echoshift.pipeline.errors import PluginError
+from echoshift.train.alignment.adabn import AdaptiveBatchNorm
+from echoshift.train.alignment.align import AngularAlignment
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.grl import GradientReversal
+from echoshift.train.alignment.hna import HardNormAlignment
+from echoshift.train.alignment.mm_sada import MultiModalSelfSupervisedAdversarial
+from echoshift.train.alignment.mmd import MaximumMeanDiscrepancy
+from echoshift.train.alignment.orth import Orthogonality
+from echoshift.train.alignment.outside_methods import find_outside_method
+from echoshift.train.alignment.planamente_rerun import PlanamenteRerun
+from echoshift.train.alignment.rna import RelativeNormAlignment
+from echoshift.train.alignment.rna_grl import RelativeNormAlignmentWithReversal
+from echoshift.train.alignment.source_only import SourceOnly
+from echoshift.train.alignment.synchronisation import Synchronisation
+from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.alignment.yang_rerun import YangRerun
 
 METHODS: Mapping[str, Callable[[AlignmentConfig, StreamShapes, int], nn.Module]] = MappingProxyType(
     {
@@ -47,7 +47,7 @@ METHODS: Mapping[str, Callable[[AlignmentConfig, StreamShapes, int], nn.Module]]
 
 
 def build_method(config: AlignmentConfig, shapes: StreamShapes, n_classes: int, seed: int) -> nn.Module:
-    """Builds the method that a configuration names, a `train.cached.batches.Method`, on the CPU.
+    """Builds the method that a configuration names, a `echoshift.train.cached.batches.Method`, on the CPU.
 
     The seed alone decides its weights; torch's own generator is left as it is. Streams are drawn first, so that methods
     of one seed begin with the same streams. Raises PluginError where a method from outside can't be built.

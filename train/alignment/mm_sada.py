@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.alignment.config import AlignmentConfig
-from train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal
-from train.alignment.synchronisation import build_synchronisation_head, find_strangers, synchronisation_loss
-from train.alignment.two_streams import StreamFeatures, StreamShapes, TwoStreams
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal
+from echoshift.train.alignment.synchronisation import build_synchronisation_head, find_strangers, synchronisation_loss
+from echoshift.train.alignment.two_streams import StreamFeatures, StreamShapes, TwoStreams
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
 
 
 class MultiModalSelfSupervisedAdversarial(nn.Module):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from train.alignment.config import AlignmentConfig
-from train.alignment.two_streams import StreamShapes, TwoStreams
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
 
 
 def discrepancy_loss(

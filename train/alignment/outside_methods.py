@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import PluginError
-from pipeline.plugins import METHOD_GROUP, list_plugin_names, load_plugin
-from pipeline.specs import SpecModel
+from echoshift.pipeline.errors import PluginError
+from echoshift.pipeline.plugins import METHOD_GROUP, list_plugin_names, load_plugin
+from echoshift.pipeline.specs import SpecModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,5 +69,5 @@ def find_outside_method(name: str) -> OutsideMethod | None:
         raise PluginError(f"{place} lacks {', '.join(missing)} (train/cached/batches.py, Method)")
     settings = getattr(found, "Settings", None)
     if settings is not None and not (isinstance(settings, type) and issubclass(settings, SpecModel)):
-        raise PluginError(f"{place}: Settings must derive from pipeline.specs.SpecModel")
+        raise PluginError(f"{place}: Settings must derive from echoshift.pipeline.specs.SpecModel")
     return OutsideMethod(found, settings, bool(getattr(found, "adapts", False)), plugin.source)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.errors import RunError
-from pipeline.store.layout import DONE
-from pipeline.store.opening import open_store
-from train.alignment.alignment_runs import AlignmentRequest, AlignmentRun, split_by_setting
-from train.planned_training import PlannedTraining
-from train.prediction_table import read_prediction_table
-from train.splits import TEST, keep_segments, label_target_train, list_segment_ids, select_labelled, split_for_shift
-from train.stage2.stage1_outputs import StreamInputs
-from train.steps import StepRunner
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import open_store
+from echoshift.train.alignment.alignment_runs import AlignmentRequest, AlignmentRun, split_by_setting
+from echoshift.train.planned_training import PlannedTraining
+from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.splits import (
+    TEST,
+    keep_segments,
+    label_target_train,
+    list_segment_ids,
+    select_labelled,
+    split_for_shift,
+)
+from echoshift.train.stage2.stage1_outputs import StreamInputs
+from echoshift.train.steps import StepRunner
 
 
 def plan_alignment(request: AlignmentRequest, notify: Callable[[str], None] = lambda message: None) -> PlannedTraining:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from pipeline.specs import SpecModel
+from echoshift.pipeline.specs import SpecModel
 
 if TYPE_CHECKING:
-    from train.cached.training import Schedule
+    from echoshift.train.cached.training import Schedule
 
 
 class AlignmentScheduleConfig(SpecModel):
@@ -44,7 +44,7 @@ class AlignmentScheduleConfig(SpecModel):
 
 def plan_schedule(config: AlignmentScheduleConfig, *, has_target: bool) -> Schedule:
     """Makes what the loop is told."""
-    from train.cached.training import Schedule  # brings torch, which a table of what is done needn't wait for
+    from echoshift.train.cached.training import Schedule  # brings torch, which a table of what is done needn't wait for
 
     n_target = config.n_batch // 2 if has_target else 0
     drops = ((config.lr_drop_step, config.dropped_lr),) if config.lr_drop_step < config.n_steps else ()

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.specs import SpecModel
-from train.alignment.config import AlignmentConfig
-from train.alignment.schedule import AlignmentScheduleConfig
-from train.stage2.config import DataConfig, StreamConfig
+from echoshift.pipeline.specs import SpecModel
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.schedule import AlignmentScheduleConfig
+from echoshift.train.stage2.config import DataConfig, StreamConfig
 
 
 class ScoringConfig(SpecModel):

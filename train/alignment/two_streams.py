@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.alignment.config import NetworkConfig
-from train.alignment.masked_batch_norm import MaskedBatchNorm
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from train.stage2.recogniser_losses import compute_class_loss
+from echoshift.train.alignment.config import NetworkConfig
+from echoshift.train.alignment.masked_batch_norm import MaskedBatchNorm
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.stage2.recogniser_losses import compute_class_loss
 
 
 @dataclass(frozen=True, slots=True)

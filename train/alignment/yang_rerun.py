@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.alignment.config import AlignmentConfig
-from train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal
-from train.alignment.two_streams import StreamShapes, TwoStreams
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal
+from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
 
 
 class YangRerun(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.cached.run_steps import ChunkInputs
+from echoshift.train.cached.run_steps import ChunkInputs
 
 _N_EAGER_STEPS = 3  # torch's documentation warms up as many before it captures
 

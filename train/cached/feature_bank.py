@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.errors import RunError
-from train.cached.batches import FeatureBatch
-from train.cached.feature_rows import FeatureRows
-from train.cached.larger_than_memory import StoredBank, StoredRows
+from echoshift.pipeline.errors import RunError
+from echoshift.train.cached.batches import FeatureBatch
+from echoshift.train.cached.feature_rows import FeatureRows
+from echoshift.train.cached.larger_than_memory import StoredBank, StoredRows
 
 Rows = FeatureRows | StoredRows
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import RunError
-from pipeline.store.interface import FeatureStore
-from pipeline.store.reading import RowFinder
-from train.epoch_plan import shuffle
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.reading import RowFinder
+from echoshift.train.epoch_plan import shuffle
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import RunError
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import plan_shards
-from pipeline.store.reading import RowFinder, require_done
-from train.cached.batches import FeatureBatch
-from train.cached.feature_rows import FeatureRows, arrange_entries, find_rows
-from train.epoch_plan import shuffle
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import plan_shards
+from echoshift.pipeline.store.reading import RowFinder, require_done
+from echoshift.train.cached.batches import FeatureBatch
+from echoshift.train.cached.feature_rows import FeatureRows, arrange_entries, find_rows
+from echoshift.train.epoch_plan import shuffle
 
 _N_ORDERS = 3  # of the source, the target and its labelled part, each with shards of its own in memory
 _N_IN_READING = 3  # shards' worth of memory that reading one takes beside its place (benchmarks/larger_than_memory)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RunError
-from train.cached.batches import Dropouts, Method
-from train.cached.feature_bank import Bank
-from train.cached.optimisers import make_optimiser
-from train.cached.run_steps import ChunkInputs, StepSource, make_step_inputs
+from echoshift.pipeline.errors import RunError
+from echoshift.train.cached.batches import Dropouts, Method
+from echoshift.train.cached.feature_bank import Bank
+from echoshift.train.cached.optimisers import make_optimiser
+from echoshift.train.cached.run_steps import ChunkInputs, StepSource, make_step_inputs
 
 if TYPE_CHECKING:
-    from train.cached.training import Schedule
+    from echoshift.train.cached.training import Schedule
 
 
 class TrainedModels(Protocol):
@@ -43,7 +43,7 @@ def make_models(methods: Sequence[nn.Module], schedule: Schedule, device: torch.
     """Makes what trains methods: a single one by itself, several of equal shape as one stacked model."""
     if len(methods) == 1 and device.type != "cuda":
         return SingleModel(methods[0], schedule, device)
-    from train.cached.stacking import StackedModels
+    from echoshift.train.cached.stacking import StackedModels
 
     return StackedModels(methods, schedule, device)
 

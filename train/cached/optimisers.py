@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from train.cached.training import Schedule
+    from echoshift.train.cached.training import Schedule
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch's and every paper's
 

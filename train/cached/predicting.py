@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from train.cached.batches import Domain, Method
-from train.cached.feature_bank import Rows, make_bank
+from echoshift.train.cached.batches import Domain, Method
+from echoshift.train.cached.feature_bank import Rows, make_bank
 
 _N_AT_ONCE = 256
 

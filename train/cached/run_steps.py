@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.cached.batches import (
+from echoshift.train.cached.batches import (
     FeatureBatch,
     LabelledTargetFeatures,
     SourceFeatures,
     StepInputs,
     TargetFeatures,
 )
-from train.cached.feature_bank import Bank
-from train.epoch_plan import LABELLED, SOURCE, TARGET, plan_epoch
+from echoshift.train.cached.feature_bank import Bank
+from echoshift.train.epoch_plan import LABELLED, SOURCE, TARGET, plan_epoch
 
 if TYPE_CHECKING:
-    from train.cached.training import Schedule, TrainingData
+    from echoshift.train.cached.training import Schedule, TrainingData
 
 _VIEWS, _DRAWS = 3, 4  # what is random, beside the three kinds of shuffles (epoch_plan)
 

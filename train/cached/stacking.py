@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from train.cached.batches import Dropouts, FeatureBatch, Method
-from train.cached.cuda_graphs import StepGraph
-from train.cached.feature_bank import Bank
-from train.cached.optimisers import make_optimiser
-from train.cached.run_steps import ChunkInputs, cut_batch
+from echoshift.train.cached.batches import Dropouts, FeatureBatch, Method
+from echoshift.train.cached.cuda_graphs import StepGraph
+from echoshift.train.cached.feature_bank import Bank
+from echoshift.train.cached.optimisers import make_optimiser
+from echoshift.train.cached.run_steps import ChunkInputs, cut_batch
 
 if TYPE_CHECKING:
-    from train.cached.training import Schedule
+    from echoshift.train.cached.training import Schedule
 
 
 class _Losses(nn.Module):

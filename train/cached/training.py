@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.errors import RunError
-from pipeline.freed_memory import keep_freed_memory
-from train.cached.batches import Domain, Method
-from train.cached.feature_bank import Rows, make_bank
-from train.cached.models import count_draws, make_models
-from train.cached.predicting import predict_rows
-from train.cached.run_steps import RunSteps, StepSource
-from train.watching import EpochWatcher
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.train.cached.batches import Domain, Method
+from echoshift.train.cached.feature_bank import Rows, make_bank
+from echoshift.train.cached.models import count_draws, make_models
+from echoshift.train.cached.predicting import predict_rows
+from echoshift.train.cached.run_steps import RunSteps, StepSource
+from echoshift.train.watching import EpochWatcher
 
 N_CHUNK_STEPS = 32  # planned, drawn and moved to the device at a time; losses are looked at as often
 # A chunk's numbers for dropout; on a CPU they should still be in its cache when they are used.

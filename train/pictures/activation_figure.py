@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.pictures.activation_maps import ActivationMap
-from train.pictures.figures import AUDIO_COLOUR, QUIET_COLOUR, Picture, house_style, make_figure
-from train.segment_view.view import SegmentSound
+from echoshift.train.pictures.activation_maps import ActivationMap
+from echoshift.train.pictures.figures import AUDIO_COLOUR, QUIET_COLOUR, Picture, house_style, make_figure
+from echoshift.train.segment_view.view import SegmentSound
 
 N_SHOWN = 6
 _OPACITY = 0.65

@@ -11,29 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.clips import plan_clips
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.open_media import OpenMedia
-from extract.weights.resolve import load_encoder
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec, FrameSpec, fingerprint
-from pipeline.store.interface import FeatureStore
-from pipeline.store.opening import list_stores, open_store
-from train.alignment.two_streams import TwoStreams
-from train.cached.batches import Dropouts, FeatureBatch
-from train.data_places import DataPlaces
-from train.runs import RunRecord
-from train.segment_view.gates import read_facts
-from train.segment_view.run_predictions import describe_run
-from train.splits import TRAIN, find_shift
-from train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
-from train.stage1.clip_reading import read_clips
-from train.stage1.config import Stage1Config
-from train.stage1.encoder_steps import CHECKPOINT
-from train.stage1.gated_encoder import CLIP
-from train.stage1.input_stores import choose_sound, choose_visual
-from train.stage1.sound_features import SoundFeatures
+from echoshift.extract.clips import plan_clips
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.weights.resolve import load_encoder
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.alignment.two_streams import TwoStreams
+from echoshift.train.cached.batches import Dropouts, FeatureBatch
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.runs import RunRecord
+from echoshift.train.segment_view.gates import read_facts
+from echoshift.train.segment_view.run_predictions import describe_run
+from echoshift.train.splits import TRAIN, find_shift
+from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
+from echoshift.train.stage1.clip_reading import read_clips
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.encoder_steps import CHECKPOINT
+from echoshift.train.stage1.gated_encoder import CLIP
+from echoshift.train.stage1.input_stores import choose_sound, choose_visual
+from echoshift.train.stage1.sound_features import SoundFeatures
 
 Classify = Callable[[Tensor], Tensor]
 

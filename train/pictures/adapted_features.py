@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE
-from pipeline.store.opening import list_stores, open_store
-from train.cached.feature_rows import read_visual
-from train.data_places import DataPlaces
-from train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segments, embed
-from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
-from train.runs import RunRecord
-from train.segment_view.run_predictions import describe_run
-from train.splits import TEST, find_shift
-from train.steps import RECORD
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.cached.feature_rows import read_visual
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segments, embed
+from echoshift.train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
+from echoshift.train.runs import RunRecord
+from echoshift.train.segment_view.run_predictions import describe_run
+from echoshift.train.splits import TEST, find_shift
+from echoshift.train.steps import RECORD
 
 
 def embed_adaptation(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from train.pictures.figures import MARKERS, PALETTE, Picture, house_style, make_figure
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.train.pictures.figures import MARKERS, PALETTE, Picture, house_style, make_figure
 
 MAX_POINTS = 1000
 _PERPLEXITY = 30.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RunError
+from echoshift.pipeline.errors import RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import ManifestError, RunError
-from train.data_places import DataPlaces
-from train.pictures.embedding import MAX_POINTS, draw_embedding
-from train.pictures.figures import Picture
-from train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
-from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
-from train.pictures.norm_shares import N_TOP, compute_shares, draw_shares
-from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run, find_source_only
-from train.runs import RunRecord
-from train.segment_view.run_predictions import find_method
+from echoshift.pipeline.errors import ManifestError, RunError
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.pictures.embedding import MAX_POINTS, draw_embedding
+from echoshift.train.pictures.figures import Picture
+from echoshift.train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
+from echoshift.train.pictures.norm_histograms import compute_norms, draw_norm_histograms
+from echoshift.train.pictures.norm_shares import N_TOP, compute_shares, draw_shares
+from echoshift.train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run, find_source_only
+from echoshift.train.runs import RunRecord
+from echoshift.train.segment_view.run_predictions import find_method
 
 SOURCE_ONLY = "source_only"
 
@@ -59,7 +59,7 @@ def make_embedding(
     Visual ones of Stage 1, or, where the choice names a method of alignment, those of both modalities. Raises RunError
     where no run fits, or Stage 1 exported none.
     """
-    from train.pictures.adapted_features import embed_adaptation, embed_alignment
+    from echoshift.train.pictures.adapted_features import embed_adaptation, embed_alignment
 
     if choice.method:
         record = choose_alignment_run(runs_dir, choice)
@@ -80,12 +80,12 @@ def make_activation_maps(
     `source_only`, if there is one. `target` "" is the class that each run finds most probable. Raises RunError where no
     run fits, MediaError where the segment can't be read, ManifestError for an unknown segment.
     """
-    from extract.open_media import OpenMedia
-    from pipeline.errors import MediaNotFoundError
-    from train.pictures.activation_figure import draw_activation_maps
-    from train.pictures.activation_maps import ActivationMapper
-    from train.segment_view.pictures_and_sound import read_segment_sound
-    from train.segment_view.reading import find_segment
+    from echoshift.extract.open_media import OpenMedia
+    from echoshift.pipeline.errors import MediaNotFoundError
+    from echoshift.train.pictures.activation_figure import draw_activation_maps
+    from echoshift.train.pictures.activation_maps import ActivationMapper
+    from echoshift.train.segment_view.pictures_and_sound import read_segment_sound
+    from echoshift.train.segment_view.reading import find_segment
 
     if not segment_id:
         raise ManifestError("a class activation map is of one segment; name it (--segment)")

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.store.layout import DONE
-from pipeline.store.opening import open_store
-from pipeline.tensor_files import check_tensors, read_header, read_tensors
-from train.alignment.stage_config import AlignmentStageConfig
-from train.alignment.two_streams import StreamShapes, TwoStreams
-from train.cached.batches import Domain, FeatureBatch
-from train.cached.feature_bank import Rows
-from train.data_places import DataPlaces
-from train.runs import RESULTS, RunRecord, hash_config, read_runs
-from train.segment_view.run_predictions import find_method
-from train.splits import TEST, find_shift
-from train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
+from echoshift.train.alignment.stage_config import AlignmentStageConfig
+from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
+from echoshift.train.cached.batches import Domain, FeatureBatch
+from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
+from echoshift.train.segment_view.run_predictions import find_method
+from echoshift.train.splits import TEST, find_shift
+from echoshift.train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
 
 _CHECKPOINT = "trained.safetensors"
 _N_AT_ONCE = 512
@@ -164,7 +164,7 @@ def _get_classifiers(streams: TwoStreams) -> tuple[Classifier | None, Classifier
 
 def _iterate_clips(rows: Rows, index: np.ndarray, *, one_clip: bool) -> list[FeatureBatch]:
     """Gives batches of the first view of segments: one a clip, or a single one of all clips."""
-    from train.cached.feature_bank import make_bank
+    from echoshift.train.cached.feature_bank import make_bank
 
     bank = make_bank([rows], torch.device("cpu"))
     chosen = torch.from_numpy(index)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import RunError
-from train.pictures.figures import AUDIO_COLOUR, VISUAL_COLOUR, Picture, house_style, make_figure
-from train.pictures.modality_features import ModalityFeatures
+from echoshift.pipeline.errors import RunError
+from echoshift.train.pictures.figures import AUDIO_COLOUR, VISUAL_COLOUR, Picture, house_style, make_figure
+from echoshift.train.pictures.modality_features import ModalityFeatures
 
 _N_BINS = 30
 

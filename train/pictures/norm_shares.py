@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import RunError
-from train.pictures.figures import AUDIO_COLOUR, QUIET_COLOUR, VISUAL_COLOUR, Picture, house_style, make_figure
-from train.pictures.modality_features import Classifier, ModalityFeatures
+from echoshift.pipeline.errors import RunError
+from echoshift.train.pictures.figures import (
+    AUDIO_COLOUR,
+    QUIET_COLOUR,
+    VISUAL_COLOUR,
+    Picture,
+    house_style,
+    make_figure,
+)
+from echoshift.train.pictures.modality_features import Classifier, ModalityFeatures
 
 N_TOP = 300
 PARTS = ("pictures", "sound", "both")

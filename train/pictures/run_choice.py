@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import RunError
-from train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from train.segment_view.run_predictions import find_method, find_objective
-from train.stage1.encoder_steps import CHECKPOINT as ENCODER
+from echoshift.pipeline.errors import RunError
+from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
+from echoshift.train.segment_view.run_predictions import find_method, find_objective
+from echoshift.train.stage1.encoder_steps import CHECKPOINT as ENCODER
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.pictures.figures import (
+from echoshift.train.pictures.figures import (
     AUDIO_COLOUR,
     PALETTE,
     QUIET_COLOUR,
@@ -18,8 +18,8 @@ from train.pictures.figures import (
     house_style,
     make_figure,
 )
-from train.segment_view.describing import SPEAKERS, describe_hearer
-from train.segment_view.view import Part, SegmentPrediction, SegmentView
+from echoshift.train.segment_view.describing import SPEAKERS, describe_hearer
+from echoshift.train.segment_view.view import Part, SegmentPrediction, SegmentView
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.grids import PlannedRun
-from train.intervals import MeanInterval, compute_interval
-from train.runs import RunKey, RunRecord, SelectionRule
-from train.tables import PERCENT
+from echoshift.train.grids import PlannedRun
+from echoshift.train.intervals import MeanInterval, compute_interval
+from echoshift.train.runs import RunKey, RunRecord, SelectionRule
+from echoshift.train.tables import PERCENT
 
 MAX_SHOWN_CLASSES = 40
 MAX_CONFUSED_CLASSES = 20

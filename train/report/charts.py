@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from train.report.inline_svg import INK, SERIES, inline_figure, page_style
+from echoshift.train.report.inline_svg import INK, SERIES, inline_figure, page_style
 
 _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 _MAX_LEGEND = 24

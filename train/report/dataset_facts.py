@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cards import DatasetCard
-from pipeline.manifest_summary import summarise_manifest
-from pipeline.segments import Manifest, Segment
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.manifest_summary import summarise_manifest
+from echoshift.pipeline.segments import Manifest, Segment
 
 TRAIN = "train"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from pipeline.cards import DatasetCard
-from train.report.blocks import (
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.train.report.blocks import (
     Block,
     Cell,
     Column,
@@ -20,8 +20,8 @@ from train.report.blocks import (
     number,
     percent,
 )
-from train.report.charts import draw_histogram
-from train.report.dataset_facts import DatasetFacts
+from echoshift.train.report.charts import draw_histogram
+from echoshift.train.report.dataset_facts import DatasetFacts
 
 TEXT = False  # of a column: it holds no numbers
 

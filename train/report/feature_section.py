@@ -10,28 +10,28 @@ import numpy as np
 from markupsafe import Markup
 from threadpoolctl import threadpool_limits
 
-from pipeline.errors import EchoshiftError, RunError
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE
-from train.data_places import DataPlaces
-from train.pictures.adapted_features import embed_adaptation, find_cached_store, open_adapted_store
-from train.pictures.embedding import EmbeddedFeatures
-from train.pictures.making import make_activation_maps, make_norm_shares
-from train.pictures.modality_features import read_cached_features, read_projected_features
-from train.pictures.norm_histograms import ModalityNorms, compute_norms
-from train.pictures.run_choice import (
+from echoshift.pipeline.errors import EchoshiftError, RunError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.pictures.adapted_features import embed_adaptation, find_cached_store, open_adapted_store
+from echoshift.train.pictures.embedding import EmbeddedFeatures
+from echoshift.train.pictures.making import make_activation_maps, make_norm_shares
+from echoshift.train.pictures.modality_features import read_cached_features, read_projected_features
+from echoshift.train.pictures.norm_histograms import ModalityNorms, compute_norms
+from echoshift.train.pictures.run_choice import (
     RunChoice,
     choose_alignment_run,
     choose_stage1_run,
     find_method,
     find_source_only,
 )
-from train.report.blocks import Block, Figure, FiguresBlock, HeadingBlock, MissingBlock, Section, TextBlock
-from train.report.charts import draw_histogram, draw_scatter
-from train.report.inline_svg import inline_figure
-from train.report.store_facts import sample_norms
-from train.runs import RunRecord
-from train.splits import TEST, find_shift
+from echoshift.train.report.blocks import Block, Figure, FiguresBlock, HeadingBlock, MissingBlock, Section, TextBlock
+from echoshift.train.report.charts import draw_histogram, draw_scatter
+from echoshift.train.report.inline_svg import inline_figure
+from echoshift.train.report.store_facts import sample_norms
+from echoshift.train.runs import RunRecord
+from echoshift.train.splits import TEST, find_shift
 
 MAX_SHIFTS = 3
 MAX_POINTS = 600

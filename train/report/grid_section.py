@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.cards import DatasetCard
-from train.report.blocks import (
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.train.report.blocks import (
     Bar,
     BarsBlock,
     Block,
@@ -23,11 +23,11 @@ from train.report.blocks import (
     number,
     percent,
 )
-from train.report.breakdowns import PARTS, Breakdown, ClassBar, LooseRuns
-from train.report.grid_facts import MAX_BREAKDOWNS, GridFacts, GridsFacts
-from train.runs import RunKey, RunRecord
-from train.table_formats import lay_out
-from train.tables import Table, TableRow
+from echoshift.train.report.breakdowns import PARTS, Breakdown, ClassBar, LooseRuns
+from echoshift.train.report.grid_facts import MAX_BREAKDOWNS, GridFacts, GridsFacts
+from echoshift.train.runs import RunKey, RunRecord
+from echoshift.train.table_formats import lay_out
+from echoshift.train.tables import Table, TableRow
 
 TEXT = False  # of a column: it holds no numbers
 MAX_RUNS = 2000

@@ -8,25 +8,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.location import locate
-from train.data_places import DataPlaces
-from train.grids import Stage, list_grids
-from train.report.blocks import Page, Tile
-from train.report.dataset_facts import DatasetFacts, count_dataset
-from train.report.dataset_section import make_dataset_section
-from train.report.feature_section import make_feature_section
-from train.report.grid_facts import PRESETS, GridsFacts, gather_grids
-from train.report.grid_section import make_grid_section, make_run_section
-from train.report.page import write_page
-from train.report.segment_choice import choose_segments
-from train.report.segment_section import make_segment_section
-from train.report.stage1_facts import read_stage1_facts
-from train.report.stage1_section import make_stage1_section
-from train.report.store_facts import StoreFacts, describe_store, list_dataset_stores, read_silence
-from train.report.store_section import make_store_section
-from train.runs import RESULTS, RunRecord, describe_code_version, keep_latest, read_runs
-from train.tables import MEAN
-from train.watching import EpochWatcher
+from echoshift.pipeline.store.location import locate
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.grids import Stage, list_grids
+from echoshift.train.report.blocks import Page, Tile
+from echoshift.train.report.dataset_facts import DatasetFacts, count_dataset
+from echoshift.train.report.dataset_section import make_dataset_section
+from echoshift.train.report.feature_section import make_feature_section
+from echoshift.train.report.grid_facts import PRESETS, GridsFacts, gather_grids
+from echoshift.train.report.grid_section import make_grid_section, make_run_section
+from echoshift.train.report.page import write_page
+from echoshift.train.report.segment_choice import choose_segments
+from echoshift.train.report.segment_section import make_segment_section
+from echoshift.train.report.stage1_facts import read_stage1_facts
+from echoshift.train.report.stage1_section import make_stage1_section
+from echoshift.train.report.store_facts import StoreFacts, describe_store, list_dataset_stores, read_silence
+from echoshift.train.report.store_section import make_store_section
+from echoshift.train.runs import RESULTS, RunRecord, describe_code_version, keep_latest, read_runs
+from echoshift.train.tables import MEAN
+from echoshift.train.watching import EpochWatcher
 
 PAGE = "index.html"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from train.report.blocks import Page
+from echoshift.train.report.blocks import Page
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 

@@ -7,8 +7,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.errors import RunError
-from pipeline.segments import Manifest, Segment
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Manifest, Segment
 
 
 def choose_segments(manifest: Manifest, n_per_split: int, named: Sequence[str] = ()) -> list[Segment]:

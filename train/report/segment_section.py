@@ -6,8 +6,8 @@ import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from train.data_places import DataPlaces
-from train.report.blocks import (
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.report.blocks import (
     Bar,
     Block,
     MissingBlock,
@@ -17,9 +17,9 @@ from train.report.blocks import (
     SegmentCard,
     SegmentsBlock,
 )
-from train.report.segment_choice import choose_segments
-from train.segment_view.reading import SegmentViews, ViewOptions
-from train.segment_view.view import SegmentGate, SegmentPrediction, SegmentView
+from echoshift.train.report.segment_choice import choose_segments
+from echoshift.train.segment_view.reading import SegmentViews, ViewOptions
+from echoshift.train.segment_view.view import SegmentGate, SegmentPrediction, SegmentView
 
 MAX_PREDICTIONS = 8
 N_FRAMES, N_CLASSES, N_CHANNELS = 4, 3, 3

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import RunError
-from pipeline.segments import Manifest
-from train.runs import RunRecord
-from train.splits import find_shift, keep_segments, label_target_train, split_for_shift
-from train.steps import RECORD
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Manifest
+from echoshift.train.runs import RunRecord
+from echoshift.train.splits import find_shift, keep_segments, label_target_train, split_for_shift
+from echoshift.train.steps import RECORD
 
 STAGE1 = "stage1"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from train.report.blocks import (
+from echoshift.train.report.blocks import (
     Bar,
     BarsBlock,
     Block,
@@ -24,8 +24,8 @@ from train.report.blocks import (
     number,
     percent,
 )
-from train.report.charts import draw_losses
-from train.report.stage1_facts import AbsentFacts, Stage1Facts
+from echoshift.train.report.charts import draw_losses
+from echoshift.train.report.stage1_facts import AbsentFacts, Stage1Facts
 
 TEXT = False  # of a column: it holds no numbers
 MAX_CHARTS = 12

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.segments import Manifest
-from pipeline.specs import FeatureSpec
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE, FAILED
-from pipeline.store.ledger import read_failures
-from pipeline.store.location import Place
-from pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.segments import Manifest
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE, FAILED
+from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.location import Place
+from echoshift.pipeline.store.opening import list_stores, open_store
 
 N_NORM_ROWS = 256
 N_NORM_BYTES = 64 * 2**20

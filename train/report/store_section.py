@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from train.report.blocks import (
+from echoshift.train.report.blocks import (
     Block,
     Cell,
     Column,
@@ -20,8 +20,8 @@ from train.report.blocks import (
     count,
     number,
 )
-from train.report.charts import draw_histogram
-from train.report.store_facts import StoreFacts
+from echoshift.train.report.charts import draw_histogram
+from echoshift.train.report.store_facts import StoreFacts
 
 TEXT = False  # of a column: it holds no numbers
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.segment_view.view import ClassScore, GateGroup, SegmentPrediction, SegmentView
+from echoshift.train.segment_view.view import ClassScore, GateGroup, SegmentPrediction, SegmentView
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 SPEAKERS = {

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.errors import WeightsError
-from pipeline.store.interface import FeatureStore
-from pipeline.tensor_files import check_tensors, read_header, read_tensors
-from train.segment_view.view import Channel, GateGroup
-from train.stage1.audio_adaptive_encoder import CheckpointFacts
-from train.stage1.audio_attention import AudioAttention
-from train.stage1.config import Stage1Config
-from train.stage1.sound_features import SoundFeatures
+from echoshift.pipeline.errors import WeightsError
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
+from echoshift.train.segment_view.view import Channel, GateGroup
+from echoshift.train.stage1.audio_adaptive_encoder import CheckpointFacts
+from echoshift.train.stage1.audio_attention import AudioAttention
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.sound_features import SoundFeatures
 
 N_EXTREME = 5
 _ATTENTION = "attention."

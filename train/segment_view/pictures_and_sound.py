@@ -7,13 +7,13 @@ import wave
 
 import numpy as np
 
-from extract.clips import plan_audio_windows, plan_clips
-from extract.open_media import OpenMedia
-from extract.readers.protocol import find_shown_frames
-from pipeline.errors import MediaNotFoundError, SegmentOutsideVideoError
-from pipeline.segments import END_TOLERANCE_S, Segment
-from pipeline.specs import FeatureSpec
-from train.segment_view.view import SegmentSound, SegmentSpectrogram, ShownFrame
+from echoshift.extract.clips import plan_audio_windows, plan_clips
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.readers.protocol import find_shown_frames
+from echoshift.pipeline.errors import MediaNotFoundError, SegmentOutsideVideoError
+from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.train.segment_view.view import SegmentSound, SegmentSpectrogram, ShownFrame
 
 MAX_WIDTH_PX = 320
 MAX_SOUND_S = 10.0
@@ -60,7 +60,7 @@ def read_segment_sound(media: OpenMedia, segment: Segment, rate_hz: int) -> Segm
 
     Raises MediaNotFoundError where there is none to hear, saying which: no track, or one of zeros alone.
     """
-    from extract.readers.pyav_audio import PyAvAudioReader
+    from echoshift.extract.readers.pyav_audio import PyAvAudioReader
 
     location = media.locate(segment, "audio")
     if location.kind == "none":
@@ -103,9 +103,9 @@ def read_spectrogram(media: OpenMedia, segment: Segment, spec: FeatureSpec, *, i
     """
     import torch
 
-    from extract.shard_inputs import SoundWindow
-    from extract.sound.spectrograms import log_spectrogram
-    from extract.sound_reading import read_sound
+    from echoshift.extract.shard_inputs import SoundWindow
+    from echoshift.extract.sound.spectrograms import log_spectrogram
+    from echoshift.extract.sound_reading import read_sound
 
     audio = spec.audio
     assert audio is not None, "chosen among encoders of sound"

@@ -12,20 +12,20 @@ from typing import TypeVar
 
 import numpy as np
 
-from extract.open_media import OpenMedia
-from pipeline.errors import EchoshiftError, ManifestError, RunError
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec, fingerprint
-from pipeline.store.interface import FeatureStore
-from pipeline.store.opening import list_stores, open_store
-from train.data_places import DataPlaces
-from train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from train.segment_view.gates import CheckpointGates, read_facts, summarise_gates
-from train.segment_view.pictures_and_sound import read_segment_sound, read_shown_frames, read_spectrogram
-from train.segment_view.run_predictions import PredictionReader, StoredPredictions, describe_run
-from train.segment_view.sound_specs import choose_sound_spec
-from train.segment_view.view import ClassScore, Part, SegmentGate, SegmentPrediction, SegmentView
-from train.stage1.encoder_steps import CHECKPOINT
+from echoshift.extract.open_media import OpenMedia
+from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec, fingerprint
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
+from echoshift.train.segment_view.gates import CheckpointGates, read_facts, summarise_gates
+from echoshift.train.segment_view.pictures_and_sound import read_segment_sound, read_shown_frames, read_spectrogram
+from echoshift.train.segment_view.run_predictions import PredictionReader, StoredPredictions, describe_run
+from echoshift.train.segment_view.sound_specs import choose_sound_spec
+from echoshift.train.segment_view.view import ClassScore, Part, SegmentGate, SegmentPrediction, SegmentView
+from echoshift.train.stage1.encoder_steps import CHECKPOINT
 
 N_FRAMES, N_TOP = 5, 5
 _Read = TypeVar("_Read")

@@ -11,14 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.cards import DatasetCard
-from pipeline.errors import RunError
-from pipeline.segments import Manifest
-from train.prediction_table import PredictionTable, read_prediction_table
-from train.runs import RunRecord
-from train.scoring import read_hits
-from train.splits import TEST, find_shift
-from train.steps import RECORD, hash_json
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Manifest
+from echoshift.train.prediction_table import PredictionTable, read_prediction_table
+from echoshift.train.runs import RunRecord
+from echoshift.train.scoring import read_hits
+from echoshift.train.splits import TEST, find_shift
+from echoshift.train.steps import RECORD, hash_json
 
 _TABLE, _PREDICTIONS = "table.parquet", "predictions.npz"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from extract.encoders.registry import find_encoder
-from extract.sound.recipes import ZHANG2022
-from pipeline.cards import DatasetCard
-from pipeline.specs import ClipSpec, FeatureSpec, OutputSpec
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.sound.recipes import ZHANG2022
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, OutputSpec
 
 
 def choose_sound_spec(card: DatasetCard, stored: Sequence[FeatureSpec]) -> tuple[FeatureSpec, bool]:

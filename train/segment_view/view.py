@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.segments import Segment
-from train.runs import SelectionRule
+from echoshift.pipeline.segments import Segment
+from echoshift.train.runs import SelectionRule
 
 Part = Literal["frames", "sound", "spectrogram", "gate", "predictions"]
 Speaker = Literal["sound", "pictures", "recogniser", "alignment"]

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from pipeline.errors import WeightsError
-from pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256, write_tensors
-from train.batches import EncoderInputs
-from train.stage1.audio_attention import AudioAttention
-from train.stage1.config import Stage1Config
-from train.stage1.gated_encoder import GatedEncoder
-from train.stage1.objective import EncoderObjective, build_objective
-from train.stage1.sound_features import SoundFeatures
-from train.stage1.visual_inputs import ClipFacts
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.pipeline.errors import WeightsError
+from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256, write_tensors
+from echoshift.train.batches import EncoderInputs
+from echoshift.train.stage1.audio_attention import AudioAttention
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.gated_encoder import GatedEncoder
+from echoshift.train.stage1.objective import EncoderObjective, build_objective
+from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.visual_inputs import ClipFacts
 
 _GATED, _ATTENTION, _OBJECTIVE = "visual.", "attention.", "objective."
 

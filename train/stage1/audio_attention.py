@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.stage1.config import AttentionConfig
+from echoshift.train.stage1.config import AttentionConfig
 
 
 class AudioAttention(nn.Module):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from pipeline.errors import RunError
-from train.stage1.config import AudioClassifierConfig
-from train.stage1.sound_features import SoundFeatures
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.pipeline.errors import RunError
+from echoshift.train.stage1.config import AudioClassifierConfig
+from echoshift.train.stage1.sound_features import SoundFeatures
 
 _N_PREDICTED_AT_ONCE = 64
 

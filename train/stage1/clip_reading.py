@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.clip_assembly import ClipAssembler
-from extract.extraction_plan import StoreTarget
-from extract.open_media import OpenMedia
-from extract.row_reading import read_pictures
-from extract.shard_inputs import PictureFacts
-from extract.weights.resolve import WeightsRecord
-from pipeline.errors import MediaError, MediaMemoryError
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
+from echoshift.extract.clip_assembly import ClipAssembler
+from echoshift.extract.extraction_plan import StoreTarget
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.row_reading import read_pictures
+from echoshift.extract.shard_inputs import PictureFacts
+from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.pipeline.errors import MediaError, MediaMemoryError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 _PATH = "clips"
 _CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
-from pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError
 
 # How far below its chord the normalised inertia curve must dip to have a knee. Gaussian noise without groups dips 0.03
 # (100 samples of 512 dimensions) to 0.21 (421 of 64), planted groups that k-means recovers 0.4 to 0.9. Noise of few

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.specs import SpecModel
-from train.alignment.config import AlignmentConfig
+from echoshift.pipeline.specs import SpecModel
+from echoshift.train.alignment.config import AlignmentConfig
 
 
 class VisualConfig(SpecModel):

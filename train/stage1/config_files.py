@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extract.encoders.registry import find_encoder
-from pipeline.cards import DatasetCard
-from pipeline.errors import RunError
-from pipeline.suggestions import suggest
-from train.overrides import make_config, merge_settings, parse_override, read_settings
-from train.stage1.config import Stage1Config
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.suggestions import suggest
+from echoshift.train.overrides import make_config, merge_settings, parse_override, read_settings
+from echoshift.train.stage1.config import Stage1Config
 
 _HERE = Path(__file__).resolve().parent
 _PRESETS, _DATASETS = _HERE / "presets", _HERE / "datasets"

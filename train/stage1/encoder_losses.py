@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.absent_activities import compute_absent_loss
-from train.batches import SourceBatch, TargetBatch
+from echoshift.train.absent_activities import compute_absent_loss
+from echoshift.train.batches import SourceBatch, TargetBatch
 
 
 def compute_source_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from extract.encoders.registry import find_encoder
-from extract.weights.resolve import load_encoder
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec, OutputSpec, fingerprint
-from train.alignment.config import keep_used
-from train.splits import LabelledSegments
-from train.stage1.audio_adaptive_encoder import (
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.weights.resolve import load_encoder
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec, OutputSpec, fingerprint
+from echoshift.train.alignment.config import keep_used
+from echoshift.train.splits import LabelledSegments
+from echoshift.train.stage1.audio_adaptive_encoder import (
     AudioAdaptiveEncoder,
     CheckpointFacts,
     SegmentPrediction,
@@ -26,15 +26,15 @@ from train.stage1.audio_adaptive_encoder import (
     read_checkpoint,
     write_checkpoint,
 )
-from train.stage1.encoder_training import STATE, EncoderTask, EpochRecord, train_encoder
-from train.stage1.exporting import export_features, predict_all
-from train.stage1.input_stores import choose_visual
-from train.stage1.run_context import RunContext
-from train.stage1.run_inputs import list_train_segments, name_labels
-from train.stage1.sample_weights import map_to_pairs, weight_segments
-from train.stage1.sound_steps import PREDICTIONS, find_clusters, get_clustered_part, mark_absent
-from train.stage1.visual_inputs import VisualInputs
-from train.steps import Step, StepResult, hash_json
+from echoshift.train.stage1.encoder_training import STATE, EncoderTask, EpochRecord, train_encoder
+from echoshift.train.stage1.exporting import export_features, predict_all
+from echoshift.train.stage1.input_stores import choose_visual
+from echoshift.train.stage1.run_context import RunContext
+from echoshift.train.stage1.run_inputs import list_train_segments, name_labels
+from echoshift.train.stage1.sample_weights import map_to_pairs, weight_segments
+from echoshift.train.stage1.sound_steps import PREDICTIONS, find_clusters, get_clustered_part, mark_absent
+from echoshift.train.stage1.visual_inputs import VisualInputs
+from echoshift.train.steps import Step, StepResult, hash_json
 
 CHECKPOINT = "encoder.safetensors"
 

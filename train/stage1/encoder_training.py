@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import RunError
-from pipeline.specs import FeatureSpec
-from train.batches import EncoderInputs, LabelledTargetBatch, SourceBatch, TargetBatch
-from train.epoch_plan import PlannedBatch, plan_epoch
-from train.ranks import Ranks
-from train.scores import compute_scores
-from train.splits import LabelledSegments
-from train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, predict_segments
-from train.stage1.config import TrainingConfig
-from train.stage1.encoder_losses import compute_encoder_losses, compute_source_loss
-from train.stage1.sound_features import SoundFeatures
-from train.stage1.visual_inputs import VisualInputs
-from train.watching import EpochWatcher
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.train.batches import EncoderInputs, LabelledTargetBatch, SourceBatch, TargetBatch
+from echoshift.train.epoch_plan import PlannedBatch, plan_epoch
+from echoshift.train.ranks import Ranks
+from echoshift.train.scores import compute_scores
+from echoshift.train.splits import LabelledSegments
+from echoshift.train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, predict_segments
+from echoshift.train.stage1.config import TrainingConfig
+from echoshift.train.stage1.encoder_losses import compute_encoder_losses, compute_source_loss
+from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.visual_inputs import VisualInputs
+from echoshift.train.watching import EpochWatcher
 
 STATE = "training-state.pt"
 

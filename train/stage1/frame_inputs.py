@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from extract.media_survey import MediaSurvey, identify_sources
-from extract.open_media import OpenMedia
-from pipeline.cards import MediaLayout
-from pipeline.errors import ManifestError, MediaError, MediaTimeoutError, SpecError
-from pipeline.rows import compute_digest
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from train.stage1.clip_reading import SegmentClips, read_clips
-from train.stage1.kept_media import KeptMedia
-from train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
+from echoshift.extract.media_survey import MediaSurvey, identify_sources
+from echoshift.extract.open_media import OpenMedia
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import ManifestError, MediaError, MediaTimeoutError, SpecError
+from echoshift.pipeline.rows import compute_digest
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.train.stage1.clip_reading import SegmentClips, read_clips
+from echoshift.train.stage1.kept_media import KeptMedia
+from echoshift.train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
 
 TIMEOUT_S = 300.0
 """How long one segment may take before the run ends with its name; a decoder can hang on a damaged file."""

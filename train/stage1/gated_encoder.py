@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from extract.encoders.encoder_network import EncoderNetwork
-from extract.encoders.inference_form import Precision, prepare_for_inference
-from pipeline.errors import SpecError, WeightsError
-from pipeline.suggestions import suggest
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.inference_form import Precision, prepare_for_inference
+from echoshift.pipeline.errors import SpecError, WeightsError
+from echoshift.pipeline.suggestions import suggest
 
 BatchNormMode = Literal["eval", "train"]
 

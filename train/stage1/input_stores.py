@@ -7,25 +7,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from extract.encoders.registry import find_encoder
-from extract.extraction import ExtractionProgress, ExtractionRequest, extract_features
-from extract.feature_specs import StoreOptions, make_feature_spec
-from extract.flow_choice import choose_flow
-from extract.media_survey import MediaSurvey, identify_segments
-from extract.run_options import RunOptions
-from extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
-from extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
-from pipeline.errors import RunError
-from pipeline.rows import compute_digests
-from pipeline.segments import Segment
-from pipeline.specs import FeatureSpec
-from pipeline.store.interface import FeatureStore
-from pipeline.store.layout import DONE
-from pipeline.store.location import Place
-from pipeline.store.opening import has_store, name_store, open_store
-from pipeline.store.reading import RowFinder
-from train.data_places import DataPlaces
-from train.stage1.config import SoundConfig, VisualConfig
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.extraction import ExtractionProgress, ExtractionRequest, extract_features
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.flow_choice import choose_flow
+from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.extract.run_options import RunOptions
+from echoshift.extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
+from echoshift.extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.location import Place
+from echoshift.pipeline.store.opening import has_store, name_store, open_store
+from echoshift.pipeline.store.reading import RowFinder
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.stage1.config import SoundConfig, VisualConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from extract.media import Modality
-from extract.open_media import OpenMedia
-from extract.readers.protocol import FrameReader, VideoInfo, find_shown_frames
-from pipeline.cards import MediaLayout
-from pipeline.segments import Segment
+from echoshift.extract.media import Modality
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.readers.protocol import FrameReader, VideoInfo, find_shown_frames
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.segments import Segment
 
 _LARGEST_PART = 8  # a segment may take an eighth of what is kept, or it is read each time
 _Decoder = Literal["pyav", "decord"]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from extract.encoders.encoder_network import EncoderNetwork
-from train.alignment.methods import build_method
-from train.alignment.two_streams import StreamShapes
-from train.batches import EncoderInputs
-from train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
-from train.stage1.config import ObjectiveConfig
+from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.train.alignment.methods import build_method
+from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.batches import EncoderInputs
+from echoshift.train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.stage1.config import ObjectiveConfig
 
 _VISUAL = "pooled"
 

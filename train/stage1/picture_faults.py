@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from extract.media import locate_media
-from extract.media_survey import MediaSurvey
-from extract.readers.container import (
+from echoshift.extract.media import locate_media
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.readers.container import (
     find_video_stream,
     get_container_start_s,
     get_declared_end_s,
     open_container,
 )
-from pipeline.errors import MediaError
-from pipeline.manifest_check import find_media_faults, number_rows
-from pipeline.segments import END_TOLERANCE_S, Segment
-from pipeline.specs import FeatureSpec
+from echoshift.pipeline.errors import MediaError
+from echoshift.pipeline.manifest_check import find_media_faults, number_rows
+from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
+from echoshift.pipeline.specs import FeatureSpec
 
 
 def find_without_pictures(

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.segments import Segment
-from train.prediction_table import CLASSES
-from train.stage1.audio_classifier import AudioPredictions
-from train.stage1.exporting import VisualPredictions
+from echoshift.pipeline.segments import Segment
+from echoshift.train.prediction_table import CLASSES
+from echoshift.train.stage1.audio_classifier import AudioPredictions
+from echoshift.train.stage1.exporting import VisualPredictions
 
 NO_LABEL = -1
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.devices import resolve_device
-from pipeline.freed_memory import keep_freed_memory
-from train.absent_activities import check_n_absent
-from train.data_places import DataPlaces
-from train.ranks import Ranks
-from train.splits import ShiftSplits, count_labels, split_for_shift
-from train.stage1.config import Stage1Config
-from train.stage1.run_inputs import RunInputs, name_labels, open_run_inputs
-from train.stage1.visual_inputs import VisualInputs
-from train.steps import Step, StepResult, StepRunner
-from train.watching import EpochWatcher
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.devices import resolve_device
+from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.train.absent_activities import check_n_absent
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.ranks import Ranks
+from echoshift.train.splits import ShiftSplits, count_labels, split_for_shift
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.run_inputs import RunInputs, name_labels, open_run_inputs
+from echoshift.train.stage1.visual_inputs import VisualInputs
+from echoshift.train.steps import Step, StepResult, StepRunner
+from echoshift.train.watching import EpochWatcher
 
 N_CLASSES_LISTED = 20
 

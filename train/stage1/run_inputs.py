@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from extract.encoders.registry import find_encoder
-from extract.extraction import ExtractionProgress
-from extract.media_survey import MediaSurvey
-from pipeline.cards import DatasetCard
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.specs import fingerprint
-from pipeline.store.interface import FeatureStore
-from train.data_places import DataPlaces
-from train.splits import LabelledSegments, ShiftSplits, keep_segments
-from train.stage1.config import Stage1Config
-from train.stage1.frame_inputs import FrameInputs
-from train.stage1.gated_encoder import GatedEncoder
-from train.stage1.input_stores import (
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.extraction import ExtractionProgress
+from echoshift.extract.media_survey import MediaSurvey
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import fingerprint
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.splits import LabelledSegments, ShiftSplits, keep_segments
+from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.frame_inputs import FrameInputs
+from echoshift.train.stage1.gated_encoder import GatedEncoder
+from echoshift.train.stage1.input_stores import (
     EncoderChoice,
     choose_sound,
     choose_visual,
@@ -30,11 +30,11 @@ from train.stage1.input_stores import (
     read_digests,
     select_done,
 )
-from train.stage1.picture_faults import find_without_pictures
-from train.stage1.sound_features import SoundFeatures
-from train.stage1.trunk_inputs import TrunkInputs
-from train.stage1.visual_inputs import VisualInputs
-from train.steps import hash_json
+from echoshift.train.stage1.picture_faults import find_without_pictures
+from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.trunk_inputs import TrunkInputs
+from echoshift.train.stage1.visual_inputs import VisualInputs
+from echoshift.train.steps import hash_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,21 +9,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.devices import describe_device
-from pipeline.specs import fingerprint
-from train.ranks import Ranks
-from train.runs import RESULTS, RunRecord, append_run, describe_code_version, hash_config, keep_latest, read_runs
-from train.scores import Scores
-from train.scoring import make_scores, open_test_split, plan_scores_step
-from train.stage1.audio_classifier import AudioPredictions
-from train.stage1.encoder_steps import CHECKPOINT, export_store, predict
-from train.stage1.exporting import VisualPredictions
-from train.stage1.prediction_table import write_prediction_table
-from train.stage1.run_context import RunContext, Stage1Request, describe_data, open_context
-from train.stage1.run_inputs import list_segments, list_train_segments
-from train.stage1.sound_steps import PREDICTIONS, predict_sound
-from train.steps import Step
-from train.watching import EpochWatcher
+from echoshift.pipeline.devices import describe_device
+from echoshift.pipeline.specs import fingerprint
+from echoshift.train.ranks import Ranks
+from echoshift.train.runs import (
+    RESULTS,
+    RunRecord,
+    append_run,
+    describe_code_version,
+    hash_config,
+    keep_latest,
+    read_runs,
+)
+from echoshift.train.scores import Scores
+from echoshift.train.scoring import make_scores, open_test_split, plan_scores_step
+from echoshift.train.stage1.audio_classifier import AudioPredictions
+from echoshift.train.stage1.encoder_steps import CHECKPOINT, export_store, predict
+from echoshift.train.stage1.exporting import VisualPredictions
+from echoshift.train.stage1.prediction_table import write_prediction_table
+from echoshift.train.stage1.run_context import RunContext, Stage1Request, describe_data, open_context
+from echoshift.train.stage1.run_inputs import list_segments, list_train_segments
+from echoshift.train.stage1.sound_steps import PREDICTIONS, predict_sound
+from echoshift.train.steps import Step
+from echoshift.train.watching import EpochWatcher
 
 TABLE = "table.parquet"
 STEPS = (

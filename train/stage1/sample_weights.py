@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.segments import Segment
-from train.balancing import compute_sample_weights
-from train.splits import LabelledSegments
-from train.stage1.config import BalanceConfig
+from echoshift.pipeline.segments import Segment
+from echoshift.train.balancing import compute_sample_weights
+from echoshift.train.splits import LabelledSegments
+from echoshift.train.stage1.config import BalanceConfig
 
 NO_CLUSTER = -1
 

@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from extract.weights.resolve import load_encoder
-from pipeline.errors import RunError
-from pipeline.tensor_files import check_tensors, read_tensors
-from train.absent_activities import mark_absent_multi, mark_absent_single
-from train.splits import LabelledSegments
-from train.stage1.audio_classifier import AudioClassifier, AudioPredictions, predict_audio, train_audio_classifier
-from train.stage1.clustering import cluster_interactions
-from train.stage1.run_context import RunContext, write_array
-from train.stage1.run_inputs import list_segments, name_labels
-from train.steps import Step, StepResult
+from echoshift.extract.weights.resolve import load_encoder
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.tensor_files import check_tensors, read_tensors
+from echoshift.train.absent_activities import mark_absent_multi, mark_absent_single
+from echoshift.train.splits import LabelledSegments
+from echoshift.train.stage1.audio_classifier import (
+    AudioClassifier,
+    AudioPredictions,
+    predict_audio,
+    train_audio_classifier,
+)
+from echoshift.train.stage1.clustering import cluster_interactions
+from echoshift.train.stage1.run_context import RunContext, write_array
+from echoshift.train.stage1.run_inputs import list_segments, name_labels
+from echoshift.train.steps import Step, StepResult
 
 PREDICTIONS = "predictions.npz"
 _CLASSIFIER = "classifier.safetensors"

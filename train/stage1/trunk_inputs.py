@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.random_draws import draw_integer
-from pipeline.errors import StoreError
-from pipeline.specs import FeatureSpec
-from pipeline.store.interface import FeatureStore
-from pipeline.store.reading import RowFinder
-from train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
+from echoshift.extract.random_draws import draw_integer
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.reading import RowFinder
+from echoshift.train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
 
 N_AHEAD = 2
 _Given = TypeVar("_Given")

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from pipeline.specs import FeatureSpec
+from echoshift.pipeline.specs import FeatureSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.stage2.config import RecogniserConfig
+from echoshift.train.stage2.config import RecogniserConfig
 
 
 class SoundSelector(nn.Module):

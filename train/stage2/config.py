@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.specs import SpecModel
-from train.selection_rules import SelectionRule
+from echoshift.pipeline.specs import SpecModel
+from echoshift.train.selection_rules import SelectionRule
 
 
 class RecogniserConfig(SpecModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cards import DatasetCard
-from train.preset_files import PresetFiles
-from train.stage2.config import Stage2Config
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.train.preset_files import PresetFiles
+from echoshift.train.stage2.config import Stage2Config
 
 FILES = PresetFiles("Stage 2", Stage2Config, Path(__file__).resolve().parent, frozenset({"flow"}))
 

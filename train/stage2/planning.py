@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.errors import RunError
-from train.planned_training import PlannedTraining
-from train.prediction_table import PredictionTable, read_prediction_table
-from train.splits import keep_segments, list_segment_ids, split_for_shift
-from train.stage2.requests import Stage2Request
-from train.stage2.stream_runs import StreamRun
-from train.steps import StepRunner
+from echoshift.pipeline.errors import RunError
+from echoshift.train.planned_training import PlannedTraining
+from echoshift.train.prediction_table import PredictionTable, read_prediction_table
+from echoshift.train.splits import keep_segments, list_segment_ids, split_for_shift
+from echoshift.train.stage2.requests import Stage2Request
+from echoshift.train.stage2.stream_runs import StreamRun
+from echoshift.train.steps import StepRunner
 
 
 def plan_stage2(request: Stage2Request, notify: Callable[[str], None] = lambda message: None) -> PlannedTraining:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from train.stage2.class_tokens import AudioAdaptiveClassToken
-from train.stage2.config import Stage2Config
-from train.stage2.recogniser_losses import compute_class_loss
-from train.stage2.transformer import Transformer
+from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
+from echoshift.train.stage2.class_tokens import AudioAdaptiveClassToken
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.recogniser_losses import compute_class_loss
+from echoshift.train.stage2.transformer import Transformer
 
 _SOURCE, _TARGET = 0, 1
 _INIT_STD = 0.02

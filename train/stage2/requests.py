@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.segments import Manifest
-from train.stage1.config import TargetLabelsConfig
-from train.stage2.config import Stage2Config
-from train.stage2.stage1_outputs import StreamInputs
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.segments import Manifest
+from echoshift.train.stage1.config import TargetLabelsConfig
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.stage1_outputs import StreamInputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.errors import RunError
-from pipeline.specs import fingerprint
-from pipeline.store.location import Place
-from pipeline.store.opening import list_stores, open_store
-from train.cached.feature_bank import Rows
-from train.cached.feature_rows import FeatureRows, Sound, read_sound, read_visual
-from train.cached.larger_than_memory import count_row_bytes, open_rows
-from train.prediction_table import PredictionTable, read_prediction_table
-from train.runs import RunRecord
-from train.stage2.config import StreamConfig
-from train.steps import RECORD, hash_json
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.specs import fingerprint
+from echoshift.pipeline.store.location import Place
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.cached.feature_rows import FeatureRows, Sound, read_sound, read_visual
+from echoshift.train.cached.larger_than_memory import count_row_bytes, open_rows
+from echoshift.train.prediction_table import PredictionTable, read_prediction_table
+from echoshift.train.runs import RunRecord
+from echoshift.train.stage2.config import StreamConfig
+from echoshift.train.steps import RECORD, hash_json
 
 TABLE = "table.parquet"
 

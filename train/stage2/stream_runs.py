@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from train.cached.batches import Domain
-from train.cached.feature_bank import Rows
-from train.cached.training import Schedule, TrainedRun, TrainingData, TrainingJob
-from train.prediction_table import PredictionTable
-from train.splits import ShiftSplits, label_target_train
-from train.stage2.config import Stage2Config
-from train.stage2.recogniser import FeatureShapes, build_recogniser
-from train.stage2.requests import Stage2Request, StreamRequest
-from train.stage2.stage1_outputs import StreamFeatures, StreamInputs, open_stream, stays_stored
-from train.steps import Step, hash_json
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.train.cached.batches import Domain
+from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.cached.training import Schedule, TrainedRun, TrainingData, TrainingJob
+from echoshift.train.prediction_table import PredictionTable
+from echoshift.train.splits import ShiftSplits, label_target_train
+from echoshift.train.stage2.config import Stage2Config
+from echoshift.train.stage2.recogniser import FeatureShapes, build_recogniser
+from echoshift.train.stage2.requests import Stage2Request, StreamRequest
+from echoshift.train.stage2.stage1_outputs import StreamFeatures, StreamInputs, open_stream, stays_stored
+from echoshift.train.steps import Step, hash_json
 
 NO_LABEL = -1
 REVISION = 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.cached.batches import Dropouts
-from train.stage2.config import RecogniserConfig
+from echoshift.train.cached.batches import Dropouts
+from echoshift.train.stage2.config import RecogniserConfig
 
 
 class TransformerLayer(nn.Module):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from extract.open_media import OpenMedia
-from pipeline.specs import FrameSpec
-from train.pictures.activation_figure import draw_activation_maps, overlay_map
-from train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures
-from train.pictures.making import make_activation_maps
-from train.pictures.run_choice import RunChoice, choose_stage1_run
-from train.stage1.clip_reading import read_clips
+from echoshift.extract.open_media import OpenMedia
+from echoshift.pipeline.specs import FrameSpec
+from echoshift.train.pictures.activation_figure import draw_activation_maps, overlay_map
+from echoshift.train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures
+from echoshift.train.pictures.making import make_activation_maps
+from echoshift.train.pictures.run_choice import RunChoice, choose_stage1_run
+from echoshift.train.stage1.clip_reading import read_clips
 
 IDS = ("t-test-0", "t-test-1")
 
@@ -26,9 +26,9 @@ IDS = ("t-test-0", "t-test-1")
 @pytest.fixture(scope="module")
 def mapped(compared: Any) -> Any:
     """Gives a mapper of the checkpoint with two segments' maps."""
-    from pipeline.cards import read_dataset_card
-    from pipeline.manifest_csv import read_manifest
-    from train.data_places import DataPlaces
+    from echoshift.pipeline.cards import read_dataset_card
+    from echoshift.pipeline.manifest_csv import read_manifest
+    from echoshift.train.data_places import DataPlaces
 
     card = read_dataset_card("tiny", compared.root)
     places = DataPlaces(

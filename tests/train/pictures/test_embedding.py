@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from sklearn.manifold import TSNE
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.store.opening import open_store
-from train.pictures import adapted_features
-from train.pictures.embedding import EmbeddedFeatures, choose_segments, draw_embedding, embed
-from train.pictures.modality_features import read_projected_features
-from train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run
-from train.runs import RunRecord
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.opening import open_store
+from echoshift.train.pictures import adapted_features
+from echoshift.train.pictures.embedding import EmbeddedFeatures, choose_segments, draw_embedding, embed
+from echoshift.train.pictures.modality_features import read_projected_features
+from echoshift.train.pictures.run_choice import RunChoice, choose_alignment_run, choose_stage1_run
+from echoshift.train.runs import RunRecord
 
 
 def make_segments(n: int) -> list[Segment]:

@@ -9,8 +9,8 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.errors import RunError
-from train.pictures.figures import house_style, make_figure, render_png, render_svg, write_figure
+from echoshift.pipeline.errors import RunError
+from echoshift.train.pictures.figures import house_style, make_figure, render_png, render_svg, write_figure
 
 
 def draw() -> Figure:

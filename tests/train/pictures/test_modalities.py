@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import RunError
-from pipeline.segments import Segment
-from pipeline.store.opening import open_store
-from pipeline.tensor_files import read_tensors
-from train.pictures.making import make_norm_shares
-from train.pictures.modality_features import (
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.tensor_files import read_tensors
+from echoshift.train.pictures.making import make_norm_shares
+from echoshift.train.pictures.modality_features import (
     Classifier,
     ModalityFeatures,
     read_cached_features,
     read_projected_features,
 )
-from train.pictures.norm_histograms import compute_norms, draw_norm_histograms
-from train.pictures.norm_shares import compute_shares, draw_shares, share_norm
-from train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
-from train.prediction_table import read_prediction_table
-from train.report.feature_section import make_feature_section
-from train.runs import RESULTS, read_runs
-from train.segment_view.run_predictions import find_method
+from echoshift.train.pictures.norm_histograms import compute_norms, draw_norm_histograms
+from echoshift.train.pictures.norm_shares import compute_shares, draw_shares, share_norm
+from echoshift.train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
+from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.report.feature_section import make_feature_section
+from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.segment_view.run_predictions import find_method
 
 
 def make_features(*, visual: np.ndarray, audio: np.ndarray, heard: np.ndarray, **more: Any) -> ModalityFeatures:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.cards import DatasetCard, Shift
-from pipeline.segments import Manifest, Segment
-from train.report.dataset_facts import compare_labels, count_dataset
-from train.report.dataset_section import make_dataset_section
+from echoshift.pipeline.cards import DatasetCard, Shift
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.train.report.dataset_facts import compare_labels, count_dataset
+from echoshift.train.report.dataset_section import make_dataset_section
 
 CARD = DatasetCard(
     name="small",

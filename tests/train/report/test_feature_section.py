@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cards import read_card
-from pipeline.manifest_csv import read_manifest
-from pipeline.store.opening import list_stores, open_store
-from train.data_places import DataPlaces
-from train.pictures.adapted_features import open_adapted_store
-from train.report.feature_section import make_feature_section
-from train.runs import RESULTS, read_runs
+from echoshift.pipeline.cards import read_card
+from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.pictures.adapted_features import open_adapted_store
+from echoshift.train.report.feature_section import make_feature_section
+from echoshift.train.runs import RESULTS, read_runs
 
 
 def open_places(finished: Any, cache: Any) -> DataPlaces:
@@ -50,7 +50,7 @@ def test_tokens_beside_pooled_features_are_a_sentence(reported: Any, monkeypatch
         outputs=[SimpleNamespace(name="tokens_slow"), SimpleNamespace(name="tokens_fast")], clip=None
     )
     store = SimpleNamespace(spec=tokens)
-    monkeypatch.setattr("train.report.feature_section.open_adapted_store", lambda runs_dir, record: store)
+    monkeypatch.setattr("echoshift.train.report.feature_section.open_adapted_store", lambda runs_dir, record: store)
     runs_dir = reported.tiny.runs / "tiny"
     records = read_runs(runs_dir / RESULTS)
     section = make_feature_section(open_places(reported.tiny, reported.cache), runs_dir, records)

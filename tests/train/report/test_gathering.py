@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cards import read_card
-from pipeline.manifest_csv import read_manifest
-from pipeline.store.interface import Failure
-from pipeline.store.layout import FAILED
-from pipeline.store.ledger import write_failures
-from train.report.breakdowns import break_down, fold_confusion, gather_loose
-from train.report.stage1_facts import count_right_marks, read_stage1_facts
-from train.report.store_facts import describe_store, list_dataset_stores, read_silence
-from train.runs import RESULTS, keep_latest, read_runs
+from echoshift.pipeline.cards import read_card
+from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.store.interface import Failure
+from echoshift.pipeline.store.layout import FAILED
+from echoshift.pipeline.store.ledger import write_failures
+from echoshift.train.report.breakdowns import break_down, fold_confusion, gather_loose
+from echoshift.train.report.stage1_facts import count_right_marks, read_stage1_facts
+from echoshift.train.report.store_facts import describe_store, list_dataset_stores, read_silence
+from echoshift.train.runs import RESULTS, keep_latest, read_runs
 
 
 def test_marks_are_right_where_the_segment_lacks_the_class() -> None:

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from train.report.charts import draw_histogram, draw_losses
-from train.report.inline_svg import inline_figure
+from echoshift.train.report.charts import draw_histogram, draw_losses
+from echoshift.train.report.inline_svg import inline_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 

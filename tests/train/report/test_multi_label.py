@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from train.grids import PlannedRun
-from train.report.breakdowns import MAX_SHOWN_CLASSES, break_down
-from train.report.grid_section import make_run_section
-from train.runs import RunRecord, keep_latest
-from train.scores import compute_scores
+from echoshift.train.grids import PlannedRun
+from echoshift.train.report.breakdowns import MAX_SHOWN_CLASSES, break_down
+from echoshift.train.report.grid_section import make_run_section
+from echoshift.train.runs import RunRecord, keep_latest
+from echoshift.train.scores import compute_scores
 
 N, K = 30, MAX_SHOWN_CLASSES + 5
 CLASSES = tuple(f"class {k}" for k in range(K))

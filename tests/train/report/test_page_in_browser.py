@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from train.report.grid_facts import PRESETS
-from train.tables import PERCENT
+from echoshift.train.report.grid_facts import PRESETS
+from echoshift.train.tables import PERCENT
 
 pytestmark = pytest.mark.browser
 

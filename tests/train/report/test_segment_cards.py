@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cards import read_card
-from pipeline.manifest_csv import read_manifest
-from train.data_places import DataPlaces
-from train.prediction_table import read_prediction_table
-from train.report.segment_section import make_segment_card, make_segment_section
-from train.segment_view.reading import read_segment_view
+from echoshift.pipeline.cards import read_card
+from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.train.data_places import DataPlaces
+from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.report.segment_section import make_segment_card, make_segment_section
+from echoshift.train.segment_view.reading import read_segment_view
 
 
 @pytest.fixture

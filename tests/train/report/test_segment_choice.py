@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import RunError
-from pipeline.segments import Manifest, Segment
-from train.report.segment_choice import choose_segments
+from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.train.report.segment_choice import choose_segments
 
 SEGMENTS = tuple(
     Segment(f"{split}-{i}", "v", float(i), i + 1.0, (label,), "a", split)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cards import DatasetCard
-from train.grids import PlannedRun, plan_runs, read_grid
-from train.runs import RunRecord
-from train.scores import compute_scores
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.train.grids import PlannedRun, plan_runs, read_grid
+from echoshift.train.runs import RunRecord
+from echoshift.train.scores import compute_scores
 
 GRID = """
 title = "Two rows"

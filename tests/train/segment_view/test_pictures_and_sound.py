@@ -14,14 +14,14 @@ import pytest
 import scipy.signal
 from PIL import Image
 
-from extract.open_media import OpenMedia
-from extract.readers.pyav_audio import read_audio
-from extract.sound.recipes import PLANAMENTE2021
-from pipeline.cards import MediaLayout
-from pipeline.errors import MediaError, MediaNotFoundError
-from pipeline.segments import Segment
-from pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
-from train.segment_view.pictures_and_sound import (
+from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.readers.pyav_audio import read_audio
+from echoshift.extract.sound.recipes import PLANAMENTE2021
+from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.errors import MediaError, MediaNotFoundError
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
+from echoshift.train.segment_view.pictures_and_sound import (
     encode_picture,
     encode_spectrogram,
     encode_wav,

@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from extract.weights.resolve import default_weights, load_encoder, resolve_weights
-from pipeline.errors import ManifestError, WeightsError
-from pipeline.store.opening import list_stores, open_store
-from train.runs import RESULTS, read_runs
-from train.segment_view import reading
-from train.segment_view.gates import CheckpointGates, summarise_gates
-from train.segment_view.reading import SegmentViews, ViewOptions, rank_classes, read_segment_view
-from train.segment_view.view import SegmentPrediction
-from train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
-from train.stage1.config import Stage1Config
+from echoshift.extract.weights.resolve import default_weights, load_encoder, resolve_weights
+from echoshift.pipeline.errors import ManifestError, WeightsError
+from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.segment_view import reading
+from echoshift.train.segment_view.gates import CheckpointGates, summarise_gates
+from echoshift.train.segment_view.reading import SegmentViews, ViewOptions, rank_classes, read_segment_view
+from echoshift.train.segment_view.view import SegmentPrediction
+from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
+from echoshift.train.stage1.config import Stage1Config
 
 
 def find_sound(tiny: Any) -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.pictures.segment_figure import choose_classes, draw_segment
-from train.segment_view.describing import draw_histogram, draw_loudness, make_view_json
-from train.segment_view.reading import ViewOptions, read_segment_view
+from echoshift.train.pictures.segment_figure import choose_classes, draw_segment
+from echoshift.train.segment_view.describing import draw_histogram, draw_loudness, make_view_json
+from echoshift.train.segment_view.reading import ViewOptions, read_segment_view
 
 
 def show(tiny: Any, tiny_shift: ModuleType, *arguments: object) -> tuple[int, str, str]:

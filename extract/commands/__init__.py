@@ -1,1 +1,0 @@
-"""Holds the commands that touch media, weights and stores; each imports what it needs when it runs."""

@@ -1,0 +1,1 @@
+"""Activity recognition in video under domain shift, bridged by sound."""

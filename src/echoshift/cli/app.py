@@ -1,0 +1,97 @@
+"""Is the command line: puts the commands of the three packages together, and turns errors into one line and a code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+from typer.exceptions import TyperException
+
+from echoshift.cli import demo_commands, manifest_commands, store_commands, weights_commands
+from echoshift.cli.ablate_command import ablate, table
+from echoshift.cli.bash_words import joining_bash_words
+from echoshift.cli.command_group import SuggestingGroup
+from echoshift.cli.doctor_command import doctor
+from echoshift.cli.extract_command import extract
+from echoshift.cli.list_command import list_
+from echoshift.cli.network_commands import align, stage2
+from echoshift.cli.picture_command import picture
+from echoshift.cli.plan_command import plan
+from echoshift.cli.report_command import report
+from echoshift.cli.show_command import show
+from echoshift.cli.stage1_command import stage1
+from echoshift.cli.terminal import is_plain
+from echoshift.cli.usage_errors import show_usage_error
+from echoshift.pipeline.errors import EchoshiftError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+# What a user's folders and disks may do wherever something is read or written; any other OSError is a fault of ours.
+_PLACE_ERRORS = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+    )
+)
+
+app = typer.Typer(
+    cls=SuggestingGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None if is_plain(sys.stdout) else "rich",
+    pretty_exceptions_enable=False,
+    help="Activity recognition in video under domain shift, bridged by sound.",
+)
+app.add_typer(manifest_commands.app, name="manifest")
+app.add_typer(weights_commands.app, name="weights")
+app.add_typer(store_commands.app, name="store")
+app.add_typer(demo_commands.app, name="demo")
+app.command()(plan)
+app.command()(extract)
+app.command()(stage1)
+app.command("stage2")(stage2)
+app.command("align")(align)
+app.command()(ablate)
+app.command()(table)
+app.command("list")(list_)
+app.command()(doctor)
+app.command()(report)
+app.command()(show)
+app.command()(picture)
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Exit codes: 0 done; 1 faults found by a check; 2 an error, told in one line; 3 some segments failed;
+    130 interrupted.
+    """
+    try:
+        with joining_bash_words(os.environ):
+            code = app(prog_name="echoshift", standalone_mode=False)
+    except EchoshiftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except TyperException as error:
+        show_usage_error(error)
+        sys.exit(EXIT_ERROR)
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; name another place, or see to its rights and room", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:  # newer typers turn the interrupt into this code by themselves, and say nothing
+        print("interrupted; what is committed is kept, the same command goes on from there", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,80 @@
+"""Is `echoshift doctor`: looks over the installation, and says what to do about what isn't as it should be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from echoshift.cli.json_answers import JsonOption, print_json
+from echoshift.cli.spec_options import DEFAULT_CACHE, CacheOption, ManifestsOption
+from echoshift.cli.terminal import is_plain
+from echoshift.pipeline.places import MANIFESTS_DIR
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from echoshift.extract.doctor.findings import Check, Finding
+
+EXIT_FAULTS = 1
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    cache: CacheOption = DEFAULT_CACHE,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+    weights: Annotated[
+        Path | None, typer.Option(help="Where weights lie; default the user's cache.", envvar="ECHOSHIFT_WEIGHTS")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look over Python, torch, decoders, GPUs, disk, weights and data; ends with 1 if something fails."""
+    from echoshift.extract.doctor.data_checks import check_cache, check_datasets, check_weights
+    from echoshift.extract.doctor.environment_checks import check_cores, check_packages, check_python, check_torch
+    from echoshift.extract.doctor.findings import run_checks
+
+    checks: list[tuple[str, Check]] = [
+        ("python", check_python),
+        ("packages", check_packages),
+        ("torch", check_torch),
+        ("cores", check_cores),
+        ("decoders", lambda: _import_decoder_checks().check_decoders()),
+        ("opencv", lambda: _import_decoder_checks().check_flow()),
+        ("networks", lambda: _import_decoder_checks().check_networks()),
+        ("cache", lambda: check_cache(cache)),
+        ("weights", lambda: check_weights(weights)),
+        ("datasets", lambda: check_datasets(manifests)),
+    ]
+    findings = []
+    for finding in run_checks(checks):
+        findings.append(finding)
+        if not as_json:
+            _print(finding)
+    counts = {level: sum(finding.level == level for finding in findings) for level in STYLES}
+    if as_json:
+        print_json({"fine": not counts["fail"], "counts": counts, "findings": findings})
+    else:
+        typer.echo(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
+    if counts["fail"]:
+        raise typer.Exit(EXIT_FAULTS)
+
+
+def _import_decoder_checks() -> ModuleType:
+    """Imports what itself imports PyAV, so that a PyAV that can't be imported is a finding like any other."""
+    from echoshift.extract.doctor import decoder_checks
+
+    return decoder_checks
+
+
+def _print(finding: Finding) -> None:
+    if is_plain(sys.stdout):
+        typer.echo(str(finding))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(str(finding))
+    text.stylize(STYLES[finding.level], 0, len(finding.level))
+    Console().print(text, soft_wrap=True)

@@ -1,0 +1,86 @@
+"""Is `echoshift show`: one segment's pictures, sound, gates and predictions, in the terminal or as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from echoshift.cli.json_answers import JsonOption, print_json
+from echoshift.cli.run_options import (
+    DEFAULT_RUNS,
+    DatasetChoice,
+    MediaChoice,
+    RunChoices,
+    RunsOption,
+    open_places,
+)
+from echoshift.cli.spec_options import DEFAULT_CACHE, CacheOption, ManifestOption, ManifestsOption
+from echoshift.pipeline.cards import MANIFESTS_DIR
+
+if TYPE_CHECKING:
+    from echoshift.train.segment_view.view import SegmentView
+
+SegmentArgument = Annotated[str, typer.Argument(help="A segment's id, as in the manifest.", show_default=False)]
+
+
+def show(
+    segment: SegmentArgument,
+    dataset: DatasetChoice = "",
+    to: Annotated[Path | None, typer.Option(help="Write it as one picture, a .png or .svg file.")] = None,
+    as_json: JsonOption = False,
+    shift: Annotated[str, typer.Option(help="Only runs of this shift.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Only runs of this seed.", min=0)] = None,
+    frames: Annotated[int, typer.Option(help="How many frames.", min=1, max=64)] = 5,
+    top: Annotated[int, typer.Option(help="How many classes a prediction.", min=1)] = 3,
+    media: MediaChoice = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    runs: RunsOption = DEFAULT_RUNS,
+    manifest: ManifestOption = None,
+    manifests: ManifestsOption = MANIFESTS_DIR,
+) -> None:
+    """Show a segment: its frames and sound, the gates that its sound makes, and what every finished run takes it for.
+
+    What isn't there (media, a checkpoint, a sound track) is said, and nothing is put in its place.
+    """
+    from echoshift.train.segment_view.describing import make_view_json
+    from echoshift.train.segment_view.reading import ViewOptions, read_segment_view
+    from echoshift.train.splits import find_shift
+
+    places = open_places(RunChoices(dataset, media, cache, manifest, manifests, "cpu", "paper", None, None))
+    if shift:
+        find_shift(places.card, shift)
+    options = ViewOptions(n_frames=frames, n_top=top, shift=shift, seed=seed)
+    view = read_segment_view(places, runs / places.card.name, segment, options)
+    if to is not None:
+        from echoshift.train.pictures.figures import write_figure
+        from echoshift.train.pictures.segment_figure import draw_segment
+
+        write_figure(draw_segment(view), to)
+    if as_json:
+        print_json(make_view_json(view))
+    else:
+        _print(view, top)
+    if to is not None:
+        typer.echo(f"picture: {to}", err=True)
+
+
+def _print(view: SegmentView, n_top: int) -> None:
+    from echoshift.cli.terminal import print_table
+    from echoshift.train.segment_view.describing import SPEAKERS, list_facts, list_gates, write_score
+
+    for line in (*list_facts(view), "", *list_gates(view), ""):
+        typer.echo(line)
+    if view.predictions:
+        rows = []
+        for found in view.predictions:
+            said = [write_score(score) for score in found.top] + [""] * (n_top - len(found.top))
+            right = {True: "right", False: "wrong", None: ""}[found.is_right]
+            rows.append([found.run, SPEAKERS[found.speaker], found.role, *said, right, found.pseudo_label])
+        columns = ("run", "who says it", "is to it", *(f"{i}." for i in range(1, n_top + 1)), "result", "pseudo-label")
+        print_table("predictions, percent; * is the label", columns, rows)
+    if "predictions" in view.missing:
+        typer.echo(view.missing["predictions"])
+    if view.synthetic:
+        typer.echo(f"{view.dataset} is synthetic: nothing here was filmed")

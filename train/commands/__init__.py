@@ -1,1 +1,0 @@
-"""Is the commands that train, tabulate and show."""
