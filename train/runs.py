@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from echoshift.pipeline.errors import RunError
 from echoshift.train.alignment.config import keep_used
@@ -70,14 +70,6 @@ class RunRecord(BaseModel):
     duration_s: float
     device: str
     warnings: tuple[str, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_config(cls, values: Any) -> Any:
-        """Name the configuration as runs are named now; older versions hashed other methods' fields, too."""
-        if isinstance(values, dict) and isinstance(values.get("config"), Mapping):
-            return {**values, "config_hash": hash_config(values["config"])}
-        return values
 
     @field_validator("started", "ended")
     @classmethod
@@ -149,7 +141,7 @@ def read_runs(path: Path) -> list[RunRecord]:
             )
             continue
         try:
-            records.append(RunRecord.model_validate(fields))
+            record = RunRecord.model_validate(fields)
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(map(str, fault["loc"])) or "line"
@@ -157,6 +149,8 @@ def read_runs(path: Path) -> list[RunRecord]:
                 f"{path}:{number}: not a run's record: {where}: {fault['msg']}; read it with the version that wrote "
                 f"it, or delete the line"
             ) from error
+        # Computed, not believed: before 2026-12 it held all methods' fields.
+        records.append(record.model_copy(update={"config_hash": hash_config(record.config)}))
     return records
 
 
