@@ -42,13 +42,13 @@ def hand_back(work: object, report: ShardReport) -> ShardReport:
 
 
 class IdleJob:
-    """Is a job whose shards take no time, but travel and are committed like any other."""
+    """A job whose shards take no time, but travel and are committed like any other."""
 
     def __init__(self, job: ExtractionJob) -> None:
         self._job = job
 
     def compute(self, task: ShardTask) -> ShardReport:
-        """Computes nothing, and says that every row is done."""
+        """Compute nothing, and say that every row is done."""
         report = self._job.give_up(task, "no work")
         indices = {
             path: replace(
@@ -64,11 +64,11 @@ class IdleJob:
         return replace(report, indices=indices)
 
     def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
-        """Sends the real work there, and a report back."""
+        """Send the real work there, and a report back."""
         return hand_back, (self._job.describe_work(task), self.compute(task))
 
     def give_up(self, task: ShardTask, reason: str) -> ShardReport:
-        """Gives up like the job does."""
+        """Return up like the job does."""
         return self._job.give_up(task, reason)
 
 

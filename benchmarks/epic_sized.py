@@ -40,7 +40,7 @@ _SIGNAL, _OFFSET, _OF_DOMAIN, _CLIP_NOISE = 0.06, 0.3, 0.04, 0.7  # beside noise
 
 @dataclass(frozen=True, slots=True)
 class EpicSized:
-    """Is where the files lie; `table` is that of a shift and a seed, as Stage 2's streams name it."""
+    """Where the files lie; `table` is that of a shift and a seed, as Stage 2's streams name it."""
 
     folder: Path
     card: DatasetCard
@@ -48,21 +48,21 @@ class EpicSized:
 
     @property
     def features(self) -> Path:
-        """Names the store."""
+        """Name the store."""
         return self.folder / "features.zarr"
 
     @property
     def manifests(self) -> Path:
-        """Names the folder of manifest and card."""
+        """Name the folder of manifest and card."""
         return self.folder / "manifests"
 
     def table(self, shift: str, seed: int) -> Path:
-        """Names the table of a shift and a seed."""
+        """Name the table of a shift and a seed."""
         return self.folder / f"table-{shift}-{seed}.parquet"
 
 
 def make_epic_sized(folder: Path, annotations: Path | None, *, n_seeds: int = 1, small: int = 1) -> EpicSized:
-    """Makes all files; what lies there from before is read again if its store is whole."""
+    """Make all files; what lies there from before is read again if its store is whole."""
     epic = read_dataset_card("epic")
     segments = _invent_segments(epic) if annotations is None else import_epic(annotations, epic)
     segments = segments[::small]
@@ -110,7 +110,7 @@ def _index(made: EpicSized, segments: Sequence[Segment]) -> tuple[np.ndarray, np
 
 
 def _draw_centres(made: EpicSized, n_dims: int, signal: float) -> np.ndarray:
-    """Draws where each domain's classes lie, float32 [n_domains, K, n_dims]."""
+    """Draw where each domain's classes lie, float32 [n_domains, K, n_dims]."""
     rng = np.random.default_rng([0, n_dims])
     n_domains, n_classes = len(made.card.domains), len(made.card.classes)
     means = rng.standard_normal((1, n_classes, n_dims)) * signal
@@ -161,7 +161,7 @@ def _fill_store(made: EpicSized, sha256: str) -> None:
 
 
 def _draw_audio(made: EpicSized) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the audio features, float32 [n, 512], and who has any, bool [n]."""
+    """Draw the audio features, float32 [n, 512], and who has any, bool [n]."""
     rng = np.random.default_rng(3)
     classes, domains = _index(made, made.segments)
     noise = rng.standard_normal((len(classes), N_AUDIO), np.float32)
@@ -184,7 +184,7 @@ def _write_table(
 
 
 def _guess(classes: np.ndarray, p_right: float, made: EpicSized, rng: np.random.Generator) -> np.ndarray:
-    """Draws probabilities float32 [n, K] whose argmax is right with probability p_right."""
+    """Draw probabilities float32 [n, K] whose argmax is right with probability p_right."""
     n, n_classes = len(classes), len(made.card.classes)
     wrong = (classes + rng.integers(1, n_classes, n)) % n_classes
     guess = np.where(rng.random(n) < p_right, classes, wrong)

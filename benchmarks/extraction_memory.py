@@ -40,7 +40,7 @@ TARGET = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Is one extraction: `n_segments` of SEGMENT_S, or, None, the whole video as one segment in windows."""
+    """One extraction: `n_segments` of SEGMENT_S, or, None, the whole video as one segment in windows."""
 
     name: str
     video: str
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Is what a run took; `n_clips` of all stores."""
+    """What a run took; `n_clips` of all stores."""
 
     peak_mb: float
     n_clips: int
@@ -59,17 +59,17 @@ class Outcome:
 
 
 class NoProgress:
-    """Says nothing."""
+    """Nothing."""
 
     def start(self, what: str, n_total: int) -> None:
-        """Says nothing."""
+        """Describe nothing."""
 
     def advance(self, n: int = 1) -> None:
-        """Says nothing."""
+        """Describe nothing."""
 
 
 def draw_pictures(n_pictures: int, height: int, width: int) -> Iterator[np.ndarray]:
-    """Draws noise that moves, in runs of 50 pictures uint8 [50, H, W, 3]."""
+    """Draw noise that moves, in runs of 50 pictures uint8 [50, H, W, 3]."""
     still = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     for start in range(0, n_pictures, 50):
         yield np.stack([np.roll(still, i, axis=1) for i in range(start, min(start + 50, n_pictures))])
@@ -83,7 +83,7 @@ def write_video(path: Path, duration_s: float, rate_hz: int, height: int, width:
 
 
 def extract_once(run: Run, root: Path) -> Outcome:
-    """Extracts in this process, and gives its peak resident set."""
+    """Extract in this process, and return its peak resident set."""
     spans = [(0.0, run.duration_s)]
     if run.n_segments is not None:
         spans = [(i * SEGMENT_S, (i + 1) * SEGMENT_S) for i in range(run.n_segments)]
@@ -126,7 +126,7 @@ def count_clips(store_path: str) -> int:
 
 
 def read_peak_mb() -> float:
-    """Reads this process's peak resident set; ru_maxrss would hold its parent's, if that was larger."""
+    """Read this process's peak resident set; ru_maxrss would hold its parent's, if that was larger."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 

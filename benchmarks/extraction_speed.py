@@ -51,7 +51,7 @@ MIN_COSINE = 0.999
 
 @dataclass(slots=True)
 class Case:
-    """Is some encoders on some segments, and the seconds a segment that each repeat took."""
+    """Some encoders on some segments, and the seconds a segment that each repeat took."""
 
     name: str
     encoders: Encoders
@@ -65,7 +65,7 @@ class Case:
 
 
 class PlainLoop:
-    """Is the other process."""
+    """The other process."""
 
     def __init__(self, folder: Path, job: dict[str, object]) -> None:
         path = folder / "job.json"
@@ -75,7 +75,7 @@ class PlainLoop:
         self._answer()
 
     def measure_s(self, encoder: str) -> float:
-        """Runs an encoder's loop over there."""
+        """Run an encoder's loop over there."""
         assert self._process.stdin is not None
         print(encoder, file=self._process.stdin, flush=True)
         return float(self._answer())
@@ -88,14 +88,14 @@ class PlainLoop:
         return line
 
     def close(self) -> None:
-        """Ends it."""
+        """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 def find_segments(root: Path, seconds: float) -> list[Segment]:
-    """Lists the videos below a folder, the first seconds of each as one segment."""
+    """List the videos below a folder, the first seconds of each as one segment."""
     survey = MediaSurvey(root, MediaLayout())
     found = []
     for path in sorted(root.rglob("*.mp4")):
@@ -107,7 +107,7 @@ def find_segments(root: Path, seconds: float) -> list[Segment]:
 
 
 def describe_segments(case: Case) -> list[dict[str, object]]:
-    """Tells the plain loop where a single encoder's segments lie, and when its clips' pictures are shown."""
+    """Tell the plain loop where a single encoder's segments lie, and when its clips' pictures are shown."""
     ((spec, _),) = case.encoders
     described: list[dict[str, object]] = []
     for number, segment in enumerate(case.segments):
@@ -123,7 +123,7 @@ def describe_segments(case: Case) -> list[dict[str, object]]:
 
 
 def run_whole(case: Case, options: RunOptions) -> tuple[float, dict[str, np.ndarray]]:
-    """Measures the pipeline as it is, in seconds a segment, and gives `pooled` by encoder."""
+    """Measure the pipeline as it is, in seconds a segment, and return `pooled` by encoder."""
     with tempfile.TemporaryDirectory(prefix="echoshift-bench-") as folder:
         started = time.perf_counter()
         stores = extract_on_trial(Path(folder), case.encoders, case.segments, case.parts.survey, options)
@@ -136,7 +136,7 @@ def run_whole(case: Case, options: RunOptions) -> tuple[float, dict[str, np.ndar
 
 
 def compare_features(features: np.ndarray, folder: Path) -> tuple[float, float]:
-    """Gives the smallest cosine of a clip's features with the plain loop's, as they are and less the plain mean."""
+    """Return the smallest cosine of a clip's features with the plain loop's, as they are and less the plain mean."""
     plain = np.stack([np.load(folder / f"{i}.npy") for i in range(len(features))]).astype(np.float64)
     a, b = (values.reshape(-1, values.shape[-1]) for values in (features, plain))
     return cosine(a, b), cosine(a - b.mean(axis=0), b - b.mean(axis=0))

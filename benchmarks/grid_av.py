@@ -50,7 +50,7 @@ SETTINGS = (
 
 
 def write_dataset(media: Path, folder: Path) -> None:
-    """Writes card and manifest into a folder."""
+    """Write card and manifest into a folder."""
     with (media / "labels.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     classes = tuple(sorted({row["verb"] for row in rows}))
@@ -79,7 +79,7 @@ def write_dataset(media: Path, folder: Path) -> None:
 
 
 def run_echoshift(*arguments: str) -> int:
-    """Runs a command; gives its exit code, 0, or 3 where some of its runs failed, and ends with any other."""
+    """Run a command; return its exit code, 0, or 3 where some of its runs failed, and end with any other."""
     done = subprocess.run([sys.executable, "-c", "from echoshift.cli.app import main; main()", *arguments], check=False)
     if done.returncode not in (0, EXIT_SOME_FAILED):
         sys.exit(done.returncode)

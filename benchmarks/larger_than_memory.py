@@ -51,7 +51,7 @@ WAYS = ("reading", "stored", "memory")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Is what a way took; `n_reads` of shards, over all epochs and predictions. No loss where nothing was trained."""
+    """What a way took; `n_reads` of shards, over all epochs and predictions. No loss where nothing was trained."""
 
     way: str
     allowed_mb: float
@@ -63,7 +63,7 @@ class Outcome:
 
 
 class LinearMethod(nn.Module):
-    """Is a linear classifier of the mean over clips."""
+    """A linear classifier of the mean over clips."""
 
     loss_names = ("source", "target")
 
@@ -74,13 +74,13 @@ class LinearMethod(nn.Module):
             self.linear = nn.Linear(N_VISUAL, N_CLASSES)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes cross-entropy on the source and, small, the target's logits squared."""
+        """Compute cross-entropy on the source and, small, the target's logits squared."""
         assert step.target is not None, "there are rows of the target"
         of_source = F.cross_entropy(self._classify(step.source.inputs), step.source.labels)
         return torch.stack([of_source, 1e-3 * self._classify(step.target.inputs).square().mean()])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts a softmax."""
+        """Predict a softmax."""
         return self._classify(inputs).softmax(dim=-1)
 
     def _classify(self, inputs: FeatureBatch) -> Tensor:
@@ -89,7 +89,7 @@ class LinearMethod(nn.Module):
 
 
 class CountingStore:
-    """Is a store that counts how often features are read."""
+    """A store that counts how often features are read."""
 
     def __init__(self, store: Any) -> None:
         self._store, self.n_reads = store, 0
@@ -98,7 +98,7 @@ class CountingStore:
         return getattr(self._store, name)
 
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
-        """Reads rows of any array."""
+        """Read rows of any array."""
         self.n_reads += name.startswith("outputs/")
         values: np.ndarray = self._store.read_array(name, start_row, stop_row)
         return values
@@ -113,19 +113,19 @@ class MemorySampler(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Samples until it is stopped."""
+        """Sample until it is stopped."""
         while not self._stopped.wait(SAMPLE_S):
             self.peak_bytes = max(self.peak_bytes, read_own_bytes())
 
     def stop(self) -> int:
-        """Gives the peak in bytes."""
+        """Return the peak in bytes."""
         self._stopped.set()
         self.join()
         return self.peak_bytes
 
 
 def read_own_bytes() -> int:
-    """Reads how many bytes of memory this process has of its own, without those of mapped files."""
+    """Read how many bytes of memory this process has of its own, without those of mapped files."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -133,7 +133,7 @@ def read_own_bytes() -> int:
 
 
 def make_store(path: Path, n_rows: int) -> None:
-    """Fills a store with random features."""
+    """Fill a store with random features."""
     spec = FeatureSpec(
         encoder="random",
         weights="0" * 64,
@@ -171,7 +171,7 @@ def make_store(path: Path, n_rows: int) -> None:
 
 
 def make_job(rows: Rows, n_epochs: int) -> TrainingJob:
-    """Makes a run over `rows`, which predicts after every epoch."""
+    """Make a run over `rows`, which predicts after every epoch."""
     n = len(rows)
     mixed = np.random.default_rng(1).permutation(n)
     source, target, test = (np.sort(part) for part in np.split(mixed, [n // 2, n // 2 + n // 4]))
@@ -202,7 +202,7 @@ def make_job(rows: Rows, n_epochs: int) -> TrainingJob:
 
 
 def measure(way: str, path: Path, max_bytes: int, n_epochs: int) -> Outcome:
-    """Trains one way in this process."""
+    """Train one way in this process."""
     cpu = torch.device("cpu")
     rng = np.random.default_rng(2)
     few = FeatureRows(

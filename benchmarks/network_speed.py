@@ -29,7 +29,7 @@ INPUTS = {"slowfast_r50": (3, 32, 256, 256), "i3d_rgb": (3, 32, 224, 224), "resn
 
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
-    """Is one encoder's figures: ms a clip, cosine (the worst clip's) and largest difference relative to the largest."""
+    """One encoder's figures: ms a clip, cosine (the worst clip's) and largest difference relative to the largest."""
 
     encoder: str
     plain_ms: float
@@ -39,7 +39,7 @@ class SpeedRow:
 
 
 def main() -> None:
-    """Measures the encoders asked for and prints a Markdown table."""
+    """Measure the encoders asked for and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure_encoder(encoder: str, device: torch.device, options: argparse.Namespace) -> SpeedRow:
-    """Measures one encoder with random weights and norms that do something."""
+    """Measure one encoder with random weights and norms that do something."""
     torch.manual_seed(0)
     network = find_encoder(encoder).build().eval().requires_grad_(False)
     _randomise_norms(network)

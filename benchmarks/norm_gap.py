@@ -40,7 +40,7 @@ P_SILENT, SMALLER_NORM = 0.05, 4.0
 
 @dataclass(frozen=True, slots=True)
 class NormGap:
-    """Is what one run came to: the target's accuracies, |f^v| / |f^a| in both domains, each stream's dead units."""
+    """What one run came to: the target's accuracies, |f^v| / |f^a| in both domains, each stream's dead units."""
 
     last: float
     mean_last: float
@@ -51,7 +51,7 @@ class NormGap:
 
 
 class Measured(nn.Module):
-    """Is a method that also reports its source's mean norms, as terms of the loss without a gradient."""
+    """A method that also reports its source's mean norms, as terms of the loss without a gradient."""
 
     def __init__(self, method: Any) -> None:
         super().__init__()
@@ -59,25 +59,25 @@ class Measured(nn.Module):
         self.loss_names = (*method.loss_names, "norm visual", "norm audio")
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the method's terms, and the norms."""
+        """Compute the method's terms, and the norms."""
         with torch.no_grad():
             norms = measure_norms(self.method, step.source.inputs, "source")
         return torch.cat([self.method.losses(step, dropouts), norms])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts as the method does."""
+        """Predict as the method does."""
         found: Tensor = self.method.predict(inputs, domain)
         return found
 
 
 def measure_norms(method: Any, inputs: FeatureBatch, domain: Domain) -> Tensor:
-    """Measures the mean norms of f^v and, of sounding segments, of f^a, float32 [2]."""
+    """Measure the mean norms of f^v and, of sounding segments, of f^a, float32 [2]."""
     visual, audio, heard = method.streams.encode(inputs, domain)
     return torch.stack([compute_mean_norm(visual, torch.ones_like(heard)), compute_mean_norm(audio, heard)])
 
 
 def make_features(larger: str, gap: float, seed: int) -> tuple[FeatureRows, np.ndarray]:
-    """Makes rows of source train, target train and target test, and their classes, int64 [n]."""
+    """Make rows of source train, target train and target test, and their classes, int64 [n]."""
     rng = np.random.default_rng(seed)
     n = 2 * N_TRAIN + N_TEST
     labels = rng.integers(0, N_CLASSES, n)
@@ -106,7 +106,7 @@ def make_features(larger: str, gap: float, seed: int) -> tuple[FeatureRows, np.n
 def plan_job(
     config: AlignmentConfig, schedule: AlignmentScheduleConfig, rows: FeatureRows, labels: np.ndarray, seed: int
 ) -> TrainingJob:
-    """Makes one run of the shared loop."""
+    """Make one run of the shared loop."""
     target = np.arange(N_TRAIN, 2 * N_TRAIN) if config.setting == "uda" else np.zeros(0, dtype=np.int64)
     shapes = StreamShapes({"pooled": (N_VISUAL,)}, N_AUDIO)
     data = TrainingData(
@@ -132,7 +132,7 @@ def plan_job(
 
 
 def judge(job: TrainingJob, run: TrainedRun, labels: np.ndarray) -> NormGap:
-    """Scores a run, and measures its norms over all clips, one by one."""
+    """Score a run, and measure its norms over all clips, one by one."""
     right = run.predictions["target_test"].argmax(axis=-1) == labels[2 * N_TRAIN :]
     measured: Any = job.build()
     measured.load_state_dict(run.state)
@@ -153,7 +153,7 @@ def judge(job: TrainingJob, run: TrainedRun, labels: np.ndarray) -> NormGap:
 
 
 def write_curves(curves: dict[str, np.ndarray], path: Path) -> None:
-    """Writes the first seed's norms by epoch of each run, [n_epochs, 2], as CSV."""
+    """Write the first seed's norms by epoch of each run, [n_epochs, 2], as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "epoch", "norm_visual", "norm_audio"])
@@ -162,7 +162,7 @@ def write_curves(curves: dict[str, np.ndarray], path: Path) -> None:
 
 
 def draw_curves(curves: dict[str, np.ndarray], path: Path) -> None:
-    """Draws the first seed's norms by epoch: a panel a setting and direction, a line a method and modality."""
+    """Draw the first seed's norms by epoch: a panel a setting and direction, a line a method and modality."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -184,7 +184,7 @@ def draw_curves(curves: dict[str, np.ndarray], path: Path) -> None:
 
 
 def shorten(schedule: AlignmentScheduleConfig, n_steps: int) -> AlignmentScheduleConfig:
-    """Shortens a schedule in proportion."""
+    """Shorten a schedule in proportion."""
     share = n_steps / schedule.n_steps
     changes = {
         "n_steps": n_steps,
@@ -195,7 +195,7 @@ def shorten(schedule: AlignmentScheduleConfig, n_steps: int) -> AlignmentSchedul
 
 
 def main() -> None:
-    """Runs what the command line asks for, and prints a line a setting, direction and method."""
+    """Run what the command line asks for, and print a line a setting, direction and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="source_only rna hna")
     parser.add_argument("--settings", default="dg uda")

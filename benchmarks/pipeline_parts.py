@@ -35,17 +35,17 @@ class OutputSink:
     n_taken: int = 0
 
     def put(self, row: int, entry: int, features: dict[str, np.ndarray]) -> None:
-        """Counts a clip's outputs."""
+        """Count a clip's outputs."""
         self.n_taken += 1
 
     def fail_for(self, row: int, error: MediaError) -> None:
-        """Raises what would have failed a row."""
+        """Raise what would have failed a row."""
         raise error
 
 
 @dataclass(slots=True)
 class PipelineParts:
-    """Is the pipeline taken apart for some segments: `inputs` is what reading gives, `clips` what networks take."""
+    """The pipeline taken apart for some segments: `inputs` is what reading gives, `clips` what networks take."""
 
     encoders: Encoders
     segments: Sequence[Segment]
@@ -58,25 +58,25 @@ class PipelineParts:
     clips: list[tuple[str, int, int, torch.Tensor]] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Reads and prepares everything beforehand, for the parts that begin with it."""
+        """Read and prepare everything beforehand, for the parts that begin with it."""
         self._read(self.inputs)
         self._feed(lambda *clip: self.clips.append(clip))
 
     def measure_reading_s(self) -> float:
-        """Measures reading alone: demuxing, decoding, resampling, in as many threads as the pipeline has."""
+        """Measure reading alone: demuxing, decoding, resampling, in as many threads as the pipeline has."""
         started = time.perf_counter()
         self._read(None)
         return time.perf_counter() - started
 
     def measure_computing_s(self) -> float:
-        """Measures preparing pictures and sound on the device, and the networks, from inputs read beforehand."""
+        """Measure preparing pictures and sound on the device, and the networks, from inputs read beforehand."""
         sinks, encoders = self._make_encoders()
         started = time.perf_counter()
         self._feed(lambda path, row, entry, clip: encoders[path].add(row, entry, clip))
         return self._finish(started, sinks, encoders)
 
     def measure_networks_s(self) -> float:
-        """Measures the networks alone, in the same batches, from clips prepared beforehand."""
+        """Measure the networks alone, in the same batches, from clips prepared beforehand."""
         sinks, encoders = self._make_encoders()
         started = time.perf_counter()
         for path, row, entry, clip in self.clips:

@@ -32,12 +32,12 @@ from echoshift.pipeline.specs import AudioSpec, FeatureSpec, FrameSpec
 
 
 def describe_plain_loop(spec: FeatureSpec, weights: str, segments: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Describes one encoder's loop; segments have id, path, start_s, stop_s and clips, times [n, T] (sound: [[]])."""
+    """Describe one encoder's loop; segments have id, path, start_s, stop_s and clips, times [n, T] (sound: [[]])."""
     return {"spec": spec.model_dump_json(), "weights": weights, "segments": list(segments)}
 
 
 def decode_clip(path: str, times_s: Sequence[float], frame: FrameSpec) -> Tensor:
-    """Decodes the pictures shown at ascending times, and prepares them: float32 [C, T, crop, crop]."""
+    """Decode the pictures shown at ascending times, and prepare them: float32 [C, T, crop, crop]."""
     prepared: list[np.ndarray] = []
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -60,7 +60,7 @@ def decode_clip(path: str, times_s: Sequence[float], frame: FrameSpec) -> Tensor
 
 
 def prepare_picture(picture: np.ndarray, frame: FrameSpec) -> np.ndarray:
-    """Resizes, crops and normalises one picture: float32 [C, crop, crop]."""
+    """Resize, crops and normalises one picture: float32 [C, crop, crop]."""
     height, width = picture.shape[:2]
     short, side = min(height, width), frame.short_side
     size = (side * width // short, side * height // short)
@@ -71,7 +71,7 @@ def prepare_picture(picture: np.ndarray, frame: FrameSpec) -> np.ndarray:
 
 
 def read_spectrogram(path: str, start_s: float, stop_s: float, audio: AudioSpec) -> Tensor:
-    """Reads a segment's sound out of the whole track and takes its log spectrogram, float32 [1, F, N]."""
+    """Read a segment's sound out of the whole track and take its log spectrogram, float32 [1, F, N]."""
     resampler = av.AudioResampler(format="flt", layout="mono", rate=audio.rate_hz)
     with av.open(path) as container:
         blocks = [r.to_ndarray()[0] for f in container.decode(audio=0) for r in resampler.resample(f)]
@@ -88,7 +88,7 @@ def read_spectrogram(path: str, start_s: float, stop_s: float, audio: AudioSpec)
 def extract_plainly(
     network: EncoderNetwork, spec: FeatureSpec, segments: Sequence[dict[str, Any]], device: torch.device, folder: Path
 ) -> None:
-    """Extracts `pooled` of every segment into a file of its own, float32 [n_clips, D]."""
+    """Extract `pooled` of every segment into a file of its own, float32 [n_clips, D]."""
     for segment in segments:
         features = []
         for times_s in segment["clips"]:

@@ -23,7 +23,7 @@ _WIDTH, _BANK, _N_LAYERS, _N_HEADS, _INNER, _HIDDEN, _DROPOUT, _P_MISSING = 256,
 
 @dataclass(frozen=True, slots=True)
 class PlainFeatures:
-    """Is what the loops read: float16 [n, n_clips, C], float32 [n, C_a], int64 [n] of one domain."""
+    """What the loops read: float16 [n, n_clips, C], float32 [n, C_a], int64 [n] of one domain."""
 
     visual: Tensor
     audio: Tensor
@@ -31,7 +31,7 @@ class PlainFeatures:
 
 
 class PlainLayer(nn.Module):
-    """Is a pre-norm transformer layer."""
+    """A pre-norm transformer layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class PlainLayer(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Gives tokens [B, P, D]."""
+        """Return tokens [B, P, D]."""
         heads = self.qkv(self.norm1(tokens)).unflatten(-1, (3, _N_HEADS, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2]).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(attended)
@@ -56,7 +56,7 @@ class PlainLayer(nn.Module):
 
 
 class PlainRecogniser(nn.Module):
-    """Is R with the audio-adaptive class token, 3.81 M weights for features of 2304 + 512 and 8 classes."""
+    """R with the audio-adaptive class token, 3.81 M weights for features of 2304 + 512 and 8 classes."""
 
     def __init__(self, n_visual: int, n_audio: int, n_classes: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PlainRecogniser(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, n_classes))
 
     def forward(self, visual: Tensor, audio: Tensor, domain: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gives the logits of p*, h [B, K] and h' [B, n_clips, K]."""
+        """Return the logits of p*, h [B, K] and h' [B, n_clips, K]."""
         missing = torch.rand(len(audio), 1) < _P_MISSING
         audio = torch.where(missing.to(audio.device), self.missing, audio)
         h = self.heard_out(F.relu(self.heard_norm(self.heard_in(audio))))
@@ -101,7 +101,7 @@ class _Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
 def train_plainly(
     model: PlainRecogniser, source: PlainFeatures, target: PlainFeatures, device: torch.device
 ) -> Iterator[float]:
-    """Takes a step each time it is asked for one; gives its loss."""
+    """Take a step each time it is asked for one; return its loss."""
     optimiser = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     batches = zip(_load(source), _load(target), strict=False)
     for batch in batches:
@@ -112,7 +112,7 @@ def train_plainly(
 def train_by_index(
     model: PlainRecogniser, source: PlainFeatures, target: PlainFeatures, device: torch.device
 ) -> Iterator[float]:
-    """Takes steps likewise, of rows looked up on the device."""
+    """Take steps likewise, of rows looked up on the device."""
     optimiser = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     kept = [
         PlainFeatures(part.visual.to(device), part.audio.to(device), part.labels.to(device))

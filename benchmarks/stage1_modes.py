@@ -64,7 +64,7 @@ class Training:
         self.parts_s: dict[str, float] = {}
 
     def run(self, given: Iterator[dict[str, Tensor]], n: int) -> dict[str, float]:
-        """Makes the next step, on n segments, and gives the seconds of its parts."""
+        """Make the next step, on n segments, and return the seconds of its parts."""
         self.parts_s = defaultdict(float)
         with self.timing("inputs"):
             visual = next(given)
@@ -73,7 +73,7 @@ class Training:
         return dict(self.parts_s)
 
     def step(self, visual: dict[str, Tensor], sound: Tensor) -> None:
-        """Makes one step; the gates' gradient is handed over by hand, so that both sides of it can be timed."""
+        """Make one step; the gates' gradient is handed over by hand, so that both sides of it can be timed."""
         n = len(sound)
         gates, leaves = None, None
         if self.attention is not None:
@@ -95,14 +95,14 @@ class Training:
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
-        """Adds what the block takes to a part."""
+        """Add what the block takes to a part."""
         started = time.perf_counter()
         yield
         self.parts_s[part] += time.perf_counter() - started
 
 
 def main() -> None:
-    """Makes the trunk store, trains in turn in both modes, and prints a Markdown table."""
+    """Make the trunk store, train in turn in both modes, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--media", type=Path, required=True)
     parser.add_argument("--encoder", default="i3d_rgb")
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def plan_map_shape(sound_s: float) -> tuple[int, ...]:
-    """Gives the shape of ResNet-18's layer3 for so many seconds of sound."""
+    """Return the shape of ResNet-18's layer3 for so many seconds of sound."""
     entry = find_encoder("resnet18_audio")
     assert entry.audio is not None, "it hears"
     return entry.output_shapes(entry.clip, entry.audio.model_copy(update={"duration_s": sound_s}))["map"]
@@ -154,7 +154,7 @@ def plan_map_shape(sound_s: float) -> tuple[int, ...]:
 def report(
     training: Training, modes: dict[str, VisualInputs], batches: Sequence[Sequence[str]], n_repeats: int
 ) -> None:
-    """Measures epochs of both modes step by step in turn, after one that isn't counted, and prints a row of each.
+    """Measure epochs of both modes step by step in turn, after one that isn't counted, and print a row of each.
 
     The ratio is the median over the pairs of steps, which meet the same neighbours on the machine.
     """
@@ -181,7 +181,7 @@ def _add_up(parts_s: dict[str, float]) -> float:
 
 
 def find_segments(media: Path, n: int) -> list[Segment]:
-    """Makes segments of the first two seconds of videos."""
+    """Make segments of the first two seconds of videos."""
     paths = sorted(path for path in media.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)[:n]
     if len(paths) < n:
         raise SystemExit(f"{media} holds {len(paths)} videos, --segments asks for {n}")
@@ -192,7 +192,7 @@ def find_segments(media: Path, n: int) -> list[Segment]:
 def make_trunk_store(
     folder: Path, options: argparse.Namespace, segments: Sequence[Segment]
 ) -> tuple[FeatureStore, float]:
-    """Extracts the views of the segments into a float16 store, as `echoshift extract` does, and times it."""
+    """Extract the views of the segments into a float16 store, as `echoshift extract` does, and times it."""
     weights = resolve_weights(options.weights, options.encoder)
     spec = make_feature_spec(
         options.encoder,

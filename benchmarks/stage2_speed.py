@@ -60,18 +60,18 @@ class TimingWatcher:
         self.done: list[tuple[int, float]] = []
 
     def start(self, what: str, n_total: int) -> None:
-        """Notes the beginning."""
+        """Note the beginning."""
         self.done = [(0, self.clock())]
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Notes the time at which n more steps were done."""
+        """Note the time at which n more steps were done."""
         self.done.append((self.done[-1][0] + n, self.clock()))
 
     def describe(self, what: str) -> None:
-        """Says nothing."""
+        """Describe nothing."""
 
     def measure_last_half(self) -> float:
-        """Gives ms a step of those after the first half."""
+        """Return ms a step of those after the first half."""
         half = self.done[-1][0] // 2
         n, started = next((n, at) for n, at in self.done if n >= half)
         if n == self.done[-1][0]:
@@ -79,12 +79,12 @@ class TimingWatcher:
         return 1e3 * (self.done[-1][1] - started) / (self.done[-1][0] - n)
 
     def measure_whole(self) -> float:
-        """Gives the seconds from the beginning to the last step."""
+        """Return the seconds from the beginning to the last step."""
         return self.done[-1][1] - self.done[0][1]
 
 
 def read_shift(made: EpicSized, seed: int = 0) -> TrainingData:
-    """Reads what D1 to D2 trains on, as Stage 2 does."""
+    """Read what D1 to D2 trains on, as Stage 2 does."""
     source, target = (
         [s for s in made.segments if (s.domain, s.split) == (domain, "train")] for domain in (SOURCE, TARGET)
     )
@@ -107,7 +107,7 @@ def read_shift(made: EpicSized, seed: int = 0) -> TrainingData:
 
 
 def make_job(config: Stage2Config, data: TrainingData, n_classes: int, n_steps: int, seed: int) -> TrainingJob:
-    """Makes a run of the recogniser."""
+    """Make a run of the recogniser."""
 
     def build() -> nn.Module:
         rows = data.train
@@ -123,7 +123,7 @@ def make_job(config: Stage2Config, data: TrainingData, n_classes: int, n_steps: 
 
 
 def take_plain(data: TrainingData) -> tuple[PlainFeatures, PlainFeatures]:
-    """Gives the plain loops the same features, those of one domain after those of the other."""
+    """Return the plain loops the same features, those of one domain after those of the other."""
     visual, audio = data.train.visual["pooled"][:, 0], data.train.audio
     n = len(data.source)
     return (
@@ -133,7 +133,7 @@ def take_plain(data: TrainingData) -> tuple[PlainFeatures, PlainFeatures]:
 
 
 def measure_blocks(steps: Iterator[float], n_steps: int, clock: Clock) -> float:
-    """Takes n_steps steps, each of which waits for its loss; gives ms a step."""
+    """Take n_steps steps, each of which waits for its loss; return ms a step."""
     started = clock()
     for _ in itertools.islice(steps, n_steps):
         pass
@@ -141,7 +141,7 @@ def measure_blocks(steps: Iterator[float], n_steps: int, clock: Clock) -> float:
 
 
 def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args: argparse.Namespace) -> None:
-    """Prints (a), (b) and (c)."""
+    """Print (a), (b) and (c)."""
     device, clock = torch.device(args.device), CLOCKS[args.clock]
     data = make(1, 0).data
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args:
 
 
 def compare_stack(make: Callable[[int, int], TrainingJob], args: argparse.Namespace) -> None:
-    """Prints (e)."""
+    """Print (e)."""
     device, clock = torch.device(args.device), CLOCKS[args.clock]
     jobs = [make(2 * args.steps, seed) for seed in range(args.stack)]
     together, alone = [], []

@@ -32,7 +32,7 @@ N_DIMS = 256
 
 
 def run_size(n_rows: int, folder: Path) -> dict[str, float]:
-    """Goes through a store's whole life; gives the seconds of each step."""
+    """Go through a store's whole life; return the seconds of each step."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 

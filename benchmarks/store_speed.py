@@ -63,7 +63,7 @@ def make_index(shard: Shard) -> ShardIndex:
 
 
 def fill_store(path: Path, n_rows: int, raw: Path) -> list[float]:
-    """Fills a store and a raw file with the same random rows; gives the seconds of each shard without its features."""
+    """Fill a store and a raw file with the same random rows; return the seconds of each shard without its features."""
     spec = make_spec(N_DIMS)
     store = create_store(
         path,

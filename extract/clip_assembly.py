@@ -19,7 +19,7 @@ TakeClip = Callable[[str, int, int, Tensor], None]
 
 @dataclass(slots=True)
 class _OpenClip:
-    """Is one entry of a row under way, for all stores that see the same pictures in the same way."""
+    """One entry of a row under way, for all stores that see the same pictures in the same way."""
 
     store_paths: list[str]
     entry: int
@@ -39,7 +39,7 @@ class _OpenRow:
 
 
 class ClipAssembler:
-    """Holds the clips that aren't complete yet; each goes to `take(path, row, entry, clip)` when it is.
+    """The clips that aren't complete yet; each goes to `take(path, row, entry, clip)` when it is.
 
     A clip is float32 [C, T, crop, crop]. Each picture is sent to the device once, and prepared once for each way in
     which it is cut; a store's entries are numbered (clip * n_views + view) * n_crops + crop.
@@ -52,7 +52,7 @@ class ClipAssembler:
         self._open: dict[PictureSource, list[_OpenRow]] = {}
 
     def begin(self, facts: PictureFacts) -> None:
-        """Takes note of the clips of a row."""
+        """Take note of the clips of a row."""
         row = _OpenRow(facts)
         n_views = facts.clip.n_views
         firsts, lasts = facts.pictures.min(axis=1).tolist(), facts.pictures.max(axis=1).tolist()
@@ -79,7 +79,7 @@ class ClipAssembler:
         self._open.setdefault(facts.source, []).append(row)
 
     def feed(self, stretch: PictureStretch) -> None:
-        """Takes pictures of one row, places them, and hands out the clips that become complete."""
+        """Take pictures of one row, places them, and hand out the clips that become complete."""
         pictures = torch.from_numpy(stretch.pictures)
         if self._device.type == "cuda":
             pictures = pictures.pin_memory().to(self._device, non_blocking=True)
@@ -89,7 +89,7 @@ class ClipAssembler:
                     self._place(row, frame, clips, pictures, stretch.numbers)
 
     def end(self, row: int) -> None:
-        """Forgets what is left of a row: nothing, or what came before it failed."""
+        """Forget what is left of a row: nothing, or what came before it failed."""
         for source, rows in self._open.items():
             self._open[source] = [r for r in rows if r.facts.row != row]
 

@@ -18,7 +18,7 @@ RATE_ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ClipPlan:
-    """Is what the clips of one segment are made of.
+    """What the clips of one segment are made of.
 
     Attributes:
         frame_times_s: the times to ask a FrameReader for, float64 [n_clips, n_frames].
@@ -31,7 +31,7 @@ class ClipPlan:
 
     @property
     def n_clips(self) -> int:
-        """Gives the number of clips."""
+        """The number of clips."""
         return self.frame_times_s.shape[0]
 
 
@@ -43,7 +43,7 @@ def plan_clips(
     video_end_s: float,
     segment_id: str = "",
 ) -> ClipPlan:
-    """Plans the clips of the segment [start_s, stop_s) of a video, every view of them (METHODS section 2).
+    """Plan the clips of the segment [start_s, stop_s) of a video, every view of them (METHODS section 2).
 
     Views follow each other within a clip: entry clip * n_views + view. `segment_id` seeds what is random.
 
@@ -76,7 +76,7 @@ def plan_clips(
 def plan_audio_windows(
     spec: AudioSpec, start_s: float, stop_s: float, clips: ClipPlan | None
 ) -> npt.NDArray[np.float64]:
-    """Plans the windows of sound of a segment, start and end in seconds, float64 [n_windows, 2] (METHODS section 3).
+    """Plan the windows of sound of a segment, start and end in seconds, float64 [n_windows, 2] (METHODS section 3).
 
     `span` = `segment`: one window from start_s, the segment's length or `duration_s`, whichever is shorter.
     `span` = `clip`: a window of `duration_s` around the middle of each clip of `clips`; it may begin before the file
@@ -115,7 +115,7 @@ def _count_frames(duration_s: float, rate_hz: float) -> int:
 def _find_own_frames(
     start_s: float, stop_s: float, video_frame_times_s: npt.NDArray[np.float64], video_end_s: float
 ) -> npt.NDArray[np.float64]:
-    """Finds when the frames shown in [start_s, stop_s) begin, and, one value more, when the last of them ends."""
+    """Find when the frames shown in [start_s, stop_s) begin, and, one value more, when the last of them ends."""
     first = int(find_shown_frames(video_frame_times_s, start_s))
     n_until_stop = int(np.searchsorted(video_frame_times_s, stop_s - TIME_TOLERANCE_S, side="left"))
     boundaries_s = np.append(video_frame_times_s, max(video_end_s, float(video_frame_times_s[-1])))
@@ -124,7 +124,7 @@ def _find_own_frames(
 
 
 def _plan_offsets(spec: ClipSpec, n_frames: int, segment_id: str) -> npt.NDArray[np.int64]:
-    """Plans at which frame of the segment each entry begins; all at 0 where the segment is shorter than the span."""
+    """Plan at which frame of the segment each entry begins; all at 0 where the segment is shorter than the span."""
     n_beyond = n_frames - spec.span
     if spec.sampling == "windows":
         assert spec.step is not None  # ClipSpec refuses windows without a step

@@ -13,7 +13,7 @@ N_TRIES = 10
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """Is a part of a picture, in pixels after its short side was resized to `short_side`.
+    """A part of a picture, in pixels after its short side was resized to `short_side`.
 
     A part that isn't crop x crop of the FrameSpec is resized to that; a mirrored one is turned left to right then.
     """
@@ -27,7 +27,7 @@ class Crop:
 
 
 def plan_resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Computes the (height, width) of a picture whose short side is resized to `short_side`.
+    """Compute the (height, width) of a picture whose short side is resized to `short_side`.
 
     The long side is floor(long * short_side / short), in integers (torchvision's rule, and pytorchvideo's up to the
     rounding of its floats).
@@ -38,14 +38,14 @@ def plan_resized_shape(height: int, width: int, short_side: int) -> tuple[int, i
 
 
 def plan_centre_crop(height: int, width: int, crop: int) -> tuple[int, int]:
-    """Computes the (top, left) of the centre crop: half of what is left over, rounded down."""
+    """Compute the (top, left) of the centre crop: half of what is left over, rounded down."""
     return (height - crop) // 2, (width - crop) // 2
 
 
 def plan_crop(
     spec: FrameSpec, clips: ClipSpec, segment_id: str, clip: int, view: int, number: int, height: int, width: int
 ) -> Crop:
-    """Plans crop `number` of one view of one clip, of pictures of height x width (METHODS section 2).
+    """Plan crop `number` of one view of one clip, of pictures of height x width (METHODS section 2).
 
     What is drawn depends on `clips.seed`, the segment and the view, and on the clip where `spec.crop_for` says so.
     """
@@ -72,7 +72,7 @@ def plan_crop(
 def _plan_random_box(
     spec: FrameSpec, name: tuple[int, str, int, int], height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """Plans (top, left, height, width) of a random-resized crop, by the rule of torchvision's RandomResizedCrop."""
+    """Plan (top, left, height, width) of a random-resized crop, by the rule of torchvision's RandomResizedCrop."""
     low, high = spec.area
     log_low, log_high = (math.log(ratio) for ratio in spec.aspect)
     for trial in range(N_TRIES):

@@ -11,7 +11,7 @@ N_BAR_CHARACTERS = 40
 
 
 def describe_audit(audit: OutputAudit) -> Iterator[str]:
-    """Describes one output in some thirty lines."""
+    """Describe one output in some thirty lines."""
     silent = f", {audit.n_silent} without sound left out" if audit.n_silent else ""
     yield f"{audit.output}: {audit.n_vectors} clips of {audit.n_rows} done rows{silent}"
     yield f"  values  mean {audit.mean:.5g}, std {audit.std:.5g}, min {audit.min:.5g}, max {audit.max:.5g}"

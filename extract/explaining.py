@@ -1,4 +1,4 @@
-"""Says why a row of a store is done, stale, failed or pending, and gathers that over the stores of a cache."""
+"""Why a row of a store is done, stale, failed or pending, and gathers that over the stores of a cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_CLIPS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class RowExplanation:
-    """Is what can be said of one segment in one store.
+    """What can be said of one segment in one store.
 
     Attributes:
         status: done and up to date; stale: made from other media or times, whether done or failed then; failed;
@@ -59,7 +59,7 @@ class RowExplanation:
 def explain_everywhere(
     paths: Iterable[Place], segment_id: str, manifests_dir: Path, media_root: Path | None, dataset: str = ""
 ) -> list[RowExplanation]:
-    """Explains a segment in every store that has its row, or whose dataset's manifest has the segment.
+    """Explain a segment in every store that has its row, or whose dataset's manifest has the segment.
 
     `media_root` None means data/DATASET beside the manifests; `dataset` "" means all. Raises StoreError with the
     nearest ids when none knows the segment.
@@ -97,7 +97,7 @@ def explain_everywhere(
 def explain_segment(
     store: FeatureStore, segment_id: str, segments: dict[str, Segment], manifests_dir: Path, media_root: Path
 ) -> RowExplanation:
-    """Explains one row; `segments` are those of the dataset's manifest by id."""
+    """Explain one row; `segments` are those of the dataset's manifest by id."""
     segment = segments.get(segment_id)
     row = next((row for row, known in enumerate(store.segment_ids) if known == segment_id), None)
     bare = RowExplanation(store.path, segment_id, "absent", row, (), last_run=_read_last_run(store))
@@ -126,7 +126,7 @@ def explain_segment(
 
 
 def format_explanation(explanation: RowExplanation) -> list[str]:
-    """Writes an explanation as lines for people."""
+    """Write an explanation as lines for people."""
     where = f"row {explanation.row} of {explanation.store}" if explanation.row is not None else explanation.store
     lines = [f"segment {explanation.segment_id}: {explanation.status}; {where}"]
     if explanation.start_s is not None:
@@ -190,7 +190,7 @@ def _explain_pending(store: FeatureStore, row: int) -> tuple[str, ...]:
 def _explain_staleness(
     store: FeatureStore, row: int, segment: Segment, segments: dict[str, Segment], survey: MediaSurvey
 ) -> tuple[str, ...]:
-    """Says why a row's digest isn't the expected one, () if it is; the digest alone can't tell media from times.
+    """Explain why a row's digest isn't the expected one, () if it is; the digest alone can't tell media from times.
 
     What proves that the times changed: the digest is that of today's video with the times the row covers; or other
     rows of the video still match. What suggests that the video changed: no row of it matches.
@@ -227,7 +227,7 @@ def _explain_staleness(
 def _match_siblings(
     store: FeatureStore, row: int, segment: Segment, segments: dict[str, Segment], survey: MediaSurvey
 ) -> tuple[int, int]:
-    """Counts the other rows of the video that are up to date, and all of them that were ever computed."""
+    """Count the other rows of the video that are up to date, and all of them that were ever computed."""
     state = store.read_array("state")
     siblings = [
         (i, segments[known])

@@ -47,20 +47,20 @@ from echoshift.pipeline.store.space import check_space, count_needed_bytes
 
 
 class ExtractionProgress(Protocol):
-    """Is told how far a run is."""
+    """Told how far a run is."""
 
     def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of work of n_total steps."""
+        """Begin a stretch of work of n_total steps."""
         ...
 
     def advance(self, n: int = 1) -> None:
-        """Counts steps done."""
+        """Count steps done."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractionRequest:
-    """Is what the user asks for: which features of which segments, from where, into what.
+    """What the user asks for: which features of which segments, from where, into what.
 
     `n_rows_per_shard` counts when a store is made: the most work that a kill can cost; None lets bytes decide.
     Without a `cluster` all is done in this process. `wait_s` is how long to wait for another run on a store, None not
@@ -83,7 +83,7 @@ class ExtractionRequest:
 
 @dataclass(frozen=True, slots=True)
 class StoreSummary:
-    """Is what one store holds for the manifest after a run.
+    """What one store holds for the manifest after a run.
 
     `n_computed` rows were computed by this run; the other counts are of all the manifest's rows. `n_unchecked` of those
     that are done have media that can't be read now, the first for `unchecked_reason`, and so stay as they are.
@@ -103,25 +103,25 @@ class StoreSummary:
 
 @dataclass(frozen=True, slots=True)
 class ExtractionSummary:
-    """Is the outcome of a run, `duration_s` of it spent on shards."""
+    """The outcome of a run, `duration_s` of it spent on shards."""
 
     stores: tuple[StoreSummary, ...]
     duration_s: float
 
     @property
     def n_failed(self) -> int:
-        """Gives the number of failed rows over all stores."""
+        """The number of failed rows over all stores."""
         return sum(store.n_failed for store in self.stores)
 
     @property
     def n_unchecked(self) -> int:
-        """Gives the number of done rows, over all stores, whose media can't be read now."""
+        """The number of done rows, over all stores, whose media can't be read now."""
         return sum(store.n_unchecked for store in self.stores)
 
 
 @dataclass(slots=True)
 class _Work:
-    """Is one store under way."""
+    """One store under way."""
 
     store: FeatureStore
     spec: FeatureSpec
@@ -142,7 +142,7 @@ def extract_features(
     progress: ExtractionProgress,
     notify_waiting: Callable[[str], None] = lambda message: None,
 ) -> ExtractionSummary:
-    """Fills the stores of a request; resumes what is there, records failures and goes on.
+    """Fill the stores of a request; resumes what is there, records failures and goes on.
 
     Raises StoreBusyError when another run writes one of the stores, StoreReadOnlyError and StoreFullError when there is
     work to do and no right or no room to write it, SpecError when nothing is asked for or the cluster can't have it,
@@ -185,7 +185,7 @@ def extract_features(
 
 
 def _share_request(request: ExtractionRequest) -> ExtractionRequest:
-    """Makes a request that means the same to a worker with another working directory."""
+    """Make a request that means the same to a worker with another working directory."""
     if request.backend == "hdf5":
         raise SpecError("HDF5 is local and has a single writer; extract with --backend zarr, or without workers")
     encoders = tuple(
@@ -249,7 +249,7 @@ def _open_work(
 
 
 def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
-    """Joins the stores whose rows are the same, so that they share each decode."""
+    """Join the stores whose rows are the same, so that they share each decode."""
     alike: dict[tuple[int, bytes], list[_Work]] = {}
     for work in works:
         alike.setdefault((work.store.layout.n_rows_per_shard, work.rows_sha256), []).append(work)
@@ -279,7 +279,7 @@ def _run_jobs(
     works: Sequence[_Work],
     progress: ExtractionProgress,
 ) -> float:
-    """Runs all shards, here or on the request's cluster, and gives the seconds it took, without the cluster's start."""
+    """Run all shards, here or on the request's cluster, and return the seconds it took, without the cluster's start."""
     by_path = {work.store.path: work for work in works}
 
     def count(report: ShardReport) -> None:

@@ -1,4 +1,4 @@
-"""Defines what a worker must know to compute a shard; plain data that travels between processes."""
+"""What a worker must know to compute a shard; plain data that travels between processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echoshift.pipeline.specs import FeatureSpec
 
 @dataclass(frozen=True, slots=True)
 class StoreTarget:
-    """Is one store to be filled: its place, what goes in, and with which weights."""
+    """One store to be filled: its place, what goes in, and with which weights."""
 
     path: str
     spec: FeatureSpec
@@ -27,7 +27,7 @@ class StoreTarget:
 
 @dataclass(frozen=True, slots=True)
 class ExtractionPlan:
-    """Is everything that is the same for all shards of a run; `targets` are by the store's path."""
+    """Everything that is the same for all shards of a run; `targets` are by the store's path."""
 
     media_root: Path
     media_layout: MediaLayout
@@ -37,7 +37,7 @@ class ExtractionPlan:
 
 @dataclass(frozen=True, slots=True)
 class ShardWork:
-    """Is one shard to be computed, with what is its own.
+    """One shard to be computed, with what is its own.
 
     Attributes:
         task: the shard and its stores.

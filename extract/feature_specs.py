@@ -20,7 +20,7 @@ SPEC_PARTS = ("clip", "frame", "audio")
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """Is what a run decides for all its stores alike."""
+    """What a run decides for all its stores alike."""
 
     dtype: Literal["float16", "float32"] = "float16"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -36,7 +36,7 @@ def make_feature_spec(
     preset: str = "",
     overrides: Sequence[str] = (),
 ) -> FeatureSpec:
-    """Makes the specification of an encoder's store: the encoder's own preprocessing, then a preset's, then overrides.
+    """Make the specification of an encoder's store: the encoder's own preprocessing, then a preset's, then overrides.
 
     `outputs` are names, or `default`, `trunk` and `all` for those of a level (ARCHITECTURE, two cache levels).
     `overrides` are `part.field=value` with part clip, frame or audio, or `ENCODER.part.field=value` for one encoder

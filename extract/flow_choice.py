@@ -14,7 +14,7 @@ COMPUTED: Literal["tvl1"] = "tvl1"  # what the published flow networks were trai
 
 
 def choose_flow(card: DatasetCard, manifest: Manifest, media_root: Path) -> Literal["images", "tvl1"]:
-    """Gives `images` if any segment's video has flow images below the media root, else the method of computing it.
+    """Return `images` if any segment's video has flow images below the media root, else the method of computing it.
 
     A video that lacks its images where others have them fails with that reason: flow from two sources would make
     features that can't be compared.

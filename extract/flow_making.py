@@ -12,7 +12,7 @@ from echoshift.extract.shard_inputs import PictureSource, PictureStretch
 def pair_pictures(
     reader: FrameReader, times_s: np.ndarray, shown: np.ndarray, rate_hz: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds between which two pictures the flow at each time is computed: the one shown then, and the one after it.
+    """Find between which two pictures the flow at each time is computed: the one shown then, and the one after it.
 
     The one after is shown 1 / rate_hz later, and is at least the next one; at the end of the video the last one and
     the one before it are taken.
@@ -39,11 +39,11 @@ class FlowMaker:
 
     @property
     def needed(self) -> np.ndarray:
-        """Gives the pictures that are needed, int64, ascending."""
+        """The pictures that are needed, int64, ascending."""
         return np.array(sorted(self._last_use), dtype=np.int64)
 
     def add(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """Takes the pairs of some clips, int64 [n, n_frames] each, and gives the number of each one's flow."""
+        """Take the pairs of some clips, int64 [n, n_frames] each, and return the number of each one's flow."""
         numbers = np.empty(before.shape, dtype=np.int64)
         for place, pair in zip(np.ndindex(before.shape), zip(before.flat, after.flat, strict=True), strict=True):
             first, second = int(pair[0]), int(pair[1])
@@ -56,7 +56,7 @@ class FlowMaker:
         return numbers
 
     def feed(self, row: int, pictures: np.ndarray, numbers: np.ndarray) -> PictureStretch | None:
-        """Takes pictures and gives the flow of the pairs that they complete."""
+        """Take pictures and return the flow of the pairs that they complete."""
         made: dict[int, np.ndarray] = {}
         for picture, number in zip(pictures, numbers.tolist(), strict=True):
             if number not in self._last_use:

@@ -32,7 +32,7 @@ class MediaWatch:
     _known: dict[MediaLocation, tuple[Signature, str]] = field(default_factory=dict)
 
     def check_identity(self, segment: Segment, spec: FeatureSpec, digest: np.ndarray) -> None:
-        """Raises MediaChangedError unless `digest`, uint8 [16], is that of the media as they are now.
+        """Raise MediaChangedError unless `digest`, uint8 [16], is that of the media as they are now.
 
         To be called after the last of a row's inputs has been read, and before the row counts.
         """

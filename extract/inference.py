@@ -17,19 +17,19 @@ from echoshift.pipeline.specs import FeatureSpec
 
 
 def choose_batch(device: torch.device) -> int:
-    """Gives 1 clip a batch on a CPU, where more is slower, and 16 on a GPU."""
+    """Return 1 clip a batch on a CPU, where more is slower, and 16 on a GPU."""
     return 16 if device.type == "cuda" else 1
 
 
 @lru_cache(maxsize=8)
 def load_network(encoder: str, weights: WeightsRecord, device: str) -> EncoderNetwork:
-    """Loads an encoder once a process."""
+    """Load an encoder once a process."""
     return load_encoder(encoder, weights, torch.device(device))
 
 
 @lru_cache(maxsize=8)
 def load_inference_form(encoder: str, weights: WeightsRecord, device: str, precision: Precision) -> EncoderNetwork:
-    """Loads the form of an encoder that extraction runs, once a process; freed memory is kept from then on."""
+    """Load the form of an encoder that extraction runs, once a process; freed memory is kept from then on."""
     keep_freed_memory()
     return prepare_for_inference(load_network(encoder, weights, "cpu"), torch.device(device), precision)
 
@@ -50,7 +50,7 @@ class ShardEncoder:
         self._under_way: tuple[list[tuple[int, int]], dict[str, torch.Tensor], torch.cuda.Event | None] | None = None
 
     def add(self, row: int, entry: int, tensor: torch.Tensor) -> None:
-        """Takes an entry's input, float32 [C, T, H, W] or [1, F, N], on the device."""
+        """Take an entry's input, float32 [C, T, H, W] or [1, F, N], on the device."""
         self._waiting.append((row, entry, tensor))
         if len(self._waiting) >= self._n_clips_per_batch:
             self._start()
@@ -58,7 +58,7 @@ class ShardEncoder:
                 self._fetch()
 
     def run(self) -> None:
-        """Encodes the clips that wait, and hands out everything."""
+        """Encode the clips that wait, and hand out everything."""
         self._start()
         self._fetch()
 
@@ -98,7 +98,7 @@ class ShardEncoder:
         return found
 
     def _fetch(self) -> None:
-        """Hands out the outputs of the batch that was started before."""
+        """Hand out the outputs of the batch that was started before."""
         if self._under_way is None:
             return
         (places, outputs, event), self._under_way = self._under_way, None
@@ -109,7 +109,7 @@ class ShardEncoder:
             self._rows.put(row, entry, {name: values[i] for name, values in features.items()})
 
     def _fail(self, waiting: list[tuple[int, int, torch.Tensor]], error: Exception) -> None:
-        """Fails the one row whose single clip is too large; a batch that is too large is the user's to make smaller."""
+        """Fail the one row whose single clip is too large; a batch that is too large is the user's to make smaller."""
         where = f"{self._spec.encoder} on {self._device}"
         if len(waiting) > 1:
             raise SpecError(
@@ -122,12 +122,12 @@ class ShardEncoder:
 
 
 def _start_copy(value: torch.Tensor) -> torch.Tensor:
-    """Starts copying a tensor of the GPU into pinned memory; it is there once an event recorded now has passed."""
+    """Start copying a tensor of the GPU into pinned memory; it is there once an event recorded now has passed."""
     return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Says whether an error means that memory, of the machine or of the GPU, didn't suffice."""
+    """Return whether an error means that memory, of the machine or of the GPU, didn't suffice."""
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)

@@ -28,7 +28,7 @@ class KeptRows:
             self.n_valid[self.is_kept] = n_valid[self.is_kept]
 
     def fill_chunk(self, name: str, start_row: int, start_clip: int, values: np.ndarray) -> None:
-        """Puts the kept rows' features into a chunk of an output, [row, clip, …], that begins at a row and a clip."""
+        """Put the kept rows' features into a chunk of an output, [row, clip, …], that begins at a row and a clip."""
         first = start_row - self._shard.start_row
         here = self.is_kept[first : first + len(values)] & (self.n_valid[first : first + len(values)] > start_clip)
         if here.any():
@@ -36,7 +36,7 @@ class KeptRows:
             values[here] = self._store.read_outputs(name, start_row, stop_row, start_clip, stop_clip)[here]
 
     def fill_index(self, index: ShardIndex) -> None:
-        """Puts what the store says of the kept rows into the arrays of a shard's index, in place."""
+        """Put what the store says of the kept rows into the arrays of a shard's index, in place."""
         if not self.is_kept.any():
             return
         for name in ROW_ARRAYS:

@@ -24,7 +24,7 @@ Modality = Literal["rgb", "flow", "audio"]
 
 @dataclass(frozen=True, slots=True)
 class MediaLocation:
-    """Is where a segment's pictures or sound lie.
+    """Where a segment's pictures or sound lie.
 
     Attributes:
         kind: a media file; a folder or a tar of numbered images; or none: pictures that lie loose have no sound.
@@ -40,12 +40,12 @@ class MediaLocation:
 
     @classmethod
     def of_file(cls, path: Path) -> MediaLocation:
-        """Makes the location of one media file."""
+        """Make the location of one media file."""
         return cls("file", path)
 
 
 def locate_media(root: Path, layout: MediaLayout, segment: Segment, modality: Modality) -> MediaLocation:
-    """Finds a segment's media by the card's templates, tried in order.
+    """Find a segment's media by the card's templates, tried in order.
 
     For each template: the file itself, a file with a known ending, a tar, a folder of frames. Sound without templates
     of its own is a sound file beside the pictures, or the track in their file. Raises MediaNotFoundError listing what
@@ -86,7 +86,7 @@ def locate_media(root: Path, layout: MediaLayout, segment: Segment, modality: Mo
 
 
 def _find_file(stem: Path, endings: tuple[str, ...]) -> Path | None:
-    """Finds the file with a known ending (lower, upper or capitalised); sound endings go before video endings."""
+    """Find the file with a known ending (lower, upper or capitalised); sound endings go before video endings."""
     found: dict[tuple[int, int], Path] = {}  # by inode: some file systems take .mp4 and .MP4 for one name
     for ending in endings:  # not by listing the folder, which may hold every video of the dataset
         for written in (ending, ending.upper(), f".{ending[1:].capitalize()}"):
@@ -122,7 +122,7 @@ def _locate_frames(
 
 
 def identify_media(location: MediaLocation) -> str:
-    """Computes the identity of media by content, 32 hex digits: neither path nor clock has a part in it (FORMAT.md)."""
+    """Compute the identity of media by content, 32 hex digits: neither path nor clock has a part in it (FORMAT.md)."""
     digest = hashlib.blake2b(digest_size=16)
     if location.kind == "folder":
         files = sorted(_list_files(location.path))
@@ -141,7 +141,7 @@ def identify_media(location: MediaLocation) -> str:
 
 
 def _list_files(folder: Path) -> Iterator[Path]:
-    """Lists the files of a folder and those below it; raises OSError for one that can't be read (rglob skips it)."""
+    """List the files of a folder and those below it; raises OSError for one that can't be read (rglob skips it)."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -161,7 +161,7 @@ def _sample_blocks(path: Path) -> Iterator[bytes]:
 
 
 def open_frames(location: MediaLocation, decoder: Literal["pyav", "decord"] = "pyav") -> FrameReader:
-    """Opens a reader of a location's pictures; the decoder matters for media files only."""
+    """Open a reader of a location's pictures; the decoder matters for media files only."""
     if location.kind == "none":
         raise MediaNotFoundError(f"{location.path} holds no pictures")
     if location.kind != "file":
@@ -193,7 +193,7 @@ def _open_images(location: MediaLocation) -> FrameReader:
 
 
 def probe_duration_s(location: MediaLocation) -> float:
-    """Measures when the pictures end, or the sound of a file without pictures, in seconds."""
+    """Measure when the pictures end, or the sound of a file without pictures, in seconds."""
     if location.modality == "audio" or location.path.suffix.lower() in SOUND_ENDINGS:
         from echoshift.extract.readers.pyav_audio import probe_audio_end_s
 

@@ -32,7 +32,7 @@ class MediaSurvey:
     _durations: dict[object, float] = field(default_factory=dict)
 
     def identify(self, segment: Segment, modality: Modality) -> str:
-        """Gives the identity of a segment's media, NO_MEDIA when they aren't there, UNREADABLE when they can't be read.
+        """Return the identity of a segment's media, NO_MEDIA when there are none, UNREADABLE when they can't be read.
 
         Such a row fails when it is extracted, with the reason, and turns stale when its media can be read; one that is
         done stays as it is meanwhile.
@@ -51,22 +51,22 @@ class MediaSurvey:
         return self._identities[key]
 
     def is_missing(self, segment: Segment, modality: Modality) -> bool:
-        """Says whether a segment's media aren't there; loose frames without a sound file miss nothing."""
+        """Return whether a segment's media aren't there; loose frames without a sound file miss nothing."""
         self.identify(segment, modality)
         return (modality, segment.video_id, segment.domain, segment.split) in self._missing
 
     @property
     def has_reading_errors(self) -> bool:
-        """Says whether any of the media asked for so far can't be read."""
+        """Whether any of the media asked for so far can't be read."""
         return bool(self._reading_errors)
 
     def find_reading_error(self, segment: Segment, modality: Modality) -> str | None:
-        """Gives why a segment's media can't be read, None where they can, or aren't there."""
+        """Return why a segment's media can't be read, None where they can, or aren't there."""
         self.identify(segment, modality)
         return self._reading_errors.get((modality, segment.video_id, segment.domain, segment.split))
 
     def probe_duration_s(self, segment: Segment, modality: Modality = "rgb") -> float:
-        """Measures how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""
+        """Measure how long a segment's video is, in seconds; raises MediaNotFoundError or DecodeError."""
         location = locate_media(self.root, self.layout, segment, modality)
         if location.kind == "none":
             raise MediaNotFoundError(
@@ -77,7 +77,7 @@ class MediaSurvey:
         return self._durations[location]
 
     def count_clips(self, spec: FeatureSpec, segment: Segment) -> int:
-        """Counts a segment's clips and their views under windows; 1 where its media can't say (extraction will)."""
+        """Count a segment's clips and their views under windows; 1 where its media can't say (extraction will)."""
         modality: Modality = "rgb" if spec.frame is None else spec.frame.source
         try:
             location = locate_media(self.root, self.layout, segment, modality)
@@ -91,14 +91,14 @@ class MediaSurvey:
 
 
 def find_modality(spec: FeatureSpec) -> Modality:
-    """Gives the modality whose media a store is made from."""
+    """Return the modality whose media a store is made from."""
     return "audio" if spec.frame is None else spec.frame.source
 
 
 def identify_segments(
     survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec, notify: Callable[[], None] = lambda: None
 ) -> dict[str, str]:
-    """Maps each segment's id to the identity of what its row is made from."""
+    """Map each segment's id to the identity of what its row is made from."""
     identities = {}
     for segment in segments:
         identities[segment.segment_id] = identify_sources(survey.identify, segment, spec)
@@ -107,7 +107,7 @@ def identify_segments(
 
 
 def identify_sources(identify: Callable[[Segment, Modality], str], segment: Segment, spec: FeatureSpec) -> str:
-    """Gives the identity of all media that a row is made from.
+    """Return the identity of all media that a row is made from.
 
     Sound that is centred on clips depends on the picture's times too, so both identities count.
     """
@@ -118,7 +118,7 @@ def identify_sources(identify: Callable[[Segment, Modality], str], segment: Segm
 
 
 def count_clips_at_most(survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec) -> int:
-    """Gives the length of a store's clip axis."""
+    """Return the length of a store's clip axis."""
     if spec.audio is not None and spec.audio.span == "segment":
         return spec.n_sound_views
     if spec.clip.sampling != "windows":

@@ -15,7 +15,7 @@ from echoshift.pipeline.specs import FeatureSpec
 
 
 def require_some_media(survey: MediaSurvey, segments: Collection[Segment], spec: FeatureSpec) -> None:
-    """Raises MediaNotFoundError where not one segment has its media below the root."""
+    """Raise MediaNotFoundError where not one segment has its media below the root."""
     if all(_is_missing(survey, segment, spec) for segment in segments):
         raise MediaNotFoundError(
             f"none of {len(segments)} segments has its media below {survey.root}: "
@@ -26,7 +26,7 @@ def require_some_media(survey: MediaSurvey, segments: Collection[Segment], spec:
 def require_media_of_done(
     survey: MediaSurvey, rows: Sequence[Segment | None], spec: FeatureSpec, done_again: np.ndarray, path: str
 ) -> None:
-    """Raises MediaNotFoundError where rows that are done, bool [row], would be computed anew from media that are gone.
+    """Raise MediaNotFoundError where rows that are done, bool [row], would be computed anew from media that are gone.
 
     They would fail, and the features they have would be lost.
     """
@@ -44,21 +44,21 @@ def require_media_of_done(
 
 @dataclass(frozen=True, slots=True)
 class UncheckedRows:
-    """Is the done rows whose media can't be read, bool [row], and the first one's reason; "" where there are none."""
+    """The done rows whose media can't be read, bool [row], and the first one's reason; "" where there are none."""
 
     rows: np.ndarray
     reason: str
 
     @property
     def n_rows(self) -> int:
-        """Gives their number."""
+        """Their number."""
         return int(self.rows.sum())
 
 
 def find_unchecked_rows(
     survey: MediaSurvey, rows: Sequence[Segment | None], spec: FeatureSpec, done: np.ndarray
 ) -> UncheckedRows:
-    """Finds the done rows, `done` bool [row], of which nobody can say now whether they are up to date.
+    """Find the done rows, `done` bool [row], of which nobody can say now whether they are up to date.
 
     Computed again they would fail, and the features they have would be lost.
     """

@@ -27,7 +27,7 @@ class NeededMediaProbe:
     found: set[str] = field(default_factory=set)
 
     def probe_duration_s(self, segment: Segment) -> float:
-        """Gives the length in seconds; raises MediaNotFoundError of the last modality, or another MediaError."""
+        """Return the length in seconds; raises MediaNotFoundError of the last modality, or another MediaError."""
         self.asked.add(segment.video_id)
         location = self._locate(segment)
         self.found.add(segment.video_id)
@@ -43,7 +43,7 @@ class NeededMediaProbe:
 
 
 def find_needed_modalities(card: DatasetCard) -> tuple[Modality, ...]:
-    """Finds by which media a card's videos are looked for: pictures, unless no encoder of the card reads them.
+    """Find by which media a card's videos are looked for: pictures, unless no encoder of the card reads them.
 
     Sound that is centred on clips needs the pictures' times. Flow is read from its images, else computed from pictures.
     Sound beside pictures isn't asked for, because a segment may be silent. Raises SpecError for an unknown encoder.

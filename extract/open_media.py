@@ -27,11 +27,11 @@ class OpenMedia:
         self._watch = MediaWatch(root, layout)
 
     def locate(self, segment: Segment, modality: Modality) -> MediaLocation:
-        """Finds a segment's media; raises MediaNotFoundError or MediaError."""
+        """Find a segment's media; raises MediaNotFoundError or MediaError."""
         return locate_media(self._root, self._layout, segment, modality)
 
     def open_pictures(self, segment: Segment, modality: Modality, decoder: Literal["pyav", "decord"]) -> FrameReader:
-        """Opens a segment's pictures, or gives the reader that is open on them already."""
+        """Open a segment's pictures, or return the reader that is open on them already."""
         location = self.locate(segment, modality)
         key = (modality, decoder)
         if key in self._readers:
@@ -43,7 +43,7 @@ class OpenMedia:
         return reader
 
     def open_sound(self, location: MediaLocation) -> PyAvAudioReader | None:
-        """Opens sound, or gives the reader that is open on it already; None where `location` is none."""
+        """Open sound, or return the reader that is open on it already; None where `location` is none."""
         if location.kind == "none":
             return None
         if self._sound is not None:
@@ -55,7 +55,7 @@ class OpenMedia:
         return self._sound[1]
 
     def check_unchanged(self, segment: Segment, spec: FeatureSpec, digest: np.ndarray) -> None:
-        """Checks, after a row was read, that its media are those its digest, uint8 [16], was computed from.
+        """Check, after a row was read, that its media are those its digest, uint8 [16], was computed from.
 
         Raises MediaChangedError if a file was replaced since the run looked at it.
         """

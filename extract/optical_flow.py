@@ -17,7 +17,7 @@ Gray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class FlowMethod:
-    """Is how flow is computed: by which method, at which short side, clipped to +-`bound_px` pixels.
+    """How flow is computed: by which method, at which short side, clipped to +-`bound_px` pixels.
 
     TV-L1 is OpenCV's `DualTVL1OpticalFlow` with its defaults, DIS its `DISOpticalFlow` with the preset MEDIUM.
     """
@@ -40,7 +40,7 @@ class FlowComputer:
         )
 
     def shrink(self, picture: npt.NDArray[np.uint8]) -> Gray:
-        """Turns an RGB picture [H, W, 3] into gray of the method's size, uint8 [h, w]."""
+        """Turn an RGB picture [H, W, 3] into gray of the method's size, uint8 [h, w]."""
         gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
         height, width = plan_resized_shape(gray.shape[0], gray.shape[1], self._method.short_side)
         if gray.shape == (height, width):
@@ -50,11 +50,11 @@ class FlowComputer:
         return np.asarray(resized, dtype=np.uint8)
 
     def compute(self, before: Gray, after: Gray) -> npt.NDArray[np.uint8]:
-        """Computes the flow from one gray picture to the next, quantised, uint8 [h, w, 2] with channels u, v."""
+        """Compute the flow from one gray picture to the next, quantised, uint8 [h, w, 2] with channels u, v."""
         return quantise_flow(self._algorithm.calc(before, after, None), self._method.bound_px)
 
 
 def quantise_flow(flow_px: npt.NDArray[np.float32], bound_px: float) -> npt.NDArray[np.uint8]:
-    """Clips flow to +-bound_px and maps it evenly to 0..255, so that no motion is 128 (rounded from 127.5)."""
+    """Clip flow to +-bound_px and maps it evenly to 0..255, so that no motion is 128 (rounded from 127.5)."""
     clipped = np.clip(flow_px, -bound_px, bound_px)
     return np.rint(clipped * (127.5 / bound_px) + 127.5).astype(np.uint8)

@@ -23,13 +23,13 @@ class OutputWriter:
         self._under_way: deque[Future[None]] = deque()
 
     def write(self, store: FeatureStore, name: str, row: int, clip: int, values: np.ndarray) -> None:
-        """Hands a chunk over, which the caller no longer changes."""
+        """Hand a chunk over, which the caller no longer changes."""
         while len(self._under_way) >= N_CHUNKS_AHEAD:
             self._under_way.popleft().result()
         self._under_way.append(self._pool.submit(store.write_outputs, name, row, values, clip))
 
     def wait(self) -> None:
-        """Waits until everything handed over is written."""
+        """Wait until everything handed over is written."""
         while self._under_way:
             self._under_way.popleft().result()
 

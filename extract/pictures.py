@@ -19,7 +19,7 @@ N_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Says where pictures go: picture number `source` of a stretch to position `position` of a clip, for each pair.
+    """Where pictures go: picture number `source` of a stretch to position `position` of a clip, for each pair.
 
     `clip` is float32 [C, T, crop, crop] on the pictures' device, and is written to.
     """
@@ -29,7 +29,7 @@ class Placement:
 
 
 def place_pictures(frames: Tensor, spec: FrameSpec, placements: Mapping[Crop, Sequence[Placement]]) -> None:
-    """Prepares uint8 pictures [N, H, W, C] once for each crop, and writes them where they belong.
+    """Prepare uint8 pictures [N, H, W, C] once for each crop, and write them where they belong.
 
     In this order: the short side is resized (torch bilinear with antialiasing, half-pixel centres, in float, never
     rounded back to 0..255), the crop is cut out and, if it hasn't the network's size, resized likewise, mirrored, and
@@ -57,7 +57,7 @@ def place_pictures(frames: Tensor, spec: FrameSpec, placements: Mapping[Crop, Se
 
 
 def _as_index(numbers: list[int]) -> slice | list[int]:
-    """Gives a slice, which copies nothing, where numbers follow each other."""
+    """Return a slice, which copies nothing, where numbers follow each other."""
     first, last = numbers[0], numbers[-1]
     return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
 
@@ -98,7 +98,7 @@ def _place_crop(
 
 
 def prepare_clips(frames: Tensor, spec: FrameSpec) -> Tensor:
-    """Turns uint8 [B, T, H, W, C] into centre crops, float32 [B, C, T, crop, crop], see `place_pictures`."""
+    """Turn uint8 [B, T, H, W, C] into centre crops, float32 [B, C, T, crop, crop], see `place_pictures`."""
     if frames.ndim != 5:
         raise SpecError(f"clips must be uint8 [B, T, H, W, C], are {frames.dtype} {list(frames.shape)}")
     n_clips, n_frames, height, width, n_channels = frames.shape
@@ -113,7 +113,7 @@ def prepare_clips(frames: Tensor, spec: FrameSpec) -> Tensor:
 
 
 def _plan_chunk(pictures: Tensor, n_resized_pixels: int) -> int:
-    """Computes how many pictures [N, C, H, W] go through float at a time."""
+    """Compute how many pictures [N, C, H, W] go through float at a time."""
     n_channels, height, width = pictures.shape[1:]
     n_bytes = 4 * n_channels * max(height * width, n_resized_pixels)
     return max(1, N_CHUNK_BYTES.get(pictures.device.type, N_CHUNK_BYTES["cpu"]) // n_bytes)

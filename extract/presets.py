@@ -15,7 +15,7 @@ from echoshift.pipeline.suggestions import suggest
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Is one recipe: what it changes of an encoder's own preprocessing.
+    """One recipe: what it changes of an encoder's own preprocessing.
 
     Attributes:
         clip, frame: fields of ClipSpec and FrameSpec with their values.
@@ -91,7 +91,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
 
 
 def find_preset(name: str) -> Preset:
-    """Finds a preset by name; raises SpecError with the nearest name, or with all of them."""
+    """Find a preset by name; raises SpecError with the nearest name, or with all of them."""
     try:
         return PRESETS[name]
     except KeyError as error:
@@ -100,7 +100,7 @@ def find_preset(name: str) -> Preset:
 
 
 def apply_preset(preset: Preset, entry: EncoderEntry, parts: dict[str, dict[str, Any]]) -> None:
-    """Changes the parts (clip, frame, audio) of an encoder's preprocessing to what a preset says.
+    """Change the parts (clip, frame, audio) of an encoder's preprocessing to what a preset says.
 
     An encoder smaller than 256 gets short sides and crops in proportion. For flow, whose rate is half of the pictures',
     the number of frames and their stride stay the encoder's own where the preset doesn't span a time in seconds.

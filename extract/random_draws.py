@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def draw(seed: int, segment_id: str, view: int, clip: int, what: str) -> float:
-    """Draws a number from [0, 1), evenly: the first 53 bits of a blake2b of all that names it.
+    """Draw a number from [0, 1), evenly: the first 53 bits of a blake2b of all that names it.
 
     The same on every machine, in every worker and batch, and under every version of NumPy.
     """
@@ -18,14 +18,14 @@ def draw(seed: int, segment_id: str, view: int, clip: int, what: str) -> float:
 
 
 def draw_integer(low: int, high: int, seed: int, segment_id: str, view: int, clip: int, what: str) -> int:
-    """Draws a whole number from low..high, both included."""
+    """Draw a whole number from low..high, both included."""
     return low + int(draw(seed, segment_id, view, clip, what) * (high - low + 1))
 
 
 def draw_array(
     shape: tuple[int, ...], seed: int, segment_id: str, view: int, clip: int, what: str
 ) -> npt.NDArray[np.float32]:
-    """Draws an array of numbers from [0, 1), evenly, float32: 24 bits each, the upper ones of 4 bytes, low byte first.
+    """Draw an array of numbers from [0, 1), evenly, float32: 24 bits each, the upper ones of 4 bytes, low byte first.
 
     The bytes are a SHAKE-128 of all that names the array, as long as it is: 5 ms for the 258,028 numbers of a
     spectrogram, where a hash for each of them would take a second.

@@ -36,7 +36,7 @@ Outcome = Literal["equal", "close", "different", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class RowComparison:
-    """Is one output of one row against itself, extracted anew.
+    """One output of one row against itself, extracted anew.
 
     Attributes:
         outcome: the same bytes; within the tolerance; beyond it; or the row can't be extracted now.
@@ -57,7 +57,7 @@ class RowComparison:
 
 @dataclass(frozen=True, slots=True)
 class ReextractionReport:
-    """Is the outcome of extracting a sample anew; `fp16_errors` is by output, empty for a store of float32."""
+    """The outcome of extracting a sample anew; `fp16_errors` is by output, empty for a store of float32."""
 
     n_rows: int
     tolerance: float
@@ -66,7 +66,7 @@ class ReextractionReport:
 
     @property
     def faults(self) -> list[VerifyFault]:
-        """Lists what differs beyond the tolerance or can't be extracted any more."""
+        """What differs beyond the tolerance or can't be extracted any more."""
         return [
             VerifyFault(f"outputs/{c.output}", c.segment_id, c.detail)
             for c in self.comparisons
@@ -75,7 +75,7 @@ class ReextractionReport:
 
 
 def derive_tolerance(spec: FeatureSpec) -> float:
-    """Gives the relative error that another device, batch or library explains.
+    """Return the relative error that another device, batch or library explains.
 
     8 unit roundoffs of the precision, and one of the type stored: 4.4e-3 for fp32 networks and float16 features, 3.2e-2
     for bf16 ones. Reasoned from rounding, not measured between devices.
@@ -84,7 +84,7 @@ def derive_tolerance(spec: FeatureSpec) -> float:
 
 
 def find_weights(store: FeatureStore) -> WeightsRecord:
-    """Finds the weights a store was made with, by their checksum: under the name it noted, or any installed one.
+    """Find the weights a store was made with, by their checksum: under the name it noted, or any installed one.
 
     Raises WeightsError saying what to install when they aren't there.
     """
@@ -110,7 +110,7 @@ def find_weights(store: FeatureStore) -> WeightsRecord:
 
 
 def choose_rows(candidates: np.ndarray, n_done: int, percent: float, seed: int) -> list[int]:
-    """Chooses `percent` of the done rows, at least one, spread over the shards by a seeded choice."""
+    """Choose `percent` of the done rows, at least one, spread over the shards by a seeded choice."""
     return choose_spread(candidates.tolist(), max(1, math.ceil(n_done * percent / 100)), seed)
 
 
@@ -122,7 +122,7 @@ def compare_sample(
     options: RunOptions,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> ReextractionReport:
-    """Extracts rows anew with the store's own specification and weights, in float32, and compares each output.
+    """Extract rows anew with the store's own specification and weights, in float32, and compare each output.
 
     `segments` has an entry a row of the store; the chosen rows' are there. Raises WeightsError when the weights aren't,
     StoreError when the encoder has been revised since.
@@ -176,7 +176,7 @@ def compare_sample(
 def compare_values(
     segment_id: str, output: str, stored: np.ndarray, fresh: np.ndarray, spec: FeatureSpec
 ) -> RowComparison:
-    """Compares one row's clips, stored [clip, ...] in the store's type with fresh float32 ones of the same shape."""
+    """Compare one row's clips, stored [clip, ...] in the store's type with fresh float32 ones of the same shape."""
     with np.errstate(over="ignore"):
         as_stored = fresh.astype(stored.dtype)
     if stored.tobytes() == as_stored.tobytes() or (np.isnan(stored).all() and np.isnan(as_stored).all()):

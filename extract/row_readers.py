@@ -100,7 +100,7 @@ class RowReaders:
                     return
 
     def _list_paths(self, row: int) -> tuple[str, ...]:
-        """Lists the stores that need a row: those that don't keep it."""
+        """List the stores that need a row: those that don't keep it."""
         return tuple(path for path in self._work.task.store_paths if row not in self._kept.get(path, ()))
 
     def _digests_of(self, row: int) -> Mapping[str, np.ndarray]:
@@ -108,7 +108,7 @@ class RowReaders:
         return {path: digests[i] for path, digests in self._work.digests.items()}
 
     def _put(self, queue: Queue[ShardInput | BaseException], row: int, item: ShardInput | BaseException) -> bool:
-        """Hands an input on once there is room; False when nobody waits for it any more."""
+        """Hand an input on once there is room; False when nobody waits for it any more."""
         while not self._is_closed.is_set() and row not in self._given_up:
             try:
                 queue.put(item, timeout=_POLL_S)
@@ -119,5 +119,5 @@ class RowReaders:
 
 
 def choose_n_readers(device_type: str, n_cores: int) -> int:
-    """Gives 1 reader on a CPU, whose cores the networks need, and up to 8 where a GPU waits for pictures."""
+    """Return 1 reader on a CPU, whose cores the networks need, and up to 8 where a GPU waits for pictures."""
     return max(1, min(8, n_cores // 2)) if device_type == "cuda" else 1

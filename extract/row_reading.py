@@ -29,7 +29,7 @@ ReadInputs = Callable[[OpenMedia, int, Segment, Sequence[StoreTarget]], Iterator
 def read_row(
     media: OpenMedia, row: int, segment: Segment, targets: Sequence[StoreTarget], digests: Mapping[str, np.ndarray]
 ) -> Iterator[ShardInput]:
-    """Reads the inputs of one row for some stores; whatever fails yields a RowFailure for the stores it concerns.
+    """Read the inputs of one row for some stores; whatever fails yields a RowFailure for the stores it concerns.
 
     `digests` are by store path what the row is to be made from, uint8 [16]; media that are other ones by the time they
     were read fail the row. Whatever the length of video and segment, at most MAX_STRETCH_BYTES of pictures (or one
@@ -57,7 +57,7 @@ def _guard(
     digests: Mapping[str, np.ndarray],
     read: ReadInputs,
 ) -> Iterator[ShardInput]:
-    """Reads for stores that share their media, and turns an error into their failure."""
+    """Read for stores that share their media, and turn an error into their failure."""
     try:
         yield from read(media, row, segment, targets)
     except MediaError as error:
@@ -81,7 +81,7 @@ def _read_sound(media: OpenMedia, row: int, segment: Segment, targets: Sequence[
 def read_pictures(
     media: OpenMedia, row: int, segment: Segment, targets: Sequence[StoreTarget]
 ) -> Iterator[PictureFacts | PictureStretch]:
-    """Reads the pictures of one row for stores that share media and decoder; raises MediaError for what fails."""
+    """Read the pictures of one row for stores that share media and decoder; raises MediaError for what fails."""
     source = PictureSource.of(targets[0].spec)
     reader = media.open_pictures(segment, source.media, source.decoder)
     wanted: set[int] = set()
@@ -115,7 +115,7 @@ def read_pictures(
 def _read_stretches(
     reader: FrameReader, row: int, plain: PictureSource | None, wanted: np.ndarray, makers: Sequence[FlowMaker]
 ) -> Iterator[PictureStretch]:
-    """Decodes each picture once, in order of time, and hands on the plain ones and the flow that becomes complete."""
+    """Decode each picture once, in order of time, and hand on the plain ones and the flow that becomes complete."""
     needed = np.unique(np.concatenate([wanted, *(maker.needed for maker in makers)]))
     n_picture_bytes = reader.info.height * reader.info.width * 3
     n_at_most = max(1, min(MAX_STRETCH_PICTURES, MAX_STRETCH_BYTES // n_picture_bytes))

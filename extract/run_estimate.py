@@ -42,7 +42,7 @@ N_HDF5_FILE_BYTES = 7000
 
 @dataclass(frozen=True, slots=True)
 class OutputEstimate:
-    """Is what one output takes on disk.
+    """What one output takes on disk.
 
     Attributes:
         level: what it is for: Stage 1 trains from trunks, Stage 2 from pooled features, tokens and maps.
@@ -59,7 +59,7 @@ class OutputEstimate:
 
 @dataclass(frozen=True, slots=True)
 class StoreEstimate:
-    """Is what one store would hold and need.
+    """What one store would hold and need.
 
     Attributes:
         n_segments: of the manifest; each is done, failed (and not tried again) or to do.
@@ -93,7 +93,7 @@ class StoreEstimate:
 
 @dataclass(frozen=True, slots=True)
 class SharedWork:
-    """Is segments that are computed for the same stores, and so share each decode; without those that miss media."""
+    """Segments that are computed for the same stores, and so share each decode; without those that miss media."""
 
     encoders: tuple[int, ...]
     segments: tuple[Segment, ...]
@@ -101,7 +101,7 @@ class SharedWork:
 
 @dataclass(frozen=True, slots=True)
 class RunEstimate:
-    """Is what a run would do; `n_bytes_free` on the cache's disk is None where no disk can be asked."""
+    """What a run would do; `n_bytes_free` on the cache's disk is None where no disk can be asked."""
 
     stores: tuple[StoreEstimate, ...]
     work: tuple[SharedWork, ...]
@@ -109,18 +109,18 @@ class RunEstimate:
 
     @property
     def n_bytes_to_add(self) -> int:
-        """Gives the bytes that the run would add to the cache."""
+        """The bytes that the run would add to the cache."""
         return sum(store.n_bytes_to_add for store in self.stores)
 
     @property
     def fits(self) -> bool:
-        """Says whether the cache's disk has room; True where it can't be asked."""
+        """Whether the cache's disk has room; True where it can't be asked."""
         return self.n_bytes_free is None or self.n_bytes_to_add <= self.n_bytes_free
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Is a store's rows as the run would find them."""
+    """A store's rows as the run would find them."""
 
     path: str
     ids: tuple[str, ...]
@@ -130,12 +130,12 @@ class _Rows:
 
 
 def find_level(output: str) -> Level:
-    """Gives the cache level of an output by its name (docs/extraction.md)."""
+    """Return the cache level of an output by its name (docs/extraction.md)."""
     return "Stage 1" if output.startswith("trunk") else "Stage 2"
 
 
 def plan_run(request: ExtractionRequest, survey: MediaSurvey, notify: Callable[[], None] = lambda: None) -> RunEstimate:
-    """Plans a run: reads manifest, media and stores, and writes nothing.
+    """Plan a run: reads manifest, media and stores, and write nothing.
 
     `notify` is called once a segment and store. The bytes are those of the finished store.
     """
@@ -156,7 +156,7 @@ def plan_run(request: ExtractionRequest, survey: MediaSurvey, notify: Callable[[
 
 
 def measure_store(spec: FeatureSpec, layout: StoreLayout, backend: Backend) -> tuple[dict[str, int], int, int]:
-    """Computes the bytes of each array of a full store, of its metadata, and the number of its files."""
+    """Compute the bytes of each array of a full store, of its metadata, and the number of its files."""
     arrays = plan_arrays(spec, layout)
     if backend == "hdf5":
         sizes = {a.name: _count_bytes(a.shape, a.dtype) + N_CHECKSUM_BYTES * layout.n_shards for a in arrays}
@@ -168,7 +168,7 @@ def measure_store(spec: FeatureSpec, layout: StoreLayout, backend: Backend) -> t
 
 
 def measure_free_bytes(cache_dir: Place) -> int | None:
-    """Gives the bytes free on the disk of a folder that needn't be there yet; None for what is no local folder."""
+    """Return the bytes free on the disk of a folder that needn't be there yet; None for what is no local folder."""
     place = locate(cache_dir)
     return None if place.is_remote else count_free_bytes(str(place))
 
@@ -252,7 +252,7 @@ def _estimate_store(
 
 
 def _share_work(stores: Sequence[_Rows]) -> list[tuple[tuple[int, ...], str]]:
-    """Lists each segment that is computed with the stores it is computed for at once, as extraction groups them."""
+    """List each segment that is computed with the stores it is computed for at once, as extraction groups them."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, store in enumerate(stores):
         alike.setdefault((store.layout.n_rows_per_shard, *store.ids), []).append(i)

@@ -1,4 +1,4 @@
-"""Defines how a run goes about its work: nothing here changes what a feature is or has a part in a fingerprint."""
+"""How a run goes about its work: nothing here changes what a feature is or has a part in a fingerprint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Is what a run decides about machine and patience.
+    """What a run decides about machine and patience.
 
     Attributes:
         device: auto, cpu, cuda or cuda:n.

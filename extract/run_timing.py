@@ -22,7 +22,7 @@ N_STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class DurationEstimate:
-    """Is how long a number of segments take, in seconds, and the range it is expected in."""
+    """How long a number of segments take, in seconds, and the range it is expected in."""
 
     n_segments: int
     low_s: float
@@ -32,7 +32,7 @@ class DurationEstimate:
 
 @dataclass(frozen=True, slots=True)
 class TimedSample:
-    """Is what a timed sample of a run's segments says.
+    """What a timed sample of a run's segments says.
 
     Attributes:
         device: what it ran on; the estimate holds for that.
@@ -49,7 +49,7 @@ class TimedSample:
 
 
 def estimate_duration(segments_s: Sequence[float], n_segments: int) -> DurationEstimate:
-    """Extrapolates from seconds a sampled segment to n segments: mean times n, two standard errors to either side.
+    """Extrapolate from seconds a sampled segment to n segments: mean times n, two standard errors to either side.
 
     One sampled segment says nothing of the spread: half to twice its time is given.
     """
@@ -70,7 +70,7 @@ def time_sample(
     seed: int = 0,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> TimedSample | None:
-    """Extracts `n_sample` segments of each kind of work into throw-away stores and times them; None: nothing to do.
+    """Extract `n_sample` segments of each kind of work into throw-away stores and times them; None: nothing to do.
 
     The segments are spread over the data set by a seeded choice and go through one shard, as in a run. Before, one of
     them goes through alone, uncounted: it loads networks and libraries.
@@ -110,7 +110,7 @@ def time_sample(
 
 
 def describe_device(device: str) -> str:
-    """Says which device a run would use: the GPU's name, or the CPU with its threads."""
+    """Describe which device a run would use: the GPU's name, or the CPU with its threads."""
     import torch
 
     from echoshift.pipeline.devices import resolve_device
@@ -124,7 +124,7 @@ def describe_device(device: str) -> str:
 def _split_duration(
     started: float, duration_s: float, stamps: Sequence[tuple[float, int]], n_segments: int
 ) -> list[float]:
-    """Splits the whole time over the segments by when each was read; the parts add up to the whole."""
+    """Split the whole time over the segments by when each was read; the parts add up to the whole."""
     parts: list[float] = []
     last = started
     for when, n_rows in stamps:

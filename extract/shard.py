@@ -37,7 +37,7 @@ def process_shard(
     stores: Mapping[str, FeatureStore] | None = None,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> ShardReport:
-    """Computes a shard's rows, writes their features to the stores, and returns the index that makes them count.
+    """Compute a shard's rows, write their features to the stores, and return the index that makes them count.
 
     Depends on plan, work and media alone, and may be run again at any time with the same result. `notify` is called
     with the number of rows read since the last call. Reading, computing and writing overlap, each at most a few inputs
@@ -60,7 +60,7 @@ def process_shard(
 
 
 class _Computation:
-    """Is a shard under way: leads each input to where it belongs."""
+    """A shard under way: leads each input to where it belongs."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class _Computation:
                     rows.skip(row)
 
     def take(self, item: ShardInput) -> None:
-        """Takes one input; one that is too large for the memory fails its row."""
+        """Take one input; one that is too large for the memory fails its row."""
         try:
             self._lead(item)
         except (MemoryError, RuntimeError) as error:
@@ -139,7 +139,7 @@ class _Computation:
             self.n_rows_ended += 1
 
     def finish(self) -> dict[str, ShardIndex]:
-        """Encodes what still waits for a full batch, and gives the stores' indices."""
+        """Encode what still waits for a full batch, and return the stores' indices."""
         for encoder in self._encoders.values():
             encoder.run()
         return {path: rows.finish() for path, rows in self._rows.items()}

@@ -1,4 +1,4 @@
-"""Defines what is read for the rows of a shard, in the order in which it is handed on."""
+"""What is read for the rows of a shard, in the order in which it is handed on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echoshift.pipeline.store.interface import Failure
 
 @dataclass(frozen=True, slots=True)
 class PictureSource:
-    """Is where pictures come from: which media, by which decoder, and, for computed flow, how it is made of them."""
+    """Where pictures come from: which media, by which decoder, and, for computed flow, how it is made of them."""
 
     media: Literal["rgb", "flow"]
     decoder: Literal["pyav", "decord"]
@@ -24,7 +24,7 @@ class PictureSource:
 
     @classmethod
     def of(cls, spec: FeatureSpec) -> PictureSource:
-        """Gives the source of a picture store."""
+        """Return the source of a picture store."""
         assert spec.frame is not None, "sound has no pictures"
         frame = spec.frame
         method = None if frame.flow == "images" else FlowMethod(frame.flow, frame.short_side, frame.flow_bound)
@@ -33,7 +33,7 @@ class PictureSource:
 
 @dataclass(frozen=True, slots=True)
 class PictureFacts:
-    """Says what a row of some picture stores is made of; comes before its pictures.
+    """What a row of some picture stores is made of; comes before its pictures.
 
     Attributes:
         source, clip: what the stores share; their crops may differ.
@@ -54,7 +54,7 @@ class PictureFacts:
 
 @dataclass(frozen=True, slots=True)
 class PictureStretch:
-    """Is some of the pictures of a row, uint8 [n, H, W, C], each once, with their numbers, int64 [n], ascending."""
+    """Some of the pictures of a row, uint8 [n, H, W, C], each once, with their numbers, int64 [n], ascending."""
 
     row: int
     source: PictureSource
@@ -64,7 +64,7 @@ class PictureStretch:
 
 @dataclass(frozen=True, slots=True)
 class SoundSpan:
-    """Says what a row of a sound store covers; comes before its windows. As PictureFacts; frames are samples."""
+    """What a row of a sound store covers; comes before its windows. As PictureFacts; frames are samples."""
 
     store_path: str
     row: int
@@ -74,7 +74,7 @@ class SoundSpan:
 
 @dataclass(frozen=True, slots=True)
 class SoundWindow:
-    """Is the samples of one entry of a row, float32 [n]."""
+    """The samples of one entry of a row, float32 [n]."""
 
     store_path: str
     row: int
@@ -94,7 +94,7 @@ class SoundEnd:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """Says that a row of some stores gets no features, and why; inputs that came before are void."""
+    """That a row of some stores gets no features, and why; inputs that came before are void."""
 
     store_paths: tuple[str, ...]
     row: int
@@ -103,7 +103,7 @@ class RowFailure:
 
 @dataclass(frozen=True, slots=True)
 class RowEnd:
-    """Says that all inputs of a row, for every store, have been read."""
+    """That all inputs of a row, for every store, have been read."""
 
     row: int
 
@@ -112,6 +112,6 @@ ShardInput = PictureFacts | PictureStretch | SoundSpan | SoundWindow | SoundEnd 
 
 
 def describe_failure(segment: Segment, error: MediaError) -> Failure:
-    """Puts a media error into the ledger's terms: one line, and whether a retry can help."""
+    """Put a media error into the ledger's terms: one line, and whether a retry can help."""
     reason = " ".join(str(error).split())
     return Failure(segment.segment_id, segment.video_id, type(error).__name__, reason, error.retryable)

@@ -19,7 +19,7 @@ from echoshift.pipeline.store.layout import FAILED, N_DIGEST_BYTES, PENDING
 
 @dataclass(frozen=True, slots=True)
 class ExtractionJob:
-    """Is the work of stores that have the same rows.
+    """The work of stores that have the same rows.
 
     Attributes:
         rows: a segment for each row, None where the manifest no longer has it.
@@ -34,14 +34,14 @@ class ExtractionJob:
     n_threads: int | None = None
 
     def describe_work(self, task: ShardTask) -> ShardWork:
-        """Cuts a shard's part out of the rows."""
+        """Cut a shard's part out of the rows."""
         of_shard = slice(task.shard.start_row, task.shard.stop_row)
         return ShardWork(
             task, tuple(self.rows[of_shard]), {path: self.digests[path][of_shard] for path in task.store_paths}
         )
 
     def compute(self, task: ShardTask, notify: Callable[[int], None]) -> ShardReport:
-        """Computes a shard in this process; `notify` is told of every row of the shard."""
+        """Compute a shard in this process; `notify` is told of every row of the shard."""
         from echoshift.extract.shard import (
             process_shard,  # brings torch, which a run with nothing to do needn't wait for
         )
@@ -59,11 +59,11 @@ class ExtractionJob:
         return report
 
     def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
-        """Gives what a Dask worker is to call; the same plan, versions and files are checked there."""
+        """Return what a Dask worker is to call; the same plan, versions and files are checked there."""
         return compute_shard_on_worker, (make_ticket(topic, self.n_threads), self.plan, self.describe_work(task))
 
     def give_up(self, task: ShardTask, reason: str) -> ShardReport:
-        """Makes the report of a shard whose workers die: its rows have failed, and a retry may help."""
+        """Make the report of a shard whose workers die: its rows have failed, and a retry may help."""
         return ShardReport(task, {path: self._fail_rows(task, path, reason) for path in task.store_paths})
 
     def _fail_rows(self, task: ShardTask, path: str, reason: str) -> ShardIndex:

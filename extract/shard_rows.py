@@ -17,7 +17,7 @@ from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Is the rows and entries of one chunk, within the shard and the array."""
+    """The rows and entries of one chunk, within the shard and the array."""
 
     row: int
     stop_row: int
@@ -26,7 +26,7 @@ class _Block:
 
 
 class ShardRows:
-    """Holds the unfinished chunks of a store's shard and the index of its rows.
+    """The unfinished chunks of a store's shard and the index of its rows.
 
     A chunk is written as soon as nothing in it is awaited any more, so that a long row takes no more memory than a few
     chunks. Rows that the task keeps are carried over. Entry means a place on the second axis: a clip, or a view or crop
@@ -57,14 +57,14 @@ class ShardRows:
         self._clip_shapes = {output.name: output.shape for output in store.spec.outputs}
 
     def start_row(self, row: int, times: np.ndarray, frames: np.ndarray) -> None:
-        """Notes what a row's entries cover, [n, 2] each; entries beyond n don't exist and aren't awaited."""
+        """Note what a row's entries cover, [n, 2] each; entries beyond n don't exist and aren't awaited."""
         i, k = row - self._shard.start_row, len(times)
         self._times[i, :k], self._frames[i, :k], self._n_valid[i] = times, frames, k
         self._is_awaited[i, k:] = False
         self._write_complete(row)
 
     def end_sound(self, row: int, has_audio: bool, loudness_dbfs: float) -> None:
-        """Notes how loud a row is; one without sound is complete, with NaN for features."""
+        """Note how loud a row is; one without sound is complete, with NaN for features."""
         i = row - self._shard.start_row
         if i in self._failures:
             return
@@ -78,7 +78,7 @@ class ShardRows:
             self._write_complete(row)
 
     def put(self, row: int, entry: int, features: dict[str, np.ndarray]) -> None:
-        """Takes one entry's outputs, float32; a value that the store's dtype can't hold fails the row."""
+        """Take one entry's outputs, float32; a value that the store's dtype can't hold fails the row."""
         i = row - self._shard.start_row
         if i in self._failures:
             return
@@ -99,7 +99,7 @@ class ShardRows:
         self._write_complete(row, entry)
 
     def fail(self, row: int, failure: Failure) -> None:
-        """Makes a row failed; whatever it got before is wiped. A row that is kept was read for other stores' sake."""
+        """Make a row failed; whatever it got before is wiped. A row that is kept was read for other stores' sake."""
         i = row - self._shard.start_row
         if i in self._failures or self._kept.is_kept[i]:
             return
@@ -116,7 +116,7 @@ class ShardRows:
         self._write_complete(row)
 
     def fail_for(self, row: int, error: MediaError) -> None:
-        """Makes a row failed because of an error that came up while it was computed."""
+        """Make a row failed because of an error that came up while it was computed."""
         self._fail_own(row, type(error).__name__, str(error), retryable=error.retryable)
 
     def _fail_own(self, row: int, exception: str, reason: str, *, retryable: bool) -> None:
@@ -124,14 +124,14 @@ class ShardRows:
         self.fail(row, Failure(self._store.segment_ids[row], video_id, exception, reason, retryable))
 
     def skip(self, row: int) -> None:
-        """Notes that a row has no segment: it stays pending and holds zeros, unless it is kept."""
+        """Note that a row has no segment: it stays pending and holds zeros, unless it is kept."""
         if self._kept.is_kept[row - self._shard.start_row]:
             return
         self._is_awaited[row - self._shard.start_row] = False
         self._write_complete(row)
 
     def finish(self) -> ShardIndex:
-        """Gives the shard's index; rows without a segment stay pending. Everything is written before it returns."""
+        """Return the shard's index; rows without a segment stay pending. Everything is written before it returns."""
         assert not self._chunks, "a chunk is incomplete at the shard's end"
         self._writer.wait()
         for i in range(self._shard.n_rows):
@@ -174,7 +174,7 @@ class ShardRows:
         return self._chunks[key]
 
     def _take_back(self, name: str, block: _Block) -> None:
-        """Reads a chunk that was written already, since one of its rows failed later."""
+        """Read a chunk that was written already, since one of its rows failed later."""
         self._writer.wait()
         key = (name, block.row, block.clip)
         rows = self._store.read_outputs(name, block.row, block.stop_row, block.clip, block.stop_clip)
@@ -182,7 +182,7 @@ class ShardRows:
         self._written.discard(key)
 
     def _write_complete(self, row: int, entry: int | None = None) -> None:
-        """Writes the chunks of a row (those of one entry) in which nothing is awaited any more."""
+        """Write the chunks of a row (those of one entry) in which nothing is awaited any more."""
         for name in self._chunk_shapes:
             blocks = self._blocks_of(name, row) if entry is None else (self._block(name, row, entry),)
             for block in blocks:

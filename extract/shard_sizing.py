@@ -16,7 +16,7 @@ MAX_ROWS_PER_SHARD_ON_CPU = 64
 
 
 def choose_rows_per_shard(request: ExtractionRequest, survey: MediaSurvey) -> int:
-    """Chooses the rows a shard: what the request says, else those of its stores that are there already.
+    """Choose the rows a shard: what the request says, else those of its stores that are there already.
 
     Stores of one run share each decode only where their shards are the same. Where there is no store yet, it is what
     the one with the smallest rows wants; on a CPU at most MAX_ROWS_PER_SHARD_ON_CPU.

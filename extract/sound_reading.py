@@ -16,7 +16,7 @@ from echoshift.pipeline.specs import AudioSpec, FeatureSpec
 
 
 def read_sound(media: OpenMedia, row: int, segment: Segment, path: str, spec: FeatureSpec) -> Iterator[ShardInput]:
-    """Reads a row's windows; where all of them are zero, there was no sound and none is handed on."""
+    """Read a row's windows; where all of them are zero, there was no sound and none is handed on."""
     audio = spec.audio
     assert audio is not None, "called for stores of sound only"
     location = media.locate(segment, "audio")
@@ -52,7 +52,7 @@ def read_sound(media: OpenMedia, row: int, segment: Segment, path: str, spec: Fe
 
 
 def _read_window(reader: PyAvAudioReader | None, spec: AudioSpec, start_s: float, stop_s: float) -> np.ndarray:
-    """Reads a window's samples, float32 [n]; around a clip, what lies beyond the ends of the file is zero."""
+    """Read a window's samples, float32 [n]; around a clip, what lies beyond the ends of the file is zero."""
     samples = np.zeros(0, dtype=np.float32)
     if reader is not None:
         samples = reader.read(max(0.0, start_s), stop_s, spec.rate_hz)

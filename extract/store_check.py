@@ -35,7 +35,7 @@ SPAN_TOLERANCE_S = 1e-6  # of arithmetic on float64 seconds
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """Is how a store is checked.
+    """How a store is checked.
 
     Attributes:
         manifests_dir: where the dataset's card and manifest lie.
@@ -52,7 +52,7 @@ class CheckOptions:
 
 @dataclass(frozen=True, slots=True)
 class StoreCheck:
-    """Is the outcome of a check.
+    """The outcome of a check.
 
     Attributes:
         faults: everything wrong with the store as it lies there.
@@ -72,7 +72,7 @@ class StoreCheck:
 
 
 def check_store(path: Place, options: CheckOptions, notify: Callable[[int], None] = lambda n_rows: None) -> StoreCheck:
-    """Checks checksums, numbers, times and ledger; with the media at hand spans too, and a sample extracted anew.
+    """Check checksums, numbers, times and ledger; with the media at hand spans too, and a sample extracted anew.
 
     Raises SpecError when a sample is asked for and manifest or media aren't there.
     """
@@ -117,7 +117,7 @@ def check_store(path: Place, options: CheckOptions, notify: Callable[[int], None
 
 
 def repair_store(path: Place, check: StoreCheck, options: CheckOptions) -> RepairReport:
-    """Re-queues the shards of everything that failed a check; the caller holds the store.
+    """Re-queue the shards of everything that failed a check; the caller holds the store.
 
     Damaged ids are restored where the manifest is still the one the store was made for, and the store was never
     extended; then its rows are that manifest's, in order. Raises StoreError where they can't be known.
@@ -144,7 +144,7 @@ def repair_store(path: Place, check: StoreCheck, options: CheckOptions) -> Repai
 
 
 def check_spans(store: FeatureStore, segments: list[Segment | None], rows: np.ndarray) -> list[VerifyFault]:
-    """Checks that the times of rows, bool [row], lie inside their segments and ascend, and that frames go with them."""
+    """Check that the times of rows, bool [row], lie inside their segments and ascend, and that frames go with them."""
     spec = store.spec
     times, frames, n_valid = (store.read_array(name) for name in ("times", "frames", "n_valid"))
     spans = np.asarray([(s.start_s, s.stop_s) if s is not None else (np.nan, np.nan) for s in segments]).reshape(-1, 2)

@@ -26,7 +26,7 @@ def _drop_modules(root: str) -> None:
 
 
 def ensure_torchvision() -> None:
-    """Imports torchvision; defines its two missing operators when exactly those are missing."""
+    """Import torchvision; defines its two missing operators when exactly those are missing."""
     with _importing:
         if "torchvision" not in sys.modules:
             _import_torchvision()
@@ -49,7 +49,7 @@ def _import_torchvision() -> None:
 
 
 def ensure_torchaudio() -> None:
-    """Imports torchaudio; puts a stub in place of its extension loader when the library can't be loaded."""
+    """Import torchaudio; put a stub in place of its extension loader when the library can't be loaded."""
     with _importing:
         if "torchaudio" not in sys.modules:
             _import_torchaudio()

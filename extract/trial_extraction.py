@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def choose_spread(items: Sequence[T], n: int, seed: int) -> list[T]:
-    """Chooses n items, one at random from each of n equal stretches of the sequence, in its order; all if there are n.
+    """Choose n items, one at random from each of n equal stretches of the sequence, in its order; all if there are n.
 
     The same seed chooses the same.
     """
@@ -47,7 +47,7 @@ def extract_on_trial(
     n_clips: int | None = None,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> list[FeatureStore]:
-    """Extracts segments, one row each in the order given, into new stores below `folder`, one an encoder.
+    """Extract segments, one row each in the order given, into new stores below `folder`, one an encoder.
 
     `n_rows_per_shard` None means one shard for all; `n_clips` None, as many as the segments need. `notify` is called
     with the number of rows read since the last call. Failures go into the trial stores' ledgers.

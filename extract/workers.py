@@ -1,4 +1,4 @@
-"""Is what runs on a Dask worker: checks once a run that the worker sees what the driver sees, then computes shards."""
+"""What runs on a Dask worker: checks once a run that the worker sees what the driver sees, then computes shards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OOM_SCORE = 500
 
 @dataclass(frozen=True, slots=True)
 class RunTicket:
-    """Is what a worker must know of a run to trust itself with it.
+    """What a worker must know of a run to trust itself with it.
 
     Attributes:
         topic: names the run; rows read are told under it.
@@ -45,12 +45,12 @@ class RunTicket:
 
 
 def make_ticket(topic: str, n_threads: int | None) -> RunTicket:
-    """Makes the ticket of a run from the packages of this process."""
+    """Make the ticket of a run from the packages of this process."""
     return RunTicket(topic, n_threads, tuple(sorted(describe_versions().items())))
 
 
 def compute_shard_on_worker(ticket: RunTicket, plan: ExtractionPlan, work: ShardWork) -> ShardReport:
-    """Computes a shard inside a Dask worker; raises ClusterError where the worker isn't fit for the run."""
+    """Compute a shard inside a Dask worker; raises ClusterError where the worker isn't fit for the run."""
     from distributed import get_worker
 
     worker = get_worker()
@@ -77,7 +77,7 @@ def compute_shard_on_worker(ticket: RunTicket, plan: ExtractionPlan, work: Shard
 
 @lru_cache(maxsize=16)
 def _open_store(ticket: RunTicket, path: str, address: str) -> FeatureStore:
-    """Opens a store once a run."""
+    """Open a store once a run."""
     try:
         return open_store(path)
     except (EchoshiftError, OSError) as error:
@@ -88,7 +88,7 @@ def _open_store(ticket: RunTicket, path: str, address: str) -> FeatureStore:
 
 @lru_cache(maxsize=4)
 def _check_run(ticket: RunTicket, worker: Worker) -> None:
-    """Checks threads and package versions, and offers this process to the kernel before the driver, once a run."""
+    """Check threads and package versions, and offers this process to the kernel before the driver, once a run."""
     if worker.state.nthreads != 1:
         raise ClusterError(
             f"the worker {worker.address} has {worker.state.nthreads} threads and would compute as many shards at "
@@ -114,7 +114,7 @@ _checked: set[tuple[str, str]] = set()
 
 
 def _check_files(ticket: RunTicket, plan: ExtractionPlan, work: ShardWork, address: str) -> None:
-    """Checks encoders, weights and media, once a run: a missing mount must not become a ledger full of failures."""
+    """Check encoders, weights and media, once a run: a missing mount must not become a ledger full of failures."""
     for path in work.task.store_paths:
         if (ticket.topic, path) in _checked:
             continue

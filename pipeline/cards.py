@@ -1,4 +1,4 @@
-"""Defines the dataset card: what a dataset's classes, domains, shifts, files and published numbers are."""
+"""The dataset card: what a dataset's classes, domains, shifts, files and published numbers are."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from echoshift.pipeline.suggestions import suggest
 
 
 class CardModel(BaseModel):
-    """Is what every part of a card has in common: frozen, and an unknown key is an error."""
+    """What every part of a card has in common: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Shift(CardModel):
-    """Is one adaptation problem: from which domains, to which."""
+    """One adaptation problem: from which domains, to which."""
 
     source: tuple[str, ...] = Field(min_length=1)
     target: str
 
     @property
     def name(self) -> str:
-        """Gives the name used on the command line, such as `D1-D2` or `D1+D2-D3`."""
+        """The name used on the command line, such as `D1-D2` or `D1+D2-D3`."""
         return f"{'+'.join(self.source)}-{self.target}"
 
 
 class ExpectedCount(CardModel):
-    """Is how many segments (and of each class, and in how many videos) a domain's split must have."""
+    """How many segments (and of each class, and in how many videos) a domain's split must have."""
 
     domain: str
     split: str
@@ -46,7 +46,7 @@ class ExpectedCount(CardModel):
 
 
 class OfficialSource(CardModel):
-    """Is where a dataset's annotation or media files officially come from."""
+    """Where a dataset's annotation or media files officially come from."""
 
     what: str
     where: str
@@ -55,7 +55,7 @@ class OfficialSource(CardModel):
 
 
 class PublishedNumber(CardModel):
-    """Is one row of a published table; `scores` maps a shift's name, or `mean`, to percent."""
+    """One row of a published table; `scores` maps a shift's name, or `mean`, to percent."""
 
     paper: str
     table: str
@@ -66,7 +66,7 @@ class PublishedNumber(CardModel):
 
 
 class MediaLayout(CardModel):
-    """Is where a segment's media lie below the media root, and the clock of frames that lie loose.
+    """Where a segment's media lie below the media root, and the clock of frames that lie loose.
 
     `rgb`, `flow` and `audio` are path templates tried in order, with the fields {video_id}, {domain}, {split} and
     {participant} (the part of video_id before the first `_`). A template without a file ending stands for a folder of
@@ -107,7 +107,7 @@ class MediaLayout(CardModel):
 
 
 class DatasetCard(CardModel):
-    """Is everything that is fixed about a dataset before any of its files are there.
+    """Everything that is fixed about a dataset before any of its files are there.
 
     `encoders` are those that `echoshift extract` runs when none are named.
     """
@@ -150,12 +150,12 @@ class DatasetCard(CardModel):
 
     @cached_property
     def class_index(self) -> dict[str, int]:
-        """Maps a class name to its index."""
+        """Map a class name to its index."""
         return {name: i for i, name in enumerate(self.classes)}
 
 
 def read_card(path: Path) -> DatasetCard:
-    """Reads and checks one card; raises CardError with the file and the field at fault."""
+    """Read and check one card; raises CardError with the file and the field at fault."""
     try:
         return DatasetCard.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError as error:
@@ -179,7 +179,7 @@ def _describe_fault(kind: str, message: str, place: tuple[int | str, ...]) -> st
 
 
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:
-    """Reads the card of a dataset by name from `manifests_dir`, or of those that come with echoshift.
+    """Read the card of a dataset by name from `manifests_dir`, or of those that come with echoshift.
 
     Raises CardError if there is none, and for a card copied from another dataset that still has its name: features
     would go into that one's stores.
@@ -192,7 +192,7 @@ def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> Data
 
 
 def write_card(path: Path, card: DatasetCard) -> None:
-    """Writes a card as TOML, leaving out what is at its default."""
+    """Write a card as TOML, leaving out what is at its default."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = tomli_w.dumps(card.model_dump(mode="json", exclude_defaults=True, exclude_none=True))
     fresh = path.with_name(f"{path.name}.partial")

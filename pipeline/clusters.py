@@ -27,7 +27,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclass(frozen=True, slots=True)
 class ClusterRequest:
-    """Is who computes a run's shards.
+    """Who computes a run's shards.
 
     Attributes:
         kind: `local` processes of this machine; `scheduler`, which runs already; `slurm` jobs.
@@ -46,7 +46,7 @@ class ClusterRequest:
 
 @contextmanager
 def connect_cluster(request: ClusterRequest) -> Iterator[Client]:
-    """Gives a client with at least one worker; whatever this starts has ended when the block ends, however it ends.
+    """Return a client with at least one worker; whatever this starts has ended when the block ends, however it ends.
 
     Raises ClusterError when a package is missing, or no scheduler or worker answers.
     """
@@ -88,21 +88,21 @@ def connect_cluster(request: ClusterRequest) -> Iterator[Client]:
 
 
 def count_threads_per_worker(request: ClusterRequest) -> int | None:
-    """Gives how many threads a worker's networks may use; None: what the worker was started with."""
+    """Return how many threads a worker's networks may use; None: what the worker was started with."""
     from dask.system import CPU_COUNT
 
     return max(1, CPU_COUNT // request.n_workers) if request.kind == "local" else None
 
 
 def describe_cluster(request: ClusterRequest | None) -> str:
-    """Says in a few words who computes, for a store's history."""
+    """Describe in a few words who computes, for a store's history."""
     if request is None:
         return "in process"
     return f"scheduler {request.address}" if request.kind == "scheduler" else f"{request.n_workers} {request.kind}"
 
 
 def read_scheduler_address(address: str) -> dict[str, str]:
-    """Turns what --scheduler says into the client's argument: an address, or the path of a scheduler file."""
+    """Turn what --scheduler says into the client's argument: an address, or the path of a scheduler file."""
     if Path(address).is_file():
         return {"scheduler_file": address}
     if address.endswith(".json"):
@@ -134,7 +134,7 @@ def _join_scheduler(address: str) -> Iterator[Client]:
 
 @contextmanager
 def _start_local(request: ClusterRequest) -> Iterator[SpecCluster]:
-    """Starts worker processes, each with a nanny in this process that starts it again when it dies.
+    """Start worker processes, each with a nanny in this process that starts it again when it dies.
 
     A worker ends by itself when this process does, whichever way: it watches a pipe that we hold.
     """
@@ -196,7 +196,7 @@ def _start_slurm(request: ClusterRequest) -> Iterator[SpecCluster]:
 
 @contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """Keeps what distributed and tornado log off the terminal: what matters reaches the user as a line of ours."""
+    """Keep what distributed and tornado log off the terminal: what matters reaches the user as a line of ours."""
     roots = ("distributed", "tornado", "asyncio")
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(roots)]
     levels = [logger.level for logger in loggers]

@@ -25,17 +25,17 @@ log = logging.getLogger(__name__)
 
 
 class ShardJob(Protocol):
-    """Says how a task becomes a function call on a worker, and what becomes of a task that kills its workers."""
+    """How a task becomes a function call on a worker, and what becomes of a task that kills its workers."""
 
     def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
-        """Gives a function and its arguments, all of which can be pickled; it may be called again at any time.
+        """Return a function and its arguments, all of which can be pickled; it may be called again at any time.
 
         The call may log events (shard index, rows read so far) under the topic.
         """
         ...
 
     def give_up(self, task: ShardTask, reason: str) -> ShardReport:
-        """Makes the report of a shard that can't be computed: its rows have failed."""
+        """Make the report of a shard that can't be computed: its rows have failed."""
         ...
 
 
@@ -48,7 +48,7 @@ def run_with_dask(
     committed: Callable[[ShardReport], None] = lambda report: None,
     holds: Mapping[str, StoreHold] | None = None,
 ) -> None:
-    """Runs tasks on a client's workers, each committed here as it arrives; raises ClusterError if the scheduler goes.
+    """Run tasks on a client's workers, each committed here as it arrives; raises ClusterError if the scheduler goes.
 
     At most N_TASKS_PER_WORKER shards a worker are under way, so that a run's size is nowhere in memory. A worker that
     dies loses its shards to others. A worker that is only thought dead may go on and write the same shard as its
@@ -79,13 +79,13 @@ class _RowCounter:
         self._finished: set[int] = set()
 
     def see(self, event: tuple[float, tuple[int, int]]) -> None:
-        """Takes an event: so many rows of a shard have been read; less than before when it was begun anew."""
+        """Take an event: so many rows of a shard have been read; less than before when it was begun anew."""
         shard_index, n_rows = event[1]
         if shard_index not in self._finished:
             self._raise(shard_index, n_rows)
 
     def finish(self, task: ShardTask) -> None:
-        """Counts the rest of a shard."""
+        """Count the rest of a shard."""
         self._raise(task.shard.index, task.shard.n_rows)
         del self._n_seen[task.shard.index]
         self._finished.add(task.shard.index)
@@ -98,7 +98,7 @@ class _RowCounter:
 
 
 class _DaskRun:
-    """Holds what submitting, waiting and committing share."""
+    """What submitting, waiting and committing share."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _DaskRun:
         self._n_runs = 0
 
     def run(self, tasks: Iterable[ShardTask], n_at_once: int | None) -> list[ShardTask]:
-        """Runs and commits tasks; returns those whose workers died too often."""
+        """Run and commit tasks; return those whose workers died too often."""
         from distributed import as_completed
 
         self._n_runs += 1
@@ -155,7 +155,7 @@ class _DaskRun:
             self._client.unsubscribe_topic(self._topic)
 
     def commit(self, report: ShardReport) -> None:
-        """Makes a shard's rows count."""
+        """Make a shard's rows count."""
         commit_report(self._stores, report, self._holds)
         self._rows.finish(report.task)
         self._committed(report)
@@ -167,7 +167,7 @@ class _DaskRun:
         return self._client.submit(function, *arguments, key=key, pure=False)
 
     def _receive(self, future: Future) -> ShardReport | None:
-        """Gives a finished call's report, None when its workers died; raises whatever the call raised."""
+        """Return a finished call's report, None when its workers died; raises whatever the call raised."""
         from distributed.client import FutureCancelledError
         from distributed.scheduler import KilledWorker
 
@@ -191,7 +191,7 @@ class _DaskRun:
         )
 
     def _count_workers(self) -> int:
-        """Counts workers now and then: they may come and go, and asking takes a message there and back."""
+        """Count workers now and then: they may come and go, and asking takes a message there and back."""
         if time.monotonic() - self._counted >= COUNT_WORKERS_EVERY_S:
             try:
                 self._n_workers = len(self._client.nthreads())

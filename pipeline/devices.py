@@ -1,4 +1,4 @@
-"""Says which device torch computes on."""
+"""Which device torch computes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns auto, cpu, cuda or cuda:n into a device; raises SpecError when there is no such GPU."""
+    """Turn auto, cpu, cuda or cuda:n into a device; raises SpecError when there is no such GPU."""
     import torch
 
     if device == "auto":
@@ -28,7 +28,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """Names a device in words: `cpu`, or the GPU's name."""
+    """Name a device in words: `cpu`, or the GPU's name."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

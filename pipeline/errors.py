@@ -1,10 +1,10 @@
-"""Defines the errors that a user can meet; each message names the thing, the place and the remedy."""
+"""The errors that a user can meet; each message names the thing, the place and the remedy."""
 
 from __future__ import annotations
 
 
 class EchoshiftError(Exception):
-    """Is the root of every error that echoshift raises on purpose; the CLI prints it as one line, exit code 2."""
+    """The root of every error that echoshift raises on purpose; the CLI prints it as one line, exit code 2."""
 
 
 class CardError(EchoshiftError):

@@ -15,7 +15,7 @@ from echoshift.pipeline.store.ledger import FailureLedger
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """Is one shard together with the stores (by path) whose rows in it are to be computed.
+    """One shard together with the stores (by path) whose rows in it are to be computed.
 
     Attributes:
         kept_rows: by store path, the rows of the shard that are done and stay as they are; none where it has no entry.
@@ -28,14 +28,14 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """Is what a worker returns for a task: the index of each store's shard; the features are in the stores already."""
+    """What a worker returns for a task: the index of each store's shard; the features are in the stores already."""
 
     task: ShardTask
     indices: Mapping[str, ShardIndex]
 
 
 def select_rows(store: FeatureStore, digests: np.ndarray, in_manifest: np.ndarray, *, retry_failed: bool) -> np.ndarray:
-    """Selects the rows to compute, bool [row]: in the manifest, and pending or stale, or failed where asked for."""
+    """Select the rows to compute, bool [row]: in the manifest, and pending or stale, or failed where asked for."""
     wanted = store.missing(digests)
     if retry_failed:
         wanted = wanted | (store.read_array("state") == FAILED)
@@ -45,7 +45,7 @@ def select_rows(store: FeatureStore, digests: np.ndarray, in_manifest: np.ndarra
 def plan_tasks(
     wanted: Mapping[str, np.ndarray], layout: StoreLayout, kept: Mapping[str, np.ndarray] | None = None
 ) -> list[ShardTask]:
-    """Lists the shards with work to do, in row order.
+    """List the shards with work to do, in row order.
 
     `wanted` maps a store's path to its rows to compute, bool [row], and `kept` to those that stay as they are (none
     where it isn't given); the stores have the same rows and shards.
@@ -64,7 +64,7 @@ def plan_tasks(
 def commit_report(
     stores: Mapping[str, FeatureStore], report: ShardReport, holds: Mapping[str, StoreHold] | None = None
 ) -> None:
-    """Commits a shard in every store it was computed for: the ledger first, then the index with `state` last.
+    """Commit a shard in every store it was computed for: the ledger first, then the index with `state` last.
 
     `holds` are the rights to write the stores, by path; each keeps its store's ledger in memory. Raises LeaseLostError
     before anything is written when a store has been taken over by another process.
@@ -84,7 +84,7 @@ def commit_report(
 def begin_task(
     stores: Mapping[str, FeatureStore], task: ShardTask, holds: Mapping[str, StoreHold] | None = None
 ) -> None:
-    """Sets the rows of a task that aren't kept to pending, so that a run killed inside it redoes them all."""
+    """Set the rows of a task that aren't kept to pending, so that a run killed inside it redoes them all."""
     for path in task.store_paths:
         if holds is not None:
             holds[path].check()
@@ -98,7 +98,7 @@ def run_in_process(
     committed: Callable[[ShardReport], None] = lambda report: None,
     holds: Mapping[str, StoreHold] | None = None,
 ) -> None:
-    """Runs tasks one after the other in this process, each committed before the next begins."""
+    """Run tasks one after the other in this process, each committed before the next begins."""
     for task in tasks:
         begin_task(stores, task, holds)
         report = process(task)

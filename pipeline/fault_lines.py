@@ -1,4 +1,4 @@
-"""Says the faults of a manifest in as many lines as a person reads: one a video where the whole video is at fault."""
+"""The faults of a manifest in as many lines as a person reads: one a video where the whole video is at fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KINDS = ("missing", "unreadable")
 
 
 def list_fault_lines(faults: Sequence[Fault]) -> list[str]:
-    """Lists faults as `LEVEL: fault`, errors before warnings.
+    """List faults as `LEVEL: fault`, errors before warnings.
 
     Of missing videos, and of unreadable ones, the first N_LISTED_VIDEOS have a line each, which counts their segments;
     a last one after all errors counts the others. Whatever else is wrong has a line of its own.
@@ -46,7 +46,7 @@ def _describe_video(members: Sequence[Fault]) -> str:
 
 
 def join_missing(faults: Sequence[Fault], n_videos: int, folder: Path) -> list[Fault]:
-    """Puts one fault of the file before the others, in place of those of missing videos, where all n_videos are.
+    """Put one fault of the file before the others, in place of those of missing videos, where all n_videos are.
 
     It says what was looked for first.
     """

@@ -19,13 +19,13 @@ class MediaProbe(Protocol):
     """Tells facts of media; extract implements it, because pipeline opens no video."""
 
     def probe_duration_s(self, segment: Segment) -> float:
-        """Gives the length in seconds of the segment's video; raises MediaNotFoundError, or another MediaError."""
+        """Return the length in seconds of the segment's video; raises MediaNotFoundError, or another MediaError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Is one thing wrong with a manifest; `line` 0 stands for the file as a whole.
+    """One thing wrong with a manifest; `line` 0 stands for the file as a whole.
 
     A `warning` doesn't make the manifest unusable: counts that differ from the card (people use subsets), or the same
     span of a video in two splits. `media` says that the segment's whole video is at fault: every segment of it has the
@@ -41,7 +41,7 @@ class Fault:
     media: Literal["", "missing", "unreadable"] = ""
 
     def __str__(self) -> str:
-        """Prints as `file:line: segment X: message; remedy`."""
+        """Print as `file:line: segment X: message; remedy`."""
         place = f"{self.path}:{self.line}" if self.line else self.path
         segment = f"segment {self.segment_id}: " if self.segment_id else ""
         return f"{place}: {segment}{self.message}; {self.remedy}"
@@ -49,7 +49,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """Is a segment with the line it was read from; `times_known` is False where they couldn't be read as numbers."""
+    """A segment with the line it was read from; `times_known` is False where they couldn't be read as numbers."""
 
     line: int
     segment: Segment
@@ -57,12 +57,12 @@ class ManifestRow:
 
 
 def number_rows(segments: Iterable[Segment]) -> list[ManifestRow]:
-    """Gives each segment the line that it has in a manifest CSV: the header is line 1."""
+    """Return each segment the line that it has in a manifest CSV: the header is line 1."""
     return [ManifestRow(line, segment) for line, segment in enumerate(segments, start=2)]
 
 
 def find_segment_faults(rows: Sequence[ManifestRow], card: DatasetCard, path: Path) -> list[Fault]:
-    """Finds what is wrong with segments in themselves and against the card, in the order of the rows.
+    """Find what is wrong with segments in themselves and against the card, in the order of the rows.
 
     Duplicate ids (naming both lines), impossible times, names that the card doesn't have, labels that don't suit the
     task, timed labels outside their segment.
@@ -130,7 +130,7 @@ def _find_timed_label_faults(segment: Segment, card: DatasetCard, times_known: b
 
 
 def find_media_faults(rows: Sequence[ManifestRow], probe: MediaProbe, path: Path) -> list[Fault]:
-    """Finds missing and unreadable media, and segments that end more than END_TOLERANCE_S after their video.
+    """Find missing and unreadable media, and segments that end more than END_TOLERANCE_S after their video.
 
     Asks once a video (video_id, domain and split together: a media layout may use all three).
     """
@@ -164,7 +164,7 @@ def find_media_faults(rows: Sequence[ManifestRow], probe: MediaProbe, path: Path
 
 
 def find_count_warnings(segments: Iterable[Segment], card: DatasetCard, path: Path) -> list[Fault]:
-    """Finds where the numbers of segments, of each class and of videos differ from those that the card expects."""
+    """Find where the numbers of segments, of each class and of videos differ from those that the card expects."""
     segments = list(segments)
     warnings: list[Fault] = []
     remedy = "all right for a subset, else get the official files again"
@@ -187,7 +187,7 @@ def find_count_warnings(segments: Iterable[Segment], card: DatasetCard, path: Pa
 
 
 def find_leak_warnings(rows: Sequence[ManifestRow], path: Path) -> list[Fault]:
-    """Finds segments whose very span of the same video another split holds too (HAC's human lists have 24)."""
+    """Find segments whose very span of the same video another split holds too (HAC's human lists have 24)."""
     seen: dict[tuple[str, float, float], ManifestRow] = {}
     warnings: list[Fault] = []
     for row in rows:
@@ -201,7 +201,7 @@ def find_leak_warnings(rows: Sequence[ManifestRow], path: Path) -> list[Fault]:
 
 
 def require_counts(segments: Iterable[Segment], card: DatasetCard, place: Path, allow_counts: bool) -> None:
-    """Raises ManifestError naming domain, split, found and expected where counts differ from the card's.
+    """Raise ManifestError naming domain, split, found and expected where counts differ from the card's.
 
     Importers call it, because official files are complete; `allow_counts` lets a deliberate subset pass.
     """

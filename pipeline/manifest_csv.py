@@ -40,12 +40,12 @@ _N_LISTED = 50
 
 
 def locate_manifest(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> Path:
-    """Gives where a dataset's manifest lies unless told otherwise: data/manifests/<dataset>.csv."""
+    """Return where a dataset's manifest lies unless told otherwise: data/manifests/<dataset>.csv."""
     return manifests_dir / f"{dataset}.csv"
 
 
 def write_manifest(path: Path, segments: Iterable[Segment]) -> str:
-    """Writes a manifest as CSV in one step (temporary file, then replaced) and gives the sha256 of its bytes.
+    """Write a manifest as CSV in one step (temporary file, then replaced) and return the sha256 of its bytes.
 
     Raises ManifestError naming the segment for what could not be read back as it is: a `;` or a line break in a name,
     an empty label or tag, tags that are not sorted, a time that is no finite number.
@@ -104,7 +104,7 @@ def _format_segment(segment: Segment) -> list[str]:
 
 
 def read_manifest(path: Path, card: DatasetCard) -> Manifest:
-    """Reads a manifest (.csv or .parquet) and checks it against its card; media are not looked at.
+    """Read a manifest (.csv or .parquet) and check it against its card; media are not looked at.
 
     Raises ManifestError with one `file:line: ...` a fault (the first 50). In a Parquet file a line is a row, from 1.
     """
@@ -119,7 +119,7 @@ def read_manifest(path: Path, card: DatasetCard) -> Manifest:
 
 
 def read_unchecked_segments(path: Path) -> tuple[Segment, ...]:
-    """Reads a manifest without a card to check it against; raises ManifestError where a cell can't be read."""
+    """Read a manifest without a card to check it against; raises ManifestError where a cell can't be read."""
     rows, faults, _ = _read_rows(path)
     if faults:
         raise ManifestError("\n".join(str(fault) for fault in _sort_faults(faults)[:_N_LISTED]))
@@ -127,7 +127,7 @@ def read_unchecked_segments(path: Path) -> tuple[Segment, ...]:
 
 
 def check_manifest(path: Path, card: DatasetCard, probe: MediaProbe | None = None) -> list[Fault]:
-    """Reads a manifest and finds all of its faults by line, then the warnings; with a probe, those of its media too.
+    """Read a manifest and find all of its faults by line, then the warnings; with a probe, those of its media too.
 
     Raises ManifestError only where there is no table to check: no such file, an unknown or a missing column.
     """
@@ -219,7 +219,7 @@ def _read_parquet_cells(path: Path, content: bytes) -> Iterator[tuple[int, Mappi
 
 
 def _parse_row(line: int, values: Mapping[str, Any]) -> tuple[ManifestRow, list[tuple[str, str]]]:
-    """Makes a segment of cells (text, or Parquet's numbers, lists and structs); faults as (message, remedy)."""
+    """Make a segment of cells (text, or Parquet's numbers, lists and structs); faults as (message, remedy)."""
     found: list[tuple[str, str]] = []
 
     def read_text(name: str) -> str:

@@ -16,7 +16,7 @@ N_SPAN_FRAMES = 64
 
 @dataclass(frozen=True, slots=True)
 class SplitSummary:
-    """Is one row of METHODS 1's table: a domain's split with its counts."""
+    """One row of METHODS 1's table: a domain's split with its counts."""
 
     domain: str
     split: str
@@ -27,7 +27,7 @@ class SplitSummary:
 
 
 def summarise_manifest(segments: Iterable[Segment], card: DatasetCard) -> list[SplitSummary]:
-    """Counts what METHODS 1's table shows, a row a split and domain, train first.
+    """Count what METHODS 1's table shows, a row a split and domain, train first.
 
     `n_short` counts segments of fewer than 64 frames at 60 fps, frame numbers being floor(t * 60) as MM-SADA's are.
     """

@@ -19,7 +19,7 @@ METHOD_GROUP = "echoshift.methods"
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """Is one thing from outside.
+    """One thing from outside.
 
     Attributes:
         name: of the entry point.
@@ -33,12 +33,12 @@ class Plugin:
 
 
 def list_plugin_names(group: str) -> tuple[str, ...]:
-    """Lists the names that distributions on the path add to a group, sorted; runs none of their code."""
+    """List the names that distributions on the path add to a group, sorted; run none of their code."""
     return tuple(sorted({entry.name for entry in _find_entries(group, tuple(sys.path))}))
 
 
 def load_plugin(group: str, name: str) -> Plugin | None:
-    """Loads what a distribution adds by this name; None where none does.
+    """Load what a distribution adds by this name; None where none does.
 
     Raises PluginError, with the distribution's name, where two of them do, and where its code can't be imported.
     """
@@ -46,14 +46,14 @@ def load_plugin(group: str, name: str) -> Plugin | None:
 
 
 def describe_plugin_versions() -> dict[str, str]:
-    """Gives the version of every distribution that adds an encoder: they have a part in a feature's value."""
+    """Return the version of every distribution that adds an encoder: they have a part in a feature's value."""
     entries = _find_entries(ENCODER_GROUP, tuple(sys.path))
     return {entry.dist.name: entry.dist.version for entry in entries if entry.dist is not None}
 
 
 @lru_cache(maxsize=8)
 def _find_entries(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Reads the entry points of all distributions on `path`, which is sys.path: another one is looked at anew."""
+    """Read the entry points of all distributions on `path`, which is sys.path: another one is looked at anew."""
     return tuple(entry_points(group=group))
 
 

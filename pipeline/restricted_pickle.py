@@ -30,7 +30,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True, slots=True)
 class PickledFrame:
-    """Is what a pickled pandas frame holds: its columns by name, each an array of `n_rows` values."""
+    """What a pickled pandas frame holds: its columns by name, each an array of `n_rows` values."""
 
     columns: dict[str, npt.NDArray[Any]]
     n_rows: int
@@ -217,7 +217,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def read_restricted_pickle(path: Path, allowed: Mapping[tuple[str, str], object] = NUMPY_CONSTRUCTORS) -> Any:
-    """Reads a pickle of plain Python data, NumPy arrays and, with PANDAS_CONSTRUCTORS allowed too, pandas frames.
+    """Read a pickle of plain Python data, NumPy arrays and, with PANDAS_CONSTRUCTORS allowed too, pandas frames.
 
     `allowed` maps (module, name) to the stand-ins of this module; pass NUMPY_CONSTRUCTORS, or that joined with
     PANDAS_CONSTRUCTORS. Lists, tuples and dicts come back as such, arrays as fresh writable np.ndarray, a frame as
@@ -234,7 +234,7 @@ def read_restricted_pickle(path: Path, allowed: Mapping[tuple[str, str], object]
 
 
 def _resolve(value: Any, done: dict[int, Any], inside: tuple[int, ...]) -> Any:
-    """Puts arrays and frames in the place of their stand-ins; `done` keeps what is shared, shared."""
+    """Put arrays and frames in the place of their stand-ins; `done` keeps what is shared, shared."""
     if not isinstance(value, list | tuple | dict | np.ndarray | _Array | _Frame):
         if isinstance(value, _DType | _BlockManager | _Index | _Callable | type):
             raise TypeError("a piece of an array or frame that belongs to none")

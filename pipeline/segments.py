@@ -1,4 +1,4 @@
-"""Defines the segment, the unit that is extracted, trained on and scored, and the manifest that lists them."""
+"""The segment, the unit that is extracted, trained on and scored, and the manifest that lists them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ END_TOLERANCE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class TimedLabel:
-    """Is one class with the span, in seconds of the video, in which it happens (CharadesEgo's actions)."""
+    """One class with the span, in seconds of the video, in which it happens (CharadesEgo's actions)."""
 
     label: str
     start_s: float
@@ -20,7 +20,7 @@ class TimedLabel:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Is a span of one video with what is known of it; it holds no path, the media root comes from the command line.
+    """A span of one video with what is known of it; it holds no path, the media root comes from the command line.
 
     Attributes:
         segment_id: unique in its manifest (EPIC: the uid, as text).
@@ -48,13 +48,13 @@ class Segment:
 
     @property
     def duration_s(self) -> float:
-        """Gives the length in seconds."""
+        """The length in seconds."""
         return self.stop_s - self.start_s
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Is the list of segments of one dataset, in file order, with the sha256 of the file they were read from."""
+    """The list of segments of one dataset, in file order, with the sha256 of the file they were read from."""
 
     dataset: str
     segments: tuple[Segment, ...]

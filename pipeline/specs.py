@@ -1,4 +1,4 @@
-"""Defines what features are: the specifications whose fingerprint names a store."""
+"""What features are: the specifications whose fingerprint names a store."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 
 class SpecModel(BaseModel):
-    """Is what every specification has in common: frozen, and an unknown key is an error."""
+    """What every specification has in common: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ClipSpec(SpecModel):
-    """Says which frames of a segment make up its clips.
+    """Which frames of a segment make up its clips.
 
     `rate_hz` is the time base: frame j of a segment is the one shown at start_s + j / rate_hz; None means the video's
     own frames. A clip takes `n_frames` frames, every `stride`-th, and spans n_frames * stride frames of the time base.
@@ -48,12 +48,12 @@ class ClipSpec(SpecModel):
 
     @property
     def span(self) -> int:
-        """Gives how many frames of the time base a clip covers."""
+        """How many frames of the time base a clip covers."""
         return self.n_frames * self.stride
 
 
 class FrameSpec(SpecModel):
-    """Says how a decoded picture becomes the network's input.
+    """How a decoded picture becomes the network's input.
 
     The short side is resized to `short_side` (torch bilinear, antialiased, half-pixel centres), one or more pictures of
     crop x crop are cut out, and (x - mean) / std taken a channel, with x in 0..255. `crops` says which:
@@ -105,22 +105,22 @@ class FrameSpec(SpecModel):
 
     @property
     def n_crops(self) -> int:
-        """Gives how many pictures are cut out of one."""
+        """How many pictures are cut out of one."""
         return 3 if self.crops == "three" else 1
 
     @property
     def is_random(self) -> bool:
-        """Says whether anything is drawn."""
+        """Whether anything is drawn."""
         return self.crops in ("random", "random-resized") or 0 < self.flip < 1
 
     @property
     def source(self) -> Literal["rgb", "flow"]:
-        """Gives which media are read: flow that is computed comes from the pictures."""
+        """Which media are read: flow that is computed comes from the pictures."""
         return "rgb" if self.input == "rgb" or self.flow != "images" else "flow"
 
 
 class AudioSpec(SpecModel):
-    """Says which samples a row covers and how they become a log spectrogram (METHODS section 3).
+    """Which samples a row covers and how they become a log spectrogram (METHODS section 3).
 
     `span` = `segment`: one window, the segment's own span, at most `duration_s`; shorter ones are tiled.
     `span` = `clip`: one window of `duration_s` centred on each clip, zeros beyond the ends of the file.
@@ -185,19 +185,19 @@ class AudioSpec(SpecModel):
 
     @property
     def n_samples(self) -> int:
-        """Gives how many samples a window has."""
+        """How many samples a window has."""
         return round(self.duration_s * self.rate_hz)
 
 
 class OutputSpec(SpecModel):
-    """Is one named output of an encoder with its shape for one clip."""
+    """One named output of an encoder with its shape for one clip."""
 
     name: str
     shape: tuple[int, ...]
 
 
 class ImportSpec(SpecModel):
-    """Says where features come from that were computed elsewhere: nothing of how they were made is known.
+    """Where features come from that were computed elsewhere: nothing of how they were made is known.
 
     `source_sha256` is that of the file, or of a folder's files (pipeline/store/importing.py).
     """
@@ -208,7 +208,7 @@ class ImportSpec(SpecModel):
 
 
 class FeatureSpec(SpecModel):
-    """Is everything that decides a feature's value; `fingerprint` names its store, any change of a field another one.
+    """Everything that decides a feature's value; `fingerprint` names its store, any change of a field another one.
 
     `weights` is the sha256 of the network's tensors. `revision` is the encoder's, raised when its numerics change.
     Exactly one of `frame`, `audio` and `imported` is set; of an imported store `weights` is "imported:" and the
@@ -240,7 +240,7 @@ class FeatureSpec(SpecModel):
 
     @property
     def n_entries_per_clip(self) -> int:
-        """Gives how many entries of the second axis come from one clip: its views, or its crops.
+        """How many entries of the second axis come from one clip: its views, or its crops.
 
         Entry number (clip * n_views + view) * n_crops + crop; of sound, its own view stands in the place of the crop.
         """
@@ -248,16 +248,16 @@ class FeatureSpec(SpecModel):
 
     @property
     def n_sound_views(self) -> int:
-        """Gives how many views there are of each window of sound, the first as it is; 1 where there is no sound."""
+        """How many views there are of each window of sound, the first as it is; 1 where there is no sound."""
         return 1 if self.audio is None else self.audio.n_views
 
     @property
     def holds_sound(self) -> bool:
-        """Says whether the store says for each row if there was sound."""
+        """Whether the store says for each row if there was sound."""
         return self.audio is not None or (self.imported is not None and self.imported.modality == "audio")
 
 
 def fingerprint(spec: FeatureSpec) -> str:
-    """Computes the 12 hex digits that name the spec's store: sha256 of its canonical JSON."""
+    """Compute the 12 hex digits that name the spec's store: sha256 of its canonical JSON."""
     text = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Says what else there is where a name is unknown: the nearest names, and how to see all of them."""
+"""What else there is where a name is unknown: the nearest names, and how to see all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _N_CONTAINED = 3  # characters, from which on a name within another counts as ne
 
 
 def find_nearest(name: str, known: Iterable[str], n: int = N_NEAREST) -> list[str]:
-    """Finds up to n of the known names that a mistyped one may have meant, the most alike first; [] where none may.
+    """Find up to n of the known names that a mistyped one may have meant, the most alike first; [] where none may.
 
     Letters' case doesn't count. Where no name is alike (ratio of difflib's SequenceMatcher of 0.6 or more), those count
     that begin with the mistyped one, or with which it begins.
@@ -32,7 +32,7 @@ def find_nearest(name: str, known: Iterable[str], n: int = N_NEAREST) -> list[st
 
 
 def suggest(name: str, known: Iterable[str], *, listed_by: str = "", there: str = "there are") -> str:
-    """Writes the end of an error about an unknown name: `did you mean 'a' or 'b'?`, or what there is.
+    """Write the end of an error about an unknown name: `did you mean 'a' or 'b'?`, or what there is.
 
     `listed_by` is the command that lists them all; without it a list of more than 24 names is cut short. `there` are
     the words before a list, such as `it has`.

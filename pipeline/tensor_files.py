@@ -18,7 +18,7 @@ _N_NAMES_SHOWN = 8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes tensors with facts in the file's header, in one step; the same tensors and facts give the same bytes."""
+    """Write tensors with facts in the file's header, in one step; the same tensors and facts give the same bytes."""
     from safetensors.torch import save
 
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -28,7 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def tensor_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Computes the checksum of named tensors: sha256 over name, dtype, shape and little-endian bytes, sorted by name.
+    """Compute the checksum of named tensors: sha256 over name, dtype, shape and little-endian bytes, sorted by name.
 
     It doesn't depend on the file format, the device or the order of the mapping.
     """
@@ -43,7 +43,7 @@ def tensor_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Reads what a safetensors file says of itself (encoder, tensor_sha256, source; empty if nothing), without torch.
+    """Read what a safetensors file says of itself (encoder, tensor_sha256, source; empty if nothing), without torch.
 
     Raises WeightsError if the file is missing or isn't a safetensors file.
     """
@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file onto the CPU; raises WeightsError if it is missing or broken."""
+    """Read the tensors of a safetensors file onto the CPU; raises WeightsError if it is missing or broken."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str) -> None:
-    """Raises WeightsError unless both have the same names, shapes and dtypes; the message lists the differences."""
+    """Raise WeightsError unless both have the same names, shapes and dtypes; the message lists the differences."""
     faults = [f"lacks {name}" for name in expected if name not in tensors]
     faults += [f"has {name}, which the network hasn't" for name in tensors if name not in expected]
     for name, tensor in tensors.items():
@@ -88,7 +88,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 
 def _sort_metadata(file: bytes) -> bytes:
-    """Sorts the facts in a safetensors file's header, which its library writes in another order each time."""
+    """Sort the facts in a safetensors file's header, which its library writes in another order each time."""
     stop = 8 + int.from_bytes(file[:8], "little")
     header = json.loads(file[8:stop])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Finds the folder with real media and annotations: ECHOSHIFT_SHARED, or ../shared/data beside the checkout."""
+    """Find the folder with real media and annotations: ECHOSHIFT_SHARED, or ../shared/data beside the checkout."""
     root = Path(os.environ.get("ECHOSHIFT_SHARED", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (root / "grid_av").is_dir():
         pytest.skip(f"no shared data at {root}; set ECHOSHIFT_SHARED")
@@ -21,7 +21,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Runs moto's S3 server in a thread, on a free port of this machine; gives its URL."""
+    """Run moto's S3 server in a thread, on a free port of this machine; return its URL."""
     moto_server = pytest.importorskip("moto.server", reason="no moto, the S3-compatible server of the tests")
     pytest.importorskip("s3fs", reason="no s3fs, the driver of s3://")
     server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -33,7 +33,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """Makes a bucket of this test's own, and the environment in which any process finds its server; gives its URL."""
+    """Make a bucket of this test's own, and the environment in which any process finds its server; return its URL."""
     import fsspec
 
     for name, value in {

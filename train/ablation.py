@@ -25,7 +25,7 @@ CUDA = "cuda"
 
 @dataclass(frozen=True, slots=True)
 class FailedRun:
-    """Is a run that came to no end, and why, in a line."""
+    """A run that came to no end, and why, in a line."""
 
     planned: PlannedRun
     reason: str
@@ -33,7 +33,7 @@ class FailedRun:
 
 @dataclass(frozen=True, slots=True)
 class GridPlace:
-    """Is where a grid's runs read and write, and how the settings of a row are made."""
+    """Where a grid's runs read and write, and how the settings of a row are made."""
 
     places: DataPlaces
     runs_dir: Path
@@ -42,7 +42,7 @@ class GridPlace:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Is who computes: this process, or `n` others; `stack` is how many runs of Stage 2 train as one, 0 what pays."""
+    """Who computes: this process, or `n` others; `stack` is how many runs of Stage 2 train as one, 0 what pays."""
 
     n: int = 1
     gpus: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Is one call that a process makes, and the planned runs that fail with it."""
+    """One call that a process makes, and the planned runs that fail with it."""
 
     call: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -62,7 +62,7 @@ class _Task:
 def select_missing(
     planned: Sequence[PlannedRun], records: Iterable[RunRecord], manifest_sha256: str
 ) -> list[PlannedRun]:
-    """Gives the planned runs that lack a record of this manifest under a rule that they ask for, in order."""
+    """Return the planned runs that lack a record of this manifest under a rule that they ask for, in order."""
     done = {
         (record.stage, record.config_hash, record.shift, record.seed, record.selection)
         for record in keep_latest(records).values()
@@ -76,7 +76,7 @@ def select_missing(
 
 
 def list_rules(run: PlannedRun) -> tuple[str, ...]:
-    """Lists the selection rules under which a planned run is scored."""
+    """List the selection rules under which a planned run is scored."""
     if run.stage == "stage1":
         return ("last",)
     chosen: Mapping[str, Any] = run.config[run.stage]["selection" if run.stage == "stage2" else "scoring"]
@@ -86,7 +86,7 @@ def list_rules(run: PlannedRun) -> tuple[str, ...]:
 def run_grid(
     missing: Sequence[PlannedRun], place: GridPlace, watcher: EpochWatcher, workers: Workers = Workers()
 ) -> list[FailedRun]:
-    """Runs all that is missing, each appended to the results as it ends; gives those that failed.
+    """Run all that is missing, each appended to the results as it ends; return those that failed.
 
     First the runs of Stage 1, those that other rows need among them, then the runs on cached features.
     """
@@ -104,7 +104,7 @@ def run_grid(
 
 
 def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
-    """Plans each run of Stage 1 once, with everything that Stage 2 needs where a row of it asks."""
+    """Plan each run of Stage 1 once, with everything that Stage 2 needs where a row of it asks."""
     from echoshift.train.stage1.run_context import Stage1Request
 
     records = read_runs(place.runs_dir / RESULTS)
@@ -137,7 +137,7 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
 
 
 def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers) -> list[_Task]:
-    """Plans runs on cached features: on a GPU of this process all together, to train in stacks; else one by one."""
+    """Plan runs on cached features: on a GPU of this process all together, to train in stacks; else one by one."""
     from echoshift.pipeline.devices import resolve_device
 
     if not runs:
@@ -150,7 +150,7 @@ def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace, workers: Worker
 
 
 def run_one_stage1(request: Any) -> None:
-    """Runs Stage 1 in this process, and says nothing of its steps."""
+    """Run Stage 1 in this process, and say nothing of its steps."""
     from echoshift.train.ranks import Ranks
     from echoshift.train.stage1.running import run_stage1
 
@@ -158,7 +158,7 @@ def run_one_stage1(request: Any) -> None:
 
 
 def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
-    """Runs Stage 2 or alignment in this process, and says nothing of its epochs."""
+    """Run Stage 2 or alignment in this process, and say nothing of its epochs."""
     from echoshift.pipeline.devices import resolve_device
     from echoshift.train.method_running import run_training
 
@@ -168,7 +168,7 @@ def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSe
 
 
 def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> None:
-    """Trains runs on cached features in stacks, then scores each."""
+    """Train runs on cached features in stacks, then scores each."""
     from echoshift.pipeline.devices import resolve_device
     from echoshift.train.method_running import run_training, train_together
 
@@ -224,7 +224,7 @@ def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[tuple
 
 
 def _make_portable(argument: Any) -> Any:
-    """Has paths hold wherever a worker runs; a worker, which may start no processes, decodes by itself."""
+    """Have paths hold wherever a worker runs; a worker, which may start no processes, decode by itself."""
     from echoshift.train.stage1.run_context import Stage1Request
 
     if isinstance(argument, DataPlaces):

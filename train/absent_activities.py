@@ -11,7 +11,7 @@ from echoshift.pipeline.errors import SpecError
 
 
 def mark_absent_single(p_audio: np.ndarray, has_audio: np.ndarray, n_absent: int) -> np.ndarray:
-    """Marks the `n_absent` (r) classes of lowest audio probability of each segment (METHODS 5.4), bool [n, K].
+    """Mark the `n_absent` (r) classes of lowest audio probability of each segment (METHODS 5.4), bool [n, K].
 
     Ties go to the lower class index. A segment without sound gets no mark, whatever `p_audio` [n, K] holds there.
     Raises SpecError where r isn't below K, or a segment with sound has no finite probabilities.
@@ -25,7 +25,7 @@ def mark_absent_single(p_audio: np.ndarray, has_audio: np.ndarray, n_absent: int
 
 
 def check_n_absent(n_absent: int, n_classes: int) -> None:
-    """Checks that r is at least 1 and below K; raises SpecError."""
+    """Check that r is at least 1 and below K; raises SpecError."""
     if not 0 < n_absent < n_classes:
         raise SpecError(
             f"absent.n_absent is {n_absent} of {n_classes} classes; it must be at least 1 and leave one class "
@@ -36,7 +36,7 @@ def check_n_absent(n_absent: int, n_classes: int) -> None:
 def mark_absent_multi(
     p_audio: np.ndarray, has_audio: np.ndarray, source_shares: np.ndarray, gamma: float
 ) -> np.ndarray:
-    """Marks of each class k the (1 - alpha_k) gamma of the segments where its probability is lowest, bool [n, K].
+    """Mark of each class k the (1 - alpha_k) gamma of the segments where its probability is lowest, bool [n, K].
 
     It is a share of the segments with sound, rounded down; those without are never marked. Ties go to the earlier one.
 
@@ -62,7 +62,7 @@ def mark_absent_multi(
 
 
 def compute_absent_loss(logits: Tensor, absent: Tensor, *, multi_label: bool) -> Tensor:
-    """Gives -sum over the absent classes of log(1 - p), averaged over the batch (Eq. 1 of Zhang et al.); a scalar.
+    """Return -sum over the absent classes of log(1 - p), averaged over the batch (Eq. 1 of Zhang et al.); a scalar.
 
     p is the softmax of `logits` [B, K], or with `multi_label` their sigmoid; `absent` is bool [B, K]. A segment without
     marks counts as 0 in the mean. log(1 - p) is never computed from p: it is -softplus(logit) for a sigmoid, and for a
@@ -80,7 +80,7 @@ def compute_absent_loss(logits: Tensor, absent: Tensor, *, multi_label: bool) ->
 
 
 def _find_heard(p_audio: np.ndarray, has_audio: np.ndarray) -> np.ndarray:
-    """Gives the indices of segments with sound; their probabilities must be finite."""
+    """Return the indices of segments with sound; their probabilities must be finite."""
     heard = np.flatnonzero(has_audio)
     broken = heard[~np.isfinite(p_audio[heard]).all(axis=1)]
     if len(broken):

@@ -10,7 +10,7 @@ from echoshift.pipeline.errors import SpecError
 
 
 def compute_effective_weights(counts: np.ndarray, beta: float) -> np.ndarray:
-    """Gives (1 - beta) / (1 - beta^n) for each count n, float64, any shape (Cui et al., CVPR 2019, used in Eq. 2).
+    """Return (1 - beta) / (1 - beta^n) for each count n, float64, any shape (Cui et al., CVPR 2019, used in Eq. 2).
 
     It is 1 for beta 0 or n 1, and tends to 1/n as beta tends to 1. A count of 0 gives 0: there is nothing to weight.
     """
@@ -26,7 +26,7 @@ def compute_effective_weights(counts: np.ndarray, beta: float) -> np.ndarray:
 
 
 def compute_class_weights(counts: np.ndarray, beta: float, *, normalised: bool) -> np.ndarray:
-    """Gives the weight of each class from its number of samples [K] (Eq. 2), float64 [K].
+    """Return the weight of each class from its number of samples [K] (Eq. 2), float64 [K].
 
     Normalised, they sum to the number of classes that have samples, as those of Cui et al. do (their section 4).
     """
@@ -35,7 +35,7 @@ def compute_class_weights(counts: np.ndarray, beta: float, *, normalised: bool) 
 
 
 def compute_cluster_weights(labels: np.ndarray, clusters: np.ndarray, beta: float, *, normalised: bool) -> np.ndarray:
-    """Gives each sample the weight of its interaction cluster within its class (Eq. 3), float64.
+    """Return each sample the weight of its interaction cluster within its class (Eq. 3), float64.
 
     Args:
         labels: class indices int64 [n], or, multi-label, 0 and 1 [n, K].
@@ -71,7 +71,7 @@ def compute_sample_weights(
     *,
     normalised: bool,
 ) -> np.ndarray:
-    """Gives what each sample's loss is multiplied by: 1, its class weight (Eq. 2), or that times its cluster's (Eq. 3).
+    """Return the weight of each sample's loss: 1, its class weight (Eq. 2), or that times its cluster's (Eq. 3).
 
     Multi-label, each positive is weighted so by its class, and every negative by the mean weight of all positives [?].
     Then positives and negatives stand to each other as in plain binary cross-entropy, whatever the weights' scale; with
@@ -107,7 +107,7 @@ def compute_sample_weights(
 
 
 def _weight_members(clusters: np.ndarray, beta: float, normalised: bool, k: int) -> np.ndarray:
-    """Weights the samples of one class, [m], by the size of their cluster."""
+    """Weight the samples of one class, [m], by the size of their cluster."""
     if clusters.size and clusters.min() < 0:
         raise SpecError(
             f"a sample of class {k} has cluster {clusters.min()}; every positive needs a cluster, from 0 on"
@@ -118,6 +118,6 @@ def _weight_members(clusters: np.ndarray, beta: float, normalised: bool, k: int)
 
 
 def _normalise(weights: np.ndarray) -> np.ndarray:
-    """Scales weights so that they sum to the number of those above 0."""
+    """Scale weights so that they sum to the number of those above 0."""
     total = weights.sum()
     return weights * (np.count_nonzero(weights) / total) if total > 0 else weights

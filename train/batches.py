@@ -1,4 +1,4 @@
-"""Defines the batches that trainers see; one of the target has no field for labels."""
+"""The batches that trainers see; one of the target has no field for labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class EncoderInputs:
-    """Is what an audio-adaptive encoder sees of B segments.
+    """What an audio-adaptive encoder sees of B segments.
 
     Attributes:
         visual: by name, one clip a segment: `clip` float32 [B, C, T, H, W], normalised, or the trunk's outputs.
@@ -28,7 +28,7 @@ class EncoderInputs:
 
 @dataclass(frozen=True, slots=True)
 class SourceBatch:
-    """Is a labelled batch.
+    """A labelled batch.
 
     Attributes:
         inputs: of B segments.
@@ -43,7 +43,7 @@ class SourceBatch:
 
 @dataclass(frozen=True, slots=True)
 class TargetBatch:
-    """Is an unlabelled batch; `absent` says which activities can't be heard, bool [B, K] (Eq. 1)."""
+    """An unlabelled batch; `absent` says which activities can't be heard, bool [B, K] (Eq. 1)."""
 
     inputs: EncoderInputs
     absent: Tensor
@@ -51,7 +51,7 @@ class TargetBatch:
 
 @dataclass(frozen=True, slots=True)
 class LabelledTargetBatch:
-    """Is a batch of the target's labelled part (semi-supervised CharadesEgo); fields as in SourceBatch."""
+    """A batch of the target's labelled part (semi-supervised CharadesEgo); fields as in SourceBatch."""
 
     inputs: EncoderInputs
     labels: Tensor

@@ -1,4 +1,4 @@
-"""Says where a dataset lies, and who computes on it."""
+"""Where a dataset lies, and who computes on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from echoshift.pipeline.store.location import Place
 
 @dataclass(frozen=True, slots=True)
 class DataPlaces:
-    """Is where a dataset lies, and who computes on it. `media_root` needn't exist where all that is read is cached."""
+    """Where a dataset lies, and who computes on it. `media_root` needn't exist where all that is read is cached."""
 
     card: DatasetCard
     manifest: Manifest

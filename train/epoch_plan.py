@@ -14,27 +14,27 @@ Order = Callable[[int, int, int, int], np.ndarray]  # n, seed, number of the rou
 
 
 class BatchSizes(Protocol):
-    """Says how many segments of the source, the target and its labelled part make up a batch."""
+    """How many segments of the source, the target and its labelled part make up a batch."""
 
     @property
     def n_source(self) -> int:
-        """Gives how many of the source."""
+        """How many of the source."""
         ...
 
     @property
     def n_target(self) -> int:
-        """Gives how many of the target's unlabelled part."""
+        """How many of the target's unlabelled part."""
         ...
 
     @property
     def n_labelled(self) -> int:
-        """Gives how many of the target's labelled part."""
+        """How many of the target's labelled part."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """Is the rows of one batch, or of one part of it: of the source, the target's labelled part, and its unlabelled.
+    """The rows of one batch, or of one part of it: of the source, the target's labelled part, and its unlabelled.
 
     `shares` are what the mean loss of each of the three is multiplied by. Over the parts of a batch that are computed
     one after the other they add up to 1, over processes, whose gradients are averaged, they average 1: either way the
@@ -48,17 +48,17 @@ class PlannedBatch:
 
     @property
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gives the three in the order of `shares`."""
+        """The three in the order of `shares`."""
         return self.source, self.labelled, self.target
 
     def split(self, n_parts: int) -> list[PlannedBatch]:
-        """Cuts a batch into parts that are computed one after the other, each with something of the source."""
+        """Cut a batch into parts that are computed one after the other, each with something of the source."""
         n_parts = min(n_parts, len(self.source))
         cut = zip(*(np.array_split(rows, n_parts) for rows in self.rows), strict=True)
         return [self._make_part(*rows, n_averaged=1) for rows in cut]
 
     def take_share(self, rank: int, n_ranks: int) -> PlannedBatch:
-        """Gives what one of several processes computes of a batch."""
+        """Return what one of several processes computes of a batch."""
         return self._make_part(*(rows[rank::n_ranks] for rows in self.rows), n_averaged=n_ranks)
 
     def _make_part(
@@ -81,7 +81,7 @@ def plan_epoch(
     epoch: int,
     order: Order | None = None,
 ) -> list[PlannedBatch]:
-    """Plans an epoch: every batch has n_source segments of the source, in a new order; what fills no batch is left out.
+    """Plan an epoch: every batch has n_source segments of the source, in a new order; what fills no batch is left out.
 
     The target's segments come from an endless row of shuffles, in which an epoch goes on where the one before stopped,
     so that all of them are seen equally often (the released code begins anew each epoch and never sees most of them;
@@ -104,7 +104,7 @@ def plan_epoch(
 
 
 def _take_from_row(n: int, start: int, size: int, seed: int, what: int, order: Order) -> np.ndarray:
-    """Takes `size` rows from an endless row of shuffles of n."""
+    """Take `size` rows from an endless row of shuffles of n."""
     if not size:
         return np.zeros(0, dtype=np.int64)
     rounds = range(start // n, (start + size - 1) // n + 1)
@@ -113,5 +113,5 @@ def _take_from_row(n: int, start: int, size: int, seed: int, what: int, order: O
 
 
 def shuffle(n: int, seed: int, number: int, what: int) -> np.ndarray:
-    """Shuffles n rows, int64 [n]; seed, number of the round and what is shuffled decide the order."""
+    """Shuffle n rows, int64 [n]; seed, number of the round and what is shuffled decide the order."""
     return np.random.default_rng([seed, number, what]).permutation(n)

@@ -22,7 +22,7 @@ Stage = Literal["stage1", "stage2", "alignment"]
 
 
 class GridModel(BaseModel):
-    """Is what every part of a grid has in common: frozen, and an unknown key is an error."""
+    """What every part of a grid has in common: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,7 +35,7 @@ class PublishedTable(GridModel):
 
 
 class GridRow(GridModel):
-    """Is one row: a variant, as `part.field=value` changes of the configuration that the command line gives.
+    """One row: a variant, as `part.field=value` changes of the configuration that the command line gives.
 
     `published` is the `method` under which cards list the row's published number, "" where there is none. `stage` is
     the stage whose runs the row is of, where it isn't the grid's.
@@ -58,7 +58,7 @@ class GridRow(GridModel):
 
 
 class Grid(GridModel):
-    """Is a table of runs: its rows, times shifts, times seeds.
+    """A table of runs: its rows, times shifts, times seeds.
 
     Attributes:
         name: the file's, without its ending.
@@ -96,7 +96,7 @@ class Grid(GridModel):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """Is one run that a grid asks for; `config` is JSON and decides, with stage, shift and seed, what is trained."""
+    """One run that a grid asks for; `config` is JSON and decides, with stage, shift and seed, what is trained."""
 
     row: str
     stage: Stage
@@ -108,12 +108,12 @@ class PlannedRun:
 
 
 def list_grids() -> tuple[str, ...]:
-    """Lists the names of the grids that come with echoshift."""
+    """List the names of the grids that come with echoshift."""
     return tuple(sorted(path.stem for path in GRIDS_DIR.glob("*.toml")))
 
 
 def read_grid(name_or_path: str | Path) -> Grid:
-    """Reads a grid by its name, or from a file if that ends in .toml; raises RunError naming the file and the key."""
+    """Read a grid by its name, or from a file if that ends in .toml; raises RunError naming the file and the key."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = GRIDS_DIR / f"{name_or_path}.toml"
@@ -134,7 +134,7 @@ def read_grid(name_or_path: str | Path) -> Grid:
 
 
 def list_shifts(grid: Grid, card: DatasetCard) -> tuple[str, ...]:
-    """Lists the names of a card's shifts that have as many source domains as the grid wants."""
+    """List the names of a card's shifts that have as many source domains as the grid wants."""
     admitted = {"single": (True,), "several": (False,), "any": (True, False)}[grid.sources]
     return tuple(shift.name for shift in card.shifts if (len(shift.source) == 1) in admitted)
 
@@ -147,7 +147,7 @@ def plan_runs(
     seeds: Sequence[int] = (),
     shifts: Sequence[str] = (),
 ) -> list[PlannedRun]:
-    """Plans a grid's runs: seed by seed, in each shift by shift, so that what is done early are whole seeds.
+    """Plan a grid's runs: seed by seed, in each shift by shift, so that what is done early are whole seeds.
 
     `resolve` makes the whole configuration, as JSON, of a row's stage and overrides. `seeds` and `shifts` replace the
     grid's. Raises RunError for a grid of another task, a shift that the card lacks, and rows that are the same run;

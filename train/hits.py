@@ -21,7 +21,7 @@ def average_hits(
     selection: SelectionRule = "last",
     manifest_sha256: str | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Gives, by row and shift, each test segment's share of seeds in which it is right, float64 [n].
+    """Return, by row and shift, each test segment's share of seeds in which it is right, float64 [n].
 
     Only for rows whose runs are all done and whose steps still say it, all for the same segments; a row of another kind
     (multi-label, runs deleted) is left out, and has no test over segments.

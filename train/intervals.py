@@ -17,7 +17,7 @@ _EQUAL = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class MeanInterval:
-    """Is the mean of n runs; `half_width` is that of its 95 % t-interval, None for one run, which has none."""
+    """The mean of n runs; `half_width` is that of its 95 % t-interval, None for one run, which has none."""
 
     mean: float
     half_width: float | None
@@ -26,7 +26,7 @@ class MeanInterval:
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """Is how far a method lies above a baseline on the same n pairs, and how probable that were without a difference.
+    """How far a method lies above a baseline on the same n pairs, and how probable that were without a difference.
 
     `p_value` is two-sided. It is None for a single pair, and where all differences are equal but not 0: there is no
     spread to measure them by. It is 1 where all are 0.
@@ -40,7 +40,7 @@ class PairedTest:
 
 @dataclass(frozen=True, slots=True)
 class SegmentTest:
-    """Is a difference with its 95 % bootstrap interval over n test segments, and its two-sided p-value."""
+    """A difference with its 95 % bootstrap interval over n test segments, and its two-sided p-value."""
 
     difference: float
     low: float
@@ -50,7 +50,7 @@ class SegmentTest:
 
 
 def compute_interval(values: Sequence[float]) -> MeanInterval:
-    """Computes the mean of runs and the half width of its 95 % t-interval; raises RunError for none or a NaN."""
+    """Compute the mean of runs and the half width of its 95 % t-interval; raises RunError for none or a NaN."""
     from scipy.special import stdtrit  # Student's t; importing scipy.stats takes a second, all that a table has
 
     numbers = _check(values, "scores of runs")
@@ -60,7 +60,7 @@ def compute_interval(values: Sequence[float]) -> MeanInterval:
 
 
 def compare_pairs(ours: Mapping[PairKey, float], baseline: Mapping[PairKey, float]) -> PairedTest:
-    """Tests, by a paired t-test over the (shift, seed) pairs that both have, whether `ours` differs from the baseline.
+    """Test, by a paired t-test over the (shift, seed) pairs that both have, whether `ours` differs from the baseline.
 
     Runs of one seed or shift aren't independent of each other, so the p-value is rather too small. Raises RunError
     where no pair is in both.
@@ -85,7 +85,7 @@ def compare_pairs(ours: Mapping[PairKey, float], baseline: Mapping[PairKey, floa
 def compare_segments(
     ours: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray], *, n_draws: int = 10_000, seed: int = 0
 ) -> SegmentTest:
-    """Tests by a paired bootstrap over test segments whether a mean over segments differs from the baseline's.
+    """Test by a paired bootstrap over test segments whether a mean over segments differs from the baseline's.
 
     Both map a shift to one number a test segment, float [n] in the same order: whether it is right, or the share of
     seeds in which it is. The difference is the mean over shifts of the mean over segments; segments are drawn anew

@@ -47,7 +47,7 @@ WARNINGS = "warnings"  # in the outcome of a training, where there are any
 
 @dataclass(frozen=True, slots=True)
 class TrainingOutcome:
-    """Is what a run came to: one record a selection rule, and the checkpoints by network."""
+    """What a run came to: one record a selection rule, and the checkpoints by network."""
 
     records: tuple[RunRecord, ...]
     checkpoints: Mapping[str, Path]
@@ -60,7 +60,7 @@ def run_training(
     device: torch.device,
     trained: Mapping[str, TrainedRun] | None = None,
 ) -> TrainingOutcome:
-    """Runs whatever of a planned run isn't done yet, and appends it to the results, one record a selection rule.
+    """Run whatever of a planned run isn't done yet, and append it to the results, one record a selection rule.
 
     `trained` are, by the key of their step, runs that were trained together already. What is wrong with a network is
     said in a line and kept in the records, also where it was trained before. Of the target's labels none is read but,
@@ -124,7 +124,7 @@ def run_training(
 def train_together(
     planned: Sequence[PlannedTraining], watcher: EpochWatcher, device: torch.device, stack: int
 ) -> dict[str, TrainedRun]:
-    """Trains what several runs lack in stacks of at most `stack` runs of equal shape; gives it by key of step."""
+    """Train what several runs lack in stacks of at most `stack` runs of equal shape; return it by key of step."""
     pending: dict[str, MethodRun] = {}
     for run in planned:
         pending.update({step.key: network for step, network in run.list_pending()})
@@ -153,7 +153,7 @@ def _make_training(
 
 
 def _score(planned: PlannedTraining, predicted: Mapping[str, StepResult], split: TestSplit) -> StepResult:
-    """Scores the mean of the streams' probabilities (METHODS 6)."""
+    """Score the mean of the streams' probabilities (METHODS 6)."""
     has_audio = np.array([planned.has_audio[segment_id] for segment_id in split.segment_ids], dtype=bool)
     inputs = {f"predictions of {name}": result.key for name, result in predicted.items()}
 
@@ -169,7 +169,7 @@ def _score(planned: PlannedTraining, predicted: Mapping[str, StepResult], split:
 
 
 def _append(results: Path, records: Sequence[RunRecord]) -> None:
-    """Appends the records that aren't there yet."""
+    """Append the records that aren't there yet."""
     known = keep_latest(read_runs(results))
     for record in records:
         before = known.get(record.key)

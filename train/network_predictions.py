@@ -33,7 +33,7 @@ def predict_network(
     split: TestSplit,
     device: torch.device,
 ) -> StepResult:
-    """Predicts the target's test segments by the weights that a rule chooses."""
+    """Predict the target's test segments by the weights that a rule chooses."""
     settings, inputs = network.name_test()
     settings = {"rule": rule, **settings}
     inputs = {"trained": training.key, "test": hash_json(split.segment_ids), **inputs}
@@ -75,7 +75,7 @@ def _load(network: MethodRun, path: Path) -> nn.Module:
 def _choose_epoch(
     planned: PlannedTraining, network: MethodRun, path: Path, rule: SelectionRule, split: TestSplit
 ) -> tuple[int, dict[str, Any]]:
-    """Chooses the first of the best epochs: on the source's validation split, or (oracle) on what is scored."""
+    """Choose the first of the best epochs: on the source's validation split, or (oracle) on what is scored."""
     on_source = rule == "source_val"
     labelled = planned.splits.source_val if on_source else split.test
     ids = [segment.segment_id for segment in labelled.segments]
@@ -90,7 +90,7 @@ def _choose_epoch(
 
 
 def predict_snapshots(network: MethodRun, run: TrainedRun, device: torch.device) -> dict[str, np.ndarray]:
-    """Predicts with each of the weights that a run kept, now that it is trained; float32 [snapshots, n, K] by name."""
+    """Predict with each of the weights that a run kept, now that it is trained; float32 [snapshots, n, K] by name."""
     method = network.build().to(device).eval()
     found: dict[str, list[np.ndarray]] = {}
     for state in (*run.snapshots, run.state):
@@ -105,12 +105,12 @@ def predict_snapshots(network: MethodRun, run: TrainedRun, device: torch.device)
 
 
 def list_ids(rows: Rows, index: np.ndarray) -> np.ndarray:
-    """Lists the ids of rows of features."""
+    """List the ids of rows of features."""
     return np.array([rows.segment_ids[row] for row in index.tolist()])
 
 
 def _read_epochs(path: Path, name: str, segment_ids: Sequence[str]) -> np.ndarray | None:
-    """Reads what each snapshot predicts of segments, float32 [snapshots, n, K]; None if nothing is kept."""
+    """Read what each snapshot predicts of segments, float32 [snapshots, n, K]; None if nothing is kept."""
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as arrays:
@@ -122,7 +122,7 @@ def _read_epochs(path: Path, name: str, segment_ids: Sequence[str]) -> np.ndarra
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as .npz in one step."""
+    """Write arrays as .npz in one step."""
     fresh = path.with_name(f"{path.name}.partial.npz")
     np.savez(fresh, **arrays)  # type: ignore[arg-type]  # its stubs take names for options
     fresh.replace(path)

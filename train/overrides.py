@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 def read_settings(path: Path) -> Settings:
-    """Reads a TOML file; raises RunError naming it where it is missing or isn't TOML."""
+    """Read a TOML file; raises RunError naming it where it is missing or isn't TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -27,7 +27,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def parse_override(text: str) -> Settings:
-    """Turns `training.lr=1e-3` into {"training": {"lr": 0.001}}; values as in TOML, anything else is text."""
+    """Turn `training.lr=1e-3` into {"training": {"lr": 0.001}}; values as in TOML, anything else is text."""
     key, equals, value = text.partition("=")
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
@@ -39,7 +39,7 @@ def parse_override(text: str) -> Settings:
 
 
 def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
-    """Lays settings over others, table by table; nothing is changed in place."""
+    """Lay settings over others, table by table; nothing is changed in place."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -49,7 +49,7 @@ def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settin
 
 
 def make_config(kind: type[Config], settings: Mapping[str, Any], place: str) -> Config:
-    """Makes a configuration; raises RunError naming the place and each key at fault, with the nearest that exists."""
+    """Make a configuration; raises RunError naming the place and each key at fault, with the nearest that exists."""
     try:
         return kind.model_validate(settings)
     except ValidationError as error:

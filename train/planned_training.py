@@ -1,4 +1,4 @@
-"""Defines a run of methods on cached features that is planned: its networks, its data, how it is scored."""
+"""A run of methods on cached features that is planned: its networks, its data, how it is scored."""
 
 from __future__ import annotations
 
@@ -22,60 +22,60 @@ from echoshift.train.steps import Step, StepRunner
 
 
 class MethodRun(Protocol):
-    """Is one network of a run, planned: what is trained, and what is predicted with it."""
+    """One network of a run, planned: what is trained, and what is predicted with it."""
 
     @property
     def name(self) -> str:
-        """Names it among the run's networks, such as rgb."""
+        """Name it among the run's networks, such as rgb."""
         ...
 
     @property
     def title(self) -> str:
-        """Names it in lines of progress and in errors."""
+        """Name it in lines of progress and in errors."""
         ...
 
     @property
     def one_clip(self) -> bool:
-        """Says whether each clip is predicted by itself."""
+        """Whether each clip is predicted by itself."""
         ...
 
     @property
     def over_clips(self) -> Literal["mean", "max"]:
-        """Says how predictions of clips are combined then."""
+        """How predictions of clips are combined then."""
         ...
 
     def plan_step(self) -> Step:
-        """Plans the training; what decides it is in the key."""
+        """Plan the training; what decides it is in the key."""
         ...
 
     def plan_job(self) -> TrainingJob:
-        """Makes the job that the loop trains."""
+        """Make the job that the loop trains."""
         ...
 
     def build(self) -> nn.Module:
-        """Builds the method with the weights that the seed decides."""
+        """Build the method with the weights that the seed decides."""
         ...
 
     def describe(self) -> dict[str, str]:
-        """Gives the facts that a checkpoint's header holds."""
+        """Return the facts that a checkpoint's header holds."""
         ...
 
     def examine(self, run: TrainedRun) -> tuple[str, ...]:
-        """Says, a line each, what is wrong with a network that was trained to its end; it may look at what it saw."""
+        """Say, a line each, what is wrong with a network that was trained to its end; it may look at what it saw."""
         ...
 
     def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Gives settings and inputs that decide what test segments are predicted from, beside the weights."""
+        """Return settings and inputs that decide what test segments are predicted from, beside the weights."""
         ...
 
     def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
-        """Lists what is predicted: `target_test`, and, where there is one, `source_val`."""
+        """List what is predicted: `target_test`, and, where there is one, `source_val`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTraining:
-    """Is a run whose steps are planned; nothing is trained yet.
+    """A run whose steps are planned; nothing is trained yet.
 
     Attributes:
         row: the grid's row that asks for it.
@@ -104,6 +104,6 @@ class PlannedTraining:
     runner: StepRunner
 
     def list_pending(self) -> list[tuple[Step, MethodRun]]:
-        """Lists the trainings that aren't done."""
+        """List the trainings that aren't done."""
         steps = [(network.plan_step(), network) for network in self.networks]
         return [(step, network) for step, network in steps if not self.runner.is_done(step)]

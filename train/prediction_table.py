@@ -25,7 +25,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PredictionTable:
-    """Is the table of n segments; columns as `write_prediction_table` says.
+    """The table of n segments; columns as `write_prediction_table` says.
 
     Attributes:
         has_audio: bool [n].
@@ -45,7 +45,7 @@ class PredictionTable:
     classes: tuple[str, ...]
 
     def find(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Finds the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
+        """Find the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
         row_of = {segment_id: row for row, segment_id in enumerate(self.segment_ids)}
         try:
             return np.array([row_of[segment_id] for segment_id in segment_ids], dtype=np.int64)
@@ -54,7 +54,7 @@ class PredictionTable:
 
 
 def read_prediction_table(path: Path) -> PredictionTable:
-    """Reads a table; raises RunError naming the file, and the columns that it lacks."""
+    """Read a table; raises RunError naming the file, and the columns that it lacks."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -82,7 +82,7 @@ def read_prediction_table(path: Path) -> PredictionTable:
 
 
 def _read_lists(table: object, name: str) -> np.ndarray:
-    """Reads a column of lists of equal length, float32 [n, length]."""
+    """Read a column of lists of equal length, float32 [n, length]."""
     column = table[name].combine_chunks()  # type: ignore[index]
     values = column.flatten().to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(values.reshape(len(column), -1), dtype=np.float32)

@@ -19,7 +19,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class PresetFiles(Generic[Config]):
-    """Is a stage's files: `presets/NAME.toml` and `datasets/NAME.toml` in its folder.
+    """A stage's files: `presets/NAME.toml` and `datasets/NAME.toml` in its folder.
 
     A dataset's file has the tables `any`, one of each preset's name, others that are asked for, such as `flow`, and
     such for one preset alone, `released-flow`.
@@ -31,7 +31,7 @@ class PresetFiles(Generic[Config]):
     other_tables: frozenset[str] = frozenset()
 
     def list_presets(self) -> list[str]:
-        """Lists the presets by name."""
+        """List the presets by name."""
         return sorted(path.stem for path in (self.folder / "presets").glob("*.toml"))
 
     def resolve(
@@ -44,7 +44,7 @@ class PresetFiles(Generic[Config]):
         foreign: frozenset[str] = frozenset(),
         tables: Iterable[str] = (),
     ) -> Config:
-        """Makes the configuration for a dataset; what comes later wins.
+        """Make the configuration for a dataset; what comes later wins.
 
         1. the fields' defaults; 2. the preset; 3. what the dataset needs: the tables `any`, the preset's name,
         `tables`, and those of the preset (PRESET-TABLE); 4. the user's TOML file, without the parts that are

@@ -16,7 +16,7 @@ _TIMEOUT = timedelta(hours=12)  # the others wait while the first one extracts o
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Is this process's place among those that train together; alone without torchrun."""
+    """This process's place among those that train together; alone without torchrun."""
 
     rank: int = 0
     n_ranks: int = 1
@@ -24,16 +24,16 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Says whether this process writes files and prints."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Waits until all processes are here."""
+        """Wait until all processes are here."""
         if self.n_ranks > 1:
             dist.barrier()
 
     def average(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-        """Averages numbers over all processes, each of which gives the same names; `device` is where it computes."""
+        """Average numbers over all processes, each of which gives the same names; `device` is where it computes."""
         if self.n_ranks == 1:
             return dict(values)
         summed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
@@ -41,7 +41,7 @@ class Ranks:
         return dict(zip(values, (summed / self.n_ranks).tolist(), strict=True))
 
     def choose_device(self, device: str) -> str:
-        """Gives each process its own GPU, where `auto` or `cuda` leave the choice."""
+        """Return each process its own GPU, where `auto` or `cuda` leave the choice."""
         if self.n_ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank}"
         return device
@@ -49,7 +49,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, until the block ends; without torchrun this process is alone."""
+    """Join the processes that torchrun started, until the block ends; without torchrun this process is alone."""
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks == 1 or "RANK" not in os.environ:
         yield Ranks()

@@ -30,11 +30,11 @@ RunKey = tuple[str, str, str, int, str]
 
 
 class TornLineWarning(UserWarning):
-    """Says that a line of a results file is no whole JSON, as a kill while it was written leaves it."""
+    """That a line of a results file is no whole JSON, as a kill while it was written leaves it."""
 
 
 class RunRecord(BaseModel):
-    """Is one run that came to its end: what was trained on what, and what it scored.
+    """One run that came to its end: what was trained on what, and what it scored.
 
     Attributes:
         stage: such as `stage1`.
@@ -80,7 +80,7 @@ class RunRecord(BaseModel):
 
     @property
     def key(self) -> RunKey:
-        """Gives what the run is a result of: stage, config hash, shift, seed and selection rule."""
+        """What the run is a result of: stage, config hash, shift, seed and selection rule."""
         return (self.stage, self.config_hash, self.shift, self.seed, self.selection)
 
 
@@ -100,7 +100,7 @@ def _keep_used_everywhere(value: Any) -> Any:
 
 
 def append_run(path: Path, record: RunRecord) -> None:
-    """Appends a record as one line, under a lock, and returns when it is on the disk.
+    """Append a record as one line, under a lock, and return when it is on the disk.
 
     A kill leaves at most a torn last line; the next append begins a line of its own behind it. A write that fails (no
     room left) leaves the file as it was. Raises RunError naming the file.
@@ -118,7 +118,7 @@ def append_run(path: Path, record: RunRecord) -> None:
 
 
 def read_runs(path: Path) -> list[RunRecord]:
-    """Reads all records of a results file, oldest first; [] where there is no file.
+    """Read all records of a results file, oldest first; [] where there is no file.
 
     A line that is no whole JSON is passed over with a TornLineWarning that names file and line. A whole one that is no
     record is a RunError: another version wrote it, or a hand did.
@@ -155,13 +155,13 @@ def read_runs(path: Path) -> list[RunRecord]:
 
 
 def keep_latest(records: Iterable[RunRecord]) -> dict[RunKey, RunRecord]:
-    """Keeps, of records in the order they were written, the last of each key."""
+    """Keep, of records in the order they were written, the last of each key."""
     return {record.key: record for record in records}
 
 
 @cache
 def describe_code_version() -> str:
-    """Says which code runs: the package's version, with `git describe` of the checkout it runs from, if it is one."""
+    """Name the code that runs: the package's version, with `git describe` of the checkout, if it is one."""
     release = version("echoshift")
     root = Path(__file__).resolve().parent.parent  # of the checkout, beyond the links
     if not (root / ".git").exists():

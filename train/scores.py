@@ -15,13 +15,13 @@ _TOLERANCE = 1e-3  # how far rounding in half precision may take a probability o
 
 
 class ScoreModel(BaseModel):
-    """Is what all scores have in common: frozen, and an unknown key is an error."""
+    """What all scores have in common: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Score(ScoreModel):
-    """Is a number in 0..1 with what it stands on; None where there is nothing to stand on.
+    """A number in 0..1 with what it stands on; None where there is nothing to stand on.
 
     `n` counts test segments; `n_classes` the classes that a mean over classes is over, None for other numbers.
     """
@@ -32,7 +32,7 @@ class Score(ScoreModel):
 
 
 class ClassScore(ScoreModel):
-    """Is what one class scores: its accuracy (single-label) or average precision; None for one without positives.
+    """What one class scores: its accuracy (single-label) or average precision; None for one without positives.
 
     `n` counts the test segments that have the class.
     """
@@ -43,14 +43,14 @@ class ClassScore(ScoreModel):
 
 
 class BinScore(ScoreModel):
-    """Is the score of what the source shows a certain number of times, such as `2-10`."""
+    """The score of what the source shows a certain number of times, such as `2-10`."""
 
     name: str
     score: Score
 
 
 class Scores(ScoreModel):
-    """Is everything that one set of predictions scores.
+    """Everything that one set of predictions scores.
 
     Attributes:
         task: decides which fields are there; those of the other task are None.
@@ -86,7 +86,7 @@ class Scores(ScoreModel):
 
     @property
     def main(self) -> Score:
-        """Gives the score that tables show: top-1, or mean average precision with empty classes counted 0."""
+        """The score that tables show: top-1, or mean average precision with empty classes counted 0."""
         score = self.top1 if self.task == "single-label" else self.map_zero
         assert score is not None
         return score
@@ -99,7 +99,7 @@ def compute_scores(
     classes: Sequence[str],
     bins: SourceBins | None = None,
 ) -> Scores:
-    """Computes all scores of one set of predictions.
+    """Compute all scores of one set of predictions.
 
     `probabilities` float [n, K]: softmax (single-label) or sigmoid. `labels` int64 [n] of indices, or [n, K] of 0 and
     1, which makes the task multi-label. `has_audio` bool [n]. `classes` are the K names. Raises RunError naming what
@@ -113,7 +113,7 @@ def compute_scores(
 
 
 def average_scores(scores: Sequence[Scores]) -> Scores:
-    """Averages the scores of several networks on the same segments, each number by itself.
+    """Average the scores of several networks on the same segments, each number by itself.
 
     The result has no confusion matrix: there is no one prediction that it would count.
     """
@@ -195,7 +195,7 @@ def _score_multi(
 
 
 def compute_average_precisions(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Computes each class's non-interpolated average precision, float64 [K]; NaN for a class without positives."""
+    """Compute each class's non-interpolated average precision, float64 [K]; NaN for a class without positives."""
     from sklearn.metrics import average_precision_score
 
     precisions = np.full(labels.shape[1], np.nan)

@@ -22,7 +22,7 @@ HITS = "hits.npz"
 
 @dataclass(frozen=True, slots=True)
 class TestSplit:
-    """Is what is scored: the target's test segments with their labels, and the source's train split for the bins."""
+    """What is scored: the target's test segments with their labels, and the source's train split for the bins."""
 
     test: LabelledSegments
     source_train: LabelledSegments
@@ -32,14 +32,14 @@ class TestSplit:
 
     @property
     def segment_ids(self) -> list[str]:
-        """Gives the ids of what is scored."""
+        """The ids of what is scored."""
         return [segment.segment_id for segment in self.test.segments]
 
 
 def open_test_split(
     manifest: Manifest, card: DatasetCard, shift: Shift, kept: Sequence[str], source_train: LabelledSegments
 ) -> TestSplit:
-    """Gives the target's test segments that have features (`kept`), with their labels; for scores alone.
+    """Return the target's test segments that have features (`kept`), with their labels; for scores alone.
 
     Raises RunError where none is left.
     """
@@ -50,7 +50,7 @@ def open_test_split(
 
 
 def plan_scores_step(split: TestSplit, inputs: Mapping[str, str]) -> Step:
-    """Plans the step; `inputs` are the keys of the predictions, and what names the sound."""
+    """Plan the step; `inputs` are the keys of the predictions, and what names the sound."""
     source = split.source_train
     return Step(
         "scores",
@@ -69,7 +69,7 @@ def plan_scores_step(split: TestSplit, inputs: Mapping[str, str]) -> Step:
 def make_scores(
     split: TestSplit, predict: Callable[[], np.ndarray], has_audio: np.ndarray
 ) -> Callable[[Path], Mapping[str, Any]]:
-    """Makes what the step does: compute the scores, and keep which segments are right, for tests over segments.
+    """Make what the step does: compute the scores, and keep which segments are right, for tests over segments.
 
     `predict` gives probabilities of the split's segments in their order, float [n, K], or of several networks, float
     [networks, n, K], whose scores are averaged; `has_audio` is bool [n].
@@ -89,7 +89,7 @@ def make_scores(
 
 
 def read_hits(folder: Path) -> tuple[list[str], np.ndarray] | None:
-    """Reads which test segments a run has right: their ids and bool [n], or, of several networks, the share of those
+    """Read which test segments a run has right: their ids and bool [n], or, of several networks, the share of those
     that are right, float64 [n]; None where the folder doesn't say.
     """
     path = folder / HITS

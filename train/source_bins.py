@@ -1,4 +1,4 @@
-"""Says how often the source shows what a test segment shows: the rare and frequent bins of A's Fig. 4."""
+"""How often the source shows what a test segment shows: the rare and frequent bins of A's Fig. 4."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_BIN = -1
 
 @dataclass(frozen=True, slots=True)
 class SourceBins:
-    """Is the bin of each test segment, or, where the task is multi-label, of each class.
+    """The bin of each test segment, or, where the task is multi-label, of each class.
 
     Attributes:
         by: what was counted in the source: `pair` (class and noun) or `class`.
@@ -31,7 +31,7 @@ class SourceBins:
 
 
 def bin_by_source(source: LabelledSegments, test: LabelledSegments, n_classes: int) -> SourceBins:
-    """Bins test segments by how many of the source's train segments show the same (A, Fig. 4).
+    """Bin test segments by how many of the source's train segments show the same (A, Fig. 4).
 
     Single-label: the same pair of class and noun (EPIC: verb and noun) where both splits have nouns; a test segment
     without a noun is then in no bin, and a source segment without one counts for none. Where either split has no nouns

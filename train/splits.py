@@ -19,7 +19,7 @@ TRAIN, TEST = "train", "test"
 
 @dataclass(frozen=True, slots=True)
 class LabelledSegments:
-    """Is segments with their labels: class indices int64 [n], or, where the task is multi-label, float32 [n, K]."""
+    """Segments with their labels: class indices int64 [n], or, where the task is multi-label, float32 [n, K]."""
 
     segments: tuple[Segment, ...]
     labels: np.ndarray
@@ -30,7 +30,7 @@ class LabelledSegments:
 
 @dataclass(frozen=True, slots=True)
 class ShiftSplits:
-    """Is what a shift trains on, in file order. Whatever of the target isn't named labelled has no labels.
+    """What a shift trains on, in file order. Whatever of the target isn't named labelled has no labels.
 
     Attributes:
         source_train, source_val: the source's train and test split.
@@ -47,7 +47,7 @@ class ShiftSplits:
 
 
 def find_shift(card: DatasetCard, name: str) -> Shift:
-    """Finds a shift of a card by its name, such as D1-D2; raises ManifestError with those there are."""
+    """Find a shift of a card by its name, such as D1-D2; raises ManifestError with those there are."""
     for shift in card.shifts:
         if shift.name == name:
             return shift
@@ -56,7 +56,7 @@ def find_shift(card: DatasetCard, name: str) -> Shift:
 
 
 def read_shift_names(card: DatasetCard, text: str) -> list[str]:
-    """Reads names of shifts separated by blanks or commas; those of the card may hold blanks and commas themselves."""
+    """Read names of shifts separated by blanks or commas; those of the card may hold blanks and commas themselves."""
     known = sorted((shift.name for shift in card.shifts), key=len, reverse=True)
     names: list[str] = []
     rest = text.strip(" ,")
@@ -77,7 +77,7 @@ def split_for_shift(
     labelled_fraction: float | None = None,
     pairs: Literal["all", "half", "none"] = "all",
 ) -> ShiftSplits:
-    """Splits a manifest for one shift.
+    """Split a manifest for one shift.
 
     The labelled part of the target is what is tagged `labelled` (`use_tags`), or the first `labelled_fraction` of its
     train split; `pairs` thins the train splits (`thin_pairs`). Raises ManifestError where a part that must hold
@@ -110,26 +110,26 @@ def split_for_shift(
 
 
 def label_target_test(manifest: Manifest, card: DatasetCard, shift: Shift) -> LabelledSegments:
-    """Gives the target's test split with its labels: for scores alone."""
+    """Return the target's test split with its labels: for scores alone."""
     return _label(_select(manifest, (shift.target,), TEST), card)
 
 
 def label_target_train(
     manifest: Manifest, card: DatasetCard, shift: Shift, segment_ids: Sequence[str]
 ) -> LabelledSegments:
-    """Gives train segments of the target with their labels: for oracles, which are marked as such, alone."""
+    """Return train segments of the target with their labels: for oracles, which are marked as such, alone."""
     known = {segment.segment_id: segment for segment in _select(manifest, (shift.target,), TRAIN)}
     return _label([known[segment_id] for segment_id in segment_ids], card)
 
 
 def select_labelled(part: LabelledSegments, kept: Container[str]) -> LabelledSegments:
-    """Gives those of labelled segments whose ids are among the kept, in their order."""
+    """Return those of labelled segments whose ids are among the kept, in their order."""
     rows = np.array([i for i, s in enumerate(part.segments) if s.segment_id in kept], dtype=np.int64)
     return LabelledSegments(tuple(part.segments[i] for i in rows), part.labels[rows])
 
 
 def keep_segments(splits: ShiftSplits, kept: Container[str]) -> ShiftSplits:
-    """Gives a shift's splits without the segments whose ids aren't among the kept."""
+    """Return a shift's splits without the segments whose ids aren't among the kept."""
 
     def keep(part: Sequence[Segment]) -> tuple[Segment, ...]:
         return tuple(segment for segment in part if segment.segment_id in kept)
@@ -144,19 +144,19 @@ def keep_segments(splits: ShiftSplits, kept: Container[str]) -> ShiftSplits:
 
 
 def list_segment_ids(splits: ShiftSplits) -> list[str]:
-    """Lists the ids of all segments of a shift."""
+    """List the ids of all segments of a shift."""
     labelled = (splits.source_train, splits.source_val, splits.target_labelled)
     groups = (*(part.segments for part in labelled), splits.target_train, splits.target_test)
     return [segment.segment_id for group in groups for segment in group]
 
 
 def strip_labels(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Takes from segments whatever says what happens in them: labels, timed labels and noun."""
+    """Take from segments whatever says what happens in them: labels, timed labels and noun."""
     return tuple(replace(segment, labels=(), timed_labels=(), noun="") for segment in segments)
 
 
 def count_labels(labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Counts the samples of each class, int64 [K], of indices [n] or of 0 and 1 [n, K]."""
+    """Count the samples of each class, int64 [K], of indices [n] or of 0 and 1 [n, K]."""
     if labels.ndim == 2:
         return labels.sum(axis=0).astype(np.int64)
     return np.bincount(labels, minlength=n_classes)

@@ -35,7 +35,7 @@ _OTHERWISE = "paper"  # the preset of a stage that hasn't the one asked for
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """Is one network of Stage 2 or of alignment: its own configuration, and that of the Stage 1 that it stands on.
+    """One network of Stage 2 or of alignment: its own configuration, and that of the Stage 1 that it stands on.
 
     Stage 1's configuration names the encoders; `reads_stage1` says whether what Stage 1 made is read, or the cache.
     """
@@ -48,7 +48,7 @@ class StreamSettings:
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """Is everything that decides a run's result but data, shift and seed.
+    """Everything that decides a run's result but data, shift and seed.
 
     Attributes:
         stage1: of a run of Stage 1; of others what their streams have in common.
@@ -62,11 +62,11 @@ class RunSettings:
 
     @property
     def target_labels(self) -> TargetLabelsConfig:
-        """Says which of the target's train segments have labels."""
+        """Which of the target's train segments have labels."""
         return self.stage1.target_labels
 
     def describe(self) -> dict[str, Any]:
-        """Gives it as JSON; how fast a result comes isn't in it."""
+        """Return it as JSON; how fast a result comes isn't in it."""
         if self.config is None:
             return self.stage1.describe()
         streams = [
@@ -81,7 +81,7 @@ class RunSettings:
 def resolve_settings(
     stage: Stage, card: DatasetCard, preset: str = "paper", file: Path | None = None, overrides: Sequence[str] = ()
 ) -> RunSettings:
-    """Makes the settings of a run; what comes later wins: defaults, preset, dataset, file, overrides, a stream's own.
+    """Make the settings of a run; what comes later wins: defaults, preset, dataset, file, overrides, a stream's own.
 
     Each stage takes what is its own. A stage that hasn't the preset (Stage 1 has no `quick`) stays at `paper`. Raises
     RunError naming place and key.
@@ -130,18 +130,18 @@ def resolve_settings(
 
 
 def take_overrides(stage: Stage, overrides: Sequence[str]) -> list[str]:
-    """Takes those overrides that aren't another stage's; an unknown part stays, for the stage to say so."""
+    """Take those overrides that aren't another stage's; an unknown part stays, for the stage to say so."""
     foreign = _list_foreign(stage)
     return [override for override in overrides if not set(parse_override(override)) <= foreign]
 
 
 def _list_foreign(stage: Stage) -> frozenset[str]:
-    """Lists the parts of the other stages."""
+    """List the parts of the other stages."""
     return frozenset().union(*(parts for name, parts in PARTS.items() if name != stage))
 
 
 def _describe_stage1(settings: StreamSettings) -> dict[str, Any] | None:
-    """Gives of Stage 1 what decides: all of it where it is read, the encoders where the cache is."""
+    """Return of Stage 1 what decides: all of it where it is read, the encoders where the cache is."""
     if settings.reads_stage1:
         return settings.stage1.describe()
     if settings.stream.features:

@@ -29,7 +29,7 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Is one piece of work.
+    """One piece of work.
 
     Attributes:
         name: such as `encoder`; part of the folder's name.
@@ -45,13 +45,13 @@ class Step:
 
     @property
     def key(self) -> str:
-        """Computes the 12 hex digits that name the step's folder."""
+        """The 12 hex digits that name the step's folder."""
         return hash_json([self.name, self.revision, dict(self.settings), dict(self.inputs)])
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Is a step that is done: its folder, what its record says of the outcome, and whether it had been done before."""
+    """A step that is done: its folder, what its record says of the outcome, and whether it had been done before."""
 
     key: str
     folder: Path
@@ -71,15 +71,15 @@ class StepRunner:
     notify: Callable[[str], None] = lambda message: None
 
     def find_folder(self, step: Step) -> Path:
-        """Gives the folder of a step, whether it is there or not."""
+        """Return the folder of a step, whether it is there or not."""
         return self.root / f"{step.name}-{step.key}"
 
     def is_done(self, step: Step) -> bool:
-        """Says whether a step is done."""
+        """Return whether a step is done."""
         return (self.find_folder(step) / RECORD).is_file()
 
     def run(self, step: Step, make: Callable[[Path], Mapping[str, Any]]) -> StepResult:
-        """Runs a step unless its record is there; `make(folder)` does the work and gives JSON that the record keeps.
+        """Run a step unless its record is there; `make(folder)` does the work and return JSON that the record keeps.
 
         What a killed `make` left in the folder is still there when it is called again: it may go on from it. Two runs
         that want the same step do it once, the second waits.
@@ -114,20 +114,20 @@ class StepRunner:
 
 
 def _describe_machine() -> dict[str, Any]:
-    """Says what else a number may hang on: the same seed differs by rounding on other versions, threads or devices."""
+    """What else a number may hang on: the same seed differs by rounding on other versions, threads or devices."""
     import torch  # whoever only looks steps up starts without it
 
     return {"versions": describe_versions(), "machine": platform.machine(), "n_threads": torch.get_num_threads()}
 
 
 def hash_json(value: object) -> str:
-    """Computes 12 hex digits of the sha256 of a value's canonical JSON."""
+    """Compute 12 hex digits of the sha256 of a value's canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replaces a JSON file in one step."""
+    """Replace a JSON file in one step."""
     fresh = path.with_name(f"{path.name}.partial")
     fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     fresh.replace(path)
@@ -145,7 +145,7 @@ def _read_outcome(path: Path) -> Mapping[str, Any]:
 
 @contextmanager
 def _hold(path: Path, step: Step, notify: Callable[[str], None]) -> Iterator[None]:
-    """Holds a step's lock while the block runs, and says so when it has to wait."""
+    """Hold a step's lock while the block runs, and say so when it has to wait."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -16,7 +16,7 @@ _CSV_FIELDS = ("dataset", "row", "column", "value", "half_width", "n", "n_planne
 
 
 def lay_out(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Gives the header's words and those of each row.
+    """Return the header's words and those of each row.
 
     A number is followed by its interval's half width and, in brackets, its n, or `n of N` where runs are missing.
     Published numbers have a column of their own behind the one that they belong to.
@@ -45,7 +45,7 @@ def lay_out(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def format_markdown(table: Table) -> str:
-    """Formats a table as Markdown: title, table, notes as a list."""
+    """Format a table as Markdown: title, table, notes as a list."""
     header, lines = lay_out(table)
     rows = ["| " + " | ".join(word.replace("|", r"\|") for word in words) + " |" for words in (header, *lines)]
     rows.insert(1, "|---|" + "---:|" * (len(header) - 1))
@@ -53,7 +53,7 @@ def format_markdown(table: Table) -> str:
 
 
 def format_csv(table: Table) -> str:
-    """Formats a table as CSV, one line a number, in percent and points, without rounding beyond 6 digits.
+    """Format a table as CSV, one line a number, in percent and points, without rounding beyond 6 digits.
 
     `n` counts seeds, for differences (shift, seed) pairs or test segments; `n_planned` is how many the grid asks for.
     The half width over segments is half of the bootstrap interval, which needn't lie even about the value.
@@ -69,7 +69,7 @@ def format_csv(table: Table) -> str:
 
 
 def format_latex(table: Table) -> str:
-    """Formats a table as a LaTeX tabular with booktabs rules; the notes follow as comments."""
+    """Format a table as a LaTeX tabular with booktabs rules; the notes follow as comments."""
     header, lines = lay_out(table)
     rows = [" & ".join(_escape_latex(word) for word in words) + r" \\" for words in (header, *lines)]
     body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]

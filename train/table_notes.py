@@ -30,7 +30,7 @@ def write_notes(
     with_target_labels: Sequence[str] = (),
     warned: Mapping[str, Mapping[tuple[str, int], RunRecord]] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    """Writes a table's notes, each a sentence or two.
+    """Write a table's notes, each a sentence or two.
 
     `missing` maps a row to its runs done and planned, `warned` a row to its runs with warnings by shift and seed.
     """
@@ -77,7 +77,7 @@ def write_notes(
 
 
 def _describe_part(part: str, records: Sequence[RunRecord], card: DatasetCard) -> str:
-    """Says what a part of the test set is, and how many segments (or classes) it has, summed over shifts."""
+    """Describe what a part of the test set is, and how many segments (or classes) it has, summed over shifts."""
     by_shift = {record.shift: record.scores for record in records}
     scores = [getattr(of_shift, part) for of_shift in by_shift.values()]
     counted = [score for score in scores if score is not None]

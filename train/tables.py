@@ -31,7 +31,7 @@ _PARTS: dict[ColumnGroup, tuple[str, str]] = {"silent": ("silent", "audible"), "
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """Is a mean over seeds in percent, None where no seed is done, and how many seeds the grid asks for.
+    """A mean over seeds in percent, None where no seed is done, and how many seeds the grid asks for.
 
     A cell over several shifts is, for each seed in which all of them are done, their mean.
     """
@@ -42,7 +42,7 @@ class TableCell:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """Is one row; cells, and published numbers in percent, are by column.
+    """One row; cells, and published numbers in percent, are by column.
 
     `difference` (in points) and `segments` test it against the baseline; None for the baseline itself, and where there
     is nothing to compare with.
@@ -59,7 +59,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Is what a grid came to.
+    """What a grid came to.
 
     Attributes:
         title: the grid's, with the dataset's name.
@@ -90,7 +90,7 @@ def make_table(
     manifest_sha256: str | None = None,
     hits: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> Table:
-    """Makes the table of a grid's planned runs from the records there are, oldest first; what is missing is said.
+    """Make the table of a grid's planned runs from the records there are, oldest first; what is missing is said.
 
     A record counts for a planned run of the same configuration, shift and seed under the same selection rule, the last
     one where there are several; with `manifest_sha256`, only those of that manifest. `columns` replaces the grid's.
@@ -152,7 +152,7 @@ def make_table(
 
 
 def _reads_target(run: PlannedRun) -> bool:
-    """Says whether a run trains on labels of the target's unlabelled part: an oracle, or supervised."""
+    """Return whether a run trains on labels of the target's unlabelled part: an oracle, or supervised."""
     kinds = [
         network.get("stage2", {}).get("pseudo_labels", {}).get("kind") for network in run.config.get("streams", ())
     ]
@@ -188,7 +188,7 @@ def _take_main(runs: RowRuns) -> dict[PairKey, float]:
 
 
 def _take(runs: RowRuns, get: Callable[[RunRecord], Score | None]) -> dict[PairKey, float | None]:
-    """Takes one score of each run, in percent, None where the run has no segments for it."""
+    """Take one score of each run, in percent, None where the run has no segments for it."""
     scores = {pair: get(record) for pair, record in runs.items()}
     return {
         pair: None if score is None or score.value is None else score.value * PERCENT for pair, score in scores.items()
@@ -202,7 +202,7 @@ def _get_part(part: str) -> Callable[[RunRecord], Score | None]:
 def _average_over_shifts(
     values: Mapping[PairKey, float | None] | Mapping[PairKey, float], shifts: Sequence[str], n_planned: int
 ) -> TableCell:
-    """Averages over seeds the mean over shifts; a shift without such segments takes no part in it."""
+    """Average over seeds the mean over shifts; a shift without such segments takes no part in it."""
     means = []
     for seed in dict.fromkeys(seed for _, seed in values):
         if all((shift, seed) in values for shift in shifts):

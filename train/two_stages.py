@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NeededStage1:
-    """Is one run of Stage 1 that a run of Stage 2 reads."""
+    """One run of Stage 1 that a run of Stage 2 reads."""
 
     config: Stage1Config
     shift: Shift
@@ -34,14 +34,14 @@ class NeededStage1:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """Tells runs apart: hash of the configuration, shift, seed."""
+        """Tell runs apart: hash of the configuration, shift, seed."""
         return hash_config(self.config.describe()), self.shift.name, self.seed
 
 
 def list_needed(
     settings: RunSettings, shift: Shift, seed: int, runs_dir: Path, records: Sequence[RunRecord] | None = None
 ) -> list[NeededStage1]:
-    """Lists the runs of Stage 1 that a run lacks; `records` are those of the results file, if read."""
+    """List the runs of Stage 1 that a run lacks; `records` are those of the results file, if read."""
     known = read_runs(runs_dir / RESULTS) if records is None else records
     needed = {}
     for stream in settings.streams:
@@ -63,7 +63,7 @@ def plan_network_run(
     rerun: frozenset[str] = frozenset(),
     notify: Callable[[str], None] = lambda message: None,
 ) -> PlannedTraining:
-    """Plans a run of Stage 2 or of alignment whose features are there; raises RunError naming what is missing."""
+    """Plan a run of Stage 2 or of alignment whose features are there; raises RunError naming what is missing."""
     inputs = _find_inputs(places, settings, shift, seed, runs_dir)
     described = settings.describe()
     if settings.stage == "stage2":
@@ -131,7 +131,7 @@ def _plan_stage2(
 def _find_inputs(
     places: DataPlaces, settings: RunSettings, shift: Shift, seed: int, runs_dir: Path
 ) -> dict[str, StreamInputs]:
-    """Finds what each stream reads: files that were named, what Stage 1 left, or the cache."""
+    """Find what each stream reads: files that were named, what Stage 1 left, or the cache."""
     records = read_runs(runs_dir / RESULTS) if any(s.reads_stage1 for s in settings.streams) else []
     found = {}
     for settings_of in settings.streams:

@@ -17,7 +17,7 @@ MARGIN = 6
 
 
 def draw_video(plan: VideoPlan) -> Iterator[npt.NDArray[np.uint8]]:
-    """Draws a video shot by shot, uint8 [T, HEIGHT, WIDTH, 3]; the same plan gives the same pictures."""
+    """Draw a video shot by shot, uint8 [T, HEIGHT, WIDTH, 3]; the same plan gives the same pictures."""
     rng = np.random.default_rng([*plan.seed, 0])
     backdrop = _draw_backdrop(plan.world, rng)
     times_s = np.arange(plan.n_frames) / FRAME_RATE_HZ
@@ -27,7 +27,7 @@ def draw_video(plan: VideoPlan) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def trace_motion(activity: str, motion: Motion, elapsed_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Computes where the actor is: x and y in pixels, size as a factor, angle in radians, float64 [4, T]."""
+    """Compute where the actor is: x and y in pixels, size as a factor, angle in radians, float64 [4, T]."""
     cycles = motion.rate_hz * elapsed_s + motion.phase
     turn = 2 * np.pi * cycles * motion.direction
     still = np.zeros_like(elapsed_s)
@@ -79,7 +79,7 @@ def _draw_shot(
 
 
 def _smooth_walk(n_frames: int, step_px: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Draws a shaking that returns to the middle, whole pixels, int64 [2, n_frames]."""
+    """Draw a shaking that returns to the middle, whole pixels, int64 [2, n_frames]."""
     steps = rng.normal(0, step_px, (2, n_frames)) if step_px else np.zeros((2, n_frames))
     place = np.zeros(2)
     places = np.empty((2, n_frames))
@@ -90,12 +90,12 @@ def _smooth_walk(n_frames: int, step_px: float, rng: np.random.Generator) -> npt
 
 
 def _paint(pictures: Floats, cover: Floats, colour: Floats) -> None:
-    """Lays a colour over pictures [..., H, W, 3] in place where `cover` [..., H, W] is 1."""
+    """Lay a colour over pictures [..., H, W, 3] in place where `cover` [..., H, W] is 1."""
     pictures += cover[..., None] * (colour - pictures)
 
 
 def _shape_actor(world: World, x: Floats, y: Floats, radius: Floats, angle: Floats) -> tuple[Floats, Floats]:
-    """Computes how much of each pixel the actor and the mark on it cover, float32 [T, H, W] each."""
+    """Compute how much of each pixel the actor and the mark on it cover, float32 [T, H, W] each."""
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     dx = np.arange(WIDTH, dtype=np.float32)[None, None, :] - x[:, None, None]
     dy = np.arange(HEIGHT, dtype=np.float32)[None, :, None] - y[:, None, None]
@@ -113,7 +113,7 @@ def _shape_actor(world: World, x: Floats, y: Floats, radius: Floats, angle: Floa
 
 
 def _shape_prop(shot: Shot) -> Floats:
-    """Computes how much of each pixel of the backdrop the shot's prop covers, float32 [H + 2 m, W + 2 m]."""
+    """Compute how much of each pixel of the backdrop the shot's prop covers, float32 [H + 2 m, W + 2 m]."""
     dx = np.arange(WIDTH + 2 * MARGIN, dtype=np.float32)[None, :] - np.float32(shot.prop_x_px + MARGIN)
     dy = np.arange(HEIGHT + 2 * MARGIN, dtype=np.float32)[:, None] - np.float32(shot.prop_y_px + MARGIN)
     wide, high = np.abs(dx), np.abs(dy)
@@ -135,7 +135,7 @@ def _shape_prop(shot: Shot) -> Floats:
 
 
 def _draw_backdrop(world: World, rng: np.random.Generator) -> Floats:
-    """Draws a domain's backdrop with a margin around it, float32 [H + 2 m, W + 2 m, 3]."""
+    """Draw a domain's backdrop with a margin around it, float32 [H + 2 m, W + 2 m, 3]."""
     height, width = HEIGHT + 2 * MARGIN, WIDTH + 2 * MARGIN
     rows, columns = np.mgrid[:height, :width]
     if world.backdrop == "gradient":
@@ -156,7 +156,7 @@ def _draw_backdrop(world: World, rng: np.random.Generator) -> Floats:
 
 
 def _film(pictures: Floats, world: World, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Turns painted pictures into what the domain's camera records."""
+    """Turn painted pictures into what the domain's camera records."""
     quarter = np.float32(0.25)
     for _ in range(world.n_blurs):
         padded = np.pad(pictures, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")

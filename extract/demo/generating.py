@@ -31,7 +31,7 @@ def generate_demo(
     n_test: int = 60,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Segment]:
-    """Writes the demo's media to `<out_dir>/<domain>/<video_id>.mp4` and returns its segments, video by video in time.
+    """Write the demo's media to `<out_dir>/<domain>/<video_id>.mp4` and return its segments, video by video in time.
 
     `n_train` and `n_test` are segments a domain; the card data/manifests/demo.toml counts the default. The same
     arguments give the same files. `progress` is called with (videos written, videos in all) after each. Nothing is
@@ -50,12 +50,12 @@ def generate_demo(
 
 
 def locate_demo_video(out_dir: Path, plan: VideoPlan) -> Path:
-    """Gives where a planned video lies."""
+    """Return where a planned video lies."""
     return out_dir / plan.world.name / f"{plan.video_id}.mp4"
 
 
 def write_demo_video(out_dir: Path, plan: VideoPlan) -> Path:
-    """Writes one planned video and returns its path."""
+    """Write one planned video and return its path."""
     path = locate_demo_video(out_dir, plan)
     samples = sound_video(plan) if plan.has_track else None
     write_mp4(path, draw_video(plan), FRAME_RATE_HZ, samples, SAMPLE_RATE_HZ)

@@ -23,7 +23,7 @@ def write_mp4(
     samples: npt.NDArray[np.float32] | None,
     sample_rate_hz: int,
 ) -> None:
-    """Writes runs of pictures uint8 [T, H, W, 3] and mono samples float32 [n] (None: no track), both from time zero on.
+    """Write runs of pictures uint8 [T, H, W, 3] and mono samples float32 [n] (None: no track), both from time zero on.
 
     H.264 yuv420p by libx264 (with B-frames, as real files have them) and AAC, one thread each, nothing of the clock
     in the file: the same input gives the same bytes with the same libraries. The file appears under its name when it

@@ -31,7 +31,7 @@ OVERLAP_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """Is how one action moves: cycles a second, phase in cycles, pixels, radians; drift is a slow wandering."""
+    """How one action moves: cycles a second, phase in cycles, pixels, radians; drift is a slow wandering."""
 
     rate_hz: float
     phase: float
@@ -46,7 +46,7 @@ class Motion:
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """Is one action of a video with its setting.
+    """One action of a video with its setting.
 
     The action moves and sounds in [start_s, stop_s); the segment is [label_start_s, label_stop_s), which is the same
     but where two annotations overlap by OVERLAP_S; the camera shows this setting in [cut_from_s, cut_until_s).
@@ -72,7 +72,7 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class VideoPlan:
-    """Is one video file to be made: `n_frames` pictures, its shots in time order, and the seed of what is random."""
+    """One video file to be made: `n_frames` pictures, its shots in time order, and the seed of what is random."""
 
     video_id: str
     world: World
@@ -84,12 +84,12 @@ class VideoPlan:
 
     @property
     def duration_s(self) -> float:
-        """Gives the length in seconds, of picture and sound alike."""
+        """The length in seconds, of picture and sound alike."""
         return self.n_frames / FRAME_RATE_HZ
 
 
 def plan_demo(seed: int = 0, n_train: int = 120, n_test: int = 60) -> tuple[VideoPlan, ...]:
-    """Plans every video of the demo; n_train and n_test are segments a domain, at least one an activity."""
+    """Plan every video of the demo; n_train and n_test are segments a domain, at least one an activity."""
     if min(n_train, n_test) < len(ACTIVITIES) or seed < 0:
         raise ManifestError(
             f"the demo needs at least {len(ACTIVITIES)} segments a split and a seed >= 0, "
@@ -121,7 +121,7 @@ def plan_demo(seed: int = 0, n_train: int = 120, n_test: int = 60) -> tuple[Vide
 
 
 def plan_segments(plan: VideoPlan) -> list[Segment]:
-    """Lists the segments of one planned video; `noun` is the prop, the tags say timbre, overlap and missing track."""
+    """List the segments of one planned video; `noun` is the prop, the tags say timbre, overlap and missing track."""
     segments = []
     for i, shot in enumerate(plan.shots):
         tags = [f"timbre-{shot.timbre}"] if shot.timbre else []
@@ -146,7 +146,7 @@ def plan_segments(plan: VideoPlan) -> list[Segment]:
 
 
 def count_activities(world: World, n: int) -> list[int]:
-    """Computes how many of n segments show each activity: one each, the rest by the world's shares (largest rest)."""
+    """Compute how many of n segments show each activity: one each, the rest by the world's shares (largest rest)."""
     quotas = np.array(world.class_shares) * (n - len(ACTIVITIES))
     counts = np.floor(quotas + 1e-9).astype(int)
     by_rest = np.argsort(-(quotas - counts), kind="stable")
@@ -168,7 +168,7 @@ def _plan_video_sizes(n: int, without_track: bool, rng: np.random.Generator) -> 
 def _plan_shots(
     world: World, i_world: int, activities: list[str], rng: np.random.Generator
 ) -> tuple[list[Shot], float]:
-    """Plans a video's shots and when it ends; a tenth of the annotated neighbours overlap, never two pairs in a row."""
+    """Plan a video's shots and when it ends; a tenth of the annotated neighbours overlap, never two pairs in a row."""
     n = len(activities)
     gaps_s = rng.uniform(0.2, 1.0, n + 1).round(3)
     lengths_s = rng.uniform(1.0, 1.75, n).round(3)

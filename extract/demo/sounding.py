@@ -16,7 +16,7 @@ FADE_S = 0.01
 
 
 def sound_video(plan: VideoPlan) -> npt.NDArray[np.float32]:
-    """Makes a video's mono track at SAMPLE_RATE_HZ, float32 [n] in +-1; the same plan gives the same samples."""
+    """Make a video's mono track at SAMPLE_RATE_HZ, float32 [n] in +-1; the same plan gives the same samples."""
     rng = np.random.default_rng([*plan.seed, 1])
     n_samples = round(plan.duration_s * SAMPLE_RATE_HZ)
     track = _make_room_tone(plan.world, n_samples, rng)
@@ -32,7 +32,7 @@ def sound_video(plan: VideoPlan) -> npt.NDArray[np.float32]:
 
 
 def _sound_shot(shot: Shot, world: World, rng: np.random.Generator) -> Samples:
-    """Makes the sound of one action: a timbre shaped by the rhythm of the motion that makes it."""
+    """Make the sound of one action: a timbre shaped by the rhythm of the motion that makes it."""
     n_samples = round((shot.stop_s - shot.start_s) * SAMPLE_RATE_HZ)
     elapsed_s = np.arange(n_samples) / SAMPLE_RATE_HZ
     n_beats_a_cycle = 3 if shot.activity == "zigzag" else 1  # one at each turn, or one a cycle
@@ -71,7 +71,7 @@ def _make_timbre(
 
 
 def _make_room_tone(world: World, n_samples: int, rng: np.random.Generator) -> Samples:
-    """Makes what is heard when nothing happens: noise that falls with frequency, and what the room adds to it."""
+    """Make what is heard when nothing happens: noise that falls with frequency, and what the room adds to it."""
     frequencies_hz = np.fft.rfftfreq(n_samples, 1 / SAMPLE_RATE_HZ)
     slope = 1.0 if world.room == "wind" else 0.5
     spectrum = np.fft.rfft(rng.standard_normal(n_samples)) / np.maximum(frequencies_hz, 60) ** slope

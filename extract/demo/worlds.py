@@ -1,4 +1,4 @@
-"""Defines the demo's activities and its three domains: how each looks, sounds, and what misleads in it."""
+"""The demo's activities and its three domains: how each looks, sounds, and what misleads in it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TIMBRE_SHARES = (0.6, 0.3, 0.1)
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Is one domain.
+    """One domain.
 
     Attributes:
         class_shares: how frequent each activity is, in the order of ACTIVITIES.

@@ -1,1 +1,1 @@
-"""Is what looks over an installation: environment, decoders, places and data."""
+"""What looks over an installation: environment, decoders, places and data."""

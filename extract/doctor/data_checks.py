@@ -17,7 +17,7 @@ LEAST_FREE_GB = 10.0
 
 
 def check_cache(cache: str) -> Iterator[Finding]:
-    """Looks at the cache: can it be written, how much is free, what is in it, and can each store be opened?"""
+    """Look at the cache: can it be written, how much is free, what is in it, and can each store be opened?"""
     place = locate(cache)
     if place.is_remote:
         yield Finding("ok", "cache", f"{cache} is a URL; whether it can be written shows at the first write")
@@ -75,7 +75,7 @@ def _check_stores(cache: str) -> Iterator[Finding]:
 
 
 def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
-    """Looks at which weights of the catalogue are installed; what isn't is no fault until a command needs it."""
+    """Look at which weights of the catalogue are installed; what isn't is no fault until a command needs it."""
     from echoshift.extract.weights.install import find_weights_dir
     from echoshift.extract.weights.resolve import list_weights
 
@@ -90,7 +90,7 @@ def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
 
 
 def check_datasets(manifests: Path) -> Iterator[Finding]:
-    """Looks at every card and manifest: can they be read, and are the videos where commands look first?"""
+    """Look at every card and manifest: can they be read, and are the videos where commands look first?"""
     names = list_cards(manifests)
     if not names:
         remedy = "name the folder with --manifests or ECHOSHIFT_MANIFESTS, or import one: `echoshift manifest import`"
@@ -116,7 +116,7 @@ def check_datasets(manifests: Path) -> Iterator[Finding]:
 
 
 def _check_dataset(name: str, manifests: Path) -> Finding | None:
-    """Looks at one dataset; None where it has a card alone."""
+    """Look at one dataset; None where it has a card alone."""
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
 

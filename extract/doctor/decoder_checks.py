@@ -34,7 +34,7 @@ INSTALL = "pip install --force-reinstall {}, or make setup anew"
 
 
 def check_decoders() -> Iterator[Finding]:
-    """Makes a clip of every format that can be written here, and tries PyAV's pictures and sound, and decord."""
+    """Make a clip of every format that can be written here, and tries PyAV's pictures and sound, and decord."""
     os.environ.setdefault("SVT_LOG", "1")  # or the AV1 encoder tells its life on stderr
     with tempfile.TemporaryDirectory(prefix="echoshift-doctor-") as folder:
         clips: dict[str, Path] = {}
@@ -65,7 +65,7 @@ def check_decoders() -> Iterator[Finding]:
 
 
 def find_picture_fault(path: Path, open_reader: Callable[[Path], FrameReader]) -> str:
-    """Says what is wrong with the pictures that a decoder returns of a trial clip; "" where they are right."""
+    """Describe what is wrong with the pictures that a decoder returns of a trial clip; "" where they are right."""
     try:
         with open_reader(path) as reader:
             if reader.info.n_frames != N_FRAMES:
@@ -81,7 +81,7 @@ def find_picture_fault(path: Path, open_reader: Callable[[Path], FrameReader]) -
 
 
 def find_sound_fault(path: Path) -> str:
-    """Says what is wrong with the sound that PyAV returns of a trial clip, by its tone's strength; "" where right."""
+    """Describe what is wrong with the sound that PyAV returns of a trial clip, by its tone; "" where right."""
     from echoshift.extract.readers.pyav_audio import read_audio
 
     try:
@@ -96,7 +96,7 @@ def find_sound_fault(path: Path) -> str:
 
 
 def check_flow() -> Iterator[Finding]:
-    """Looks whether OpenCV has both ways of computing flow, and whether they run."""
+    """Look whether OpenCV has both ways of computing flow, and whether they run."""
     from echoshift.extract.optical_flow import FlowComputer, FlowMethod
 
     picture = np.random.default_rng(0).integers(0, 256, (FLOW_SIDE_PX, FLOW_SIDE_PX, 3), dtype=np.uint8)
@@ -113,7 +113,7 @@ def check_flow() -> Iterator[Finding]:
 
 
 def check_networks() -> Iterator[Finding]:
-    """Looks whether the packages import that networks and spectrograms are made of."""
+    """Look whether the packages import that networks and spectrograms are made of."""
     from echoshift.extract.torchvision_import import ensure_torchaudio, ensure_torchvision
 
     ensure_torchvision()

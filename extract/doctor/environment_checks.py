@@ -19,7 +19,7 @@ LEAST_MEMORY_GIB = 4.0
 
 
 def check_python() -> Iterator[Finding]:
-    """Looks at the Python that runs: its version among those that were tried, and whether it is an environment."""
+    """Look at the Python that runs: its version among those that were tried, and whether it is an environment."""
     version = platform.python_version()
     where = f"{version} at {sys.executable}"
     if not FIRST_PYTHON <= sys.version_info[:2] < FIRST_UNTRIED_PYTHON:
@@ -31,7 +31,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    """Looks at every package that echoshift needs: is it installed, in a version that was tried?"""
+    """Look at every package that echoshift needs: is it installed, in a version that was tried?"""
     from packaging.requirements import Requirement
 
     needed = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
@@ -54,7 +54,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Looks at torch's build, and at each GPU: its memory, and whether it computes."""
+    """Look at torch's build, and at each GPU: its memory, and whether it computes."""
     import torch
 
     cuda = torch.version.cuda
@@ -94,7 +94,7 @@ def _check_gpu(index: int) -> Finding:
 
 
 def check_cores() -> Iterator[Finding]:
-    """Looks at the cores that this process may use, torch's threads, and memory."""
+    """Look at the cores that this process may use, torch's threads, and memory."""
     import torch
 
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -115,7 +115,7 @@ def check_cores() -> Iterator[Finding]:
 
 
 def read_available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Reads how many bytes of memory are available; None where Linux' file about it isn't there."""
+    """Read how many bytes of memory are available; None where Linux' file about it isn't there."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Defines what a look over an installation finds, and runs the checks one after another."""
+"""What a look over an installation finds, and runs the checks one after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Check = Callable[[], Iterable["Finding"]]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Is one thing looked at.
+    """One thing looked at.
 
     Attributes:
         level: `ok`; `warn`, where something works less well or isn't there yet; `fail`, where a command would end.
@@ -29,13 +29,13 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        """Gives it as one line: level, part, message and remedy."""
+        """Return it as one line: level, part, message and remedy."""
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{self.level:<4}  {self.part:<13}  {self.message}{remedy}"
 
 
 def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Runs checks by the part that they look at; one that can't be run is itself a finding, and the others go on."""
+    """Run checks by the part that they look at; one that can't be run is itself a finding, and the others go on."""
     for part, check in checks:
         try:
             yield from check()

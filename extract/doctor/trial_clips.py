@@ -21,7 +21,7 @@ TONE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class ClipFormat:
-    """Is one format: encoder and pixels of the pictures, encoder of the sound, ending of the file."""
+    """One format: encoder and pixels of the pictures, encoder of the sound, ending of the file."""
 
     name: str
     video: str
@@ -42,12 +42,12 @@ FORMATS = (
 
 
 def grey_of_frame(number: int) -> int:
-    """Gives the grey of a clip's frame, 40 to 216, 16 apart: far enough to tell frames by after any coding."""
+    """Return the grey of a clip's frame, 40 to 216, 16 apart: far enough to tell frames by after any coding."""
     return 40 + 16 * number
 
 
 def can_write(form: ClipFormat) -> bool:
-    """Says whether the FFmpeg in PyAV has the encoders of a format."""
+    """Return whether the FFmpeg in PyAV has the encoders of a format."""
     for name in (form.video, form.sound):
         try:
             av.Codec(name, "w")
@@ -57,7 +57,7 @@ def can_write(form: ClipFormat) -> bool:
 
 
 def write_clip(form: ClipFormat, folder: Path) -> Path:
-    """Writes a second of grey pictures, each of its own grey, with a tone; raises av.FFmpegError where that fails."""
+    """Write a second of grey pictures, each of its own grey, with a tone; raises av.FFmpegError where that fails."""
     path = folder / f"{form.name}{form.ending}"
     with av.open(str(path), "w") as container:
         pictures: Any = container.add_stream(form.video, rate=RATE_HZ, options=dict(form.options))

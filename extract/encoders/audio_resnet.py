@@ -14,7 +14,7 @@ from echoshift.pipeline.errors import SpecError
 
 
 class AudioResNet(EncoderNetwork):
-    """Is a ResNet on one-channel spectrograms, split after layer3, the features of the attention (METHODS 4, 5.5).
+    """A ResNet on one-channel spectrograms, split after layer3, the features of the attention (METHODS 4, 5.5).
 
     x: [B, 1, F, N], any F and N. Outputs of ResNet-18 for 257 x 1004: map [256, 17, 63] (layer3), pooled [512] (mean of
     layer4), logits [309].
@@ -39,12 +39,12 @@ class AudioResNet(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels after layer3."""
+        """The channels after layer3."""
         stages: Any = self.net.feature_info
         return {"map": next(stage["num_chs"] for stage in stages if stage["module"] == "layer3")}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes everything up to and including layer3."""
+        """Compute everything up to and including layer3."""
         if x.ndim != 4 or x.shape[1] != 1:
             raise SpecError(f"the network takes [B, 1, F, N], not {list(x.shape)}")
         for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"):
@@ -52,18 +52,18 @@ class AudioResNet(EncoderNetwork):
         return {"map": x}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes layer4, its mean over frequency and time, and the logits."""
+        """Compute layer4, its mean over frequency and time, and the logits."""
         features = self.features(trunk_outputs)
         return {**features, "logits": self.net.get_submodule("fc")(features["pooled"])}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes layer4 and its mean over frequency and time."""
+        """Compute layer4 and its mean over frequency and time."""
         top = self.net.get_submodule("layer4")(trunk_outputs["map"]).float()  # means are float32 in any precision
         return {"pooled": torch.mean(top, dim=(2, 3))}
 
 
 def build_resnet18_audio(n_classes: int = 309) -> AudioResNet:
-    """Builds ResNet-18 with one input channel and VGGSound's 309 classes."""
+    """Build ResNet-18 with one input channel and VGGSound's 309 classes."""
     ensure_torchvision()
     import timm
 
@@ -71,7 +71,7 @@ def build_resnet18_audio(n_classes: int = 309) -> AudioResNet:
 
 
 def build_resnet_demo(n_classes: int = 6) -> AudioResNet:
-    """Builds a ResNet of one block a stage and an eighth to a quarter of ResNet-18's width, for two CPU cores."""
+    """Build a ResNet of one block a stage and an eighth to a quarter of ResNet-18's width, for two CPU cores."""
     ensure_torchvision()
     from timm.models.resnet import BasicBlock, ResNet
 

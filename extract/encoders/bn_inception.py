@@ -37,7 +37,7 @@ _N_TRUNK_BLOCKS = 7  # up to 4d, whose map has a position for 16 x 16 of the inp
 
 
 def _list_parts(block: str) -> tuple[str, ...]:
-    """Lists the names of a block's convolutions, in order."""
+    """List the names of a block's convolutions, in order."""
     parts = ["3x3_reduce", "3x3", "double_3x3_reduce", "double_3x3_1", "double_3x3_2"]
     if block in _MIXED:
         parts = ["1x1", *parts, "pool_proj"]
@@ -45,7 +45,7 @@ def _list_parts(block: str) -> tuple[str, ...]:
 
 
 class ConvNorm(nn.Module):
-    """Is a 2D convolution with a bias, BatchNorm and ReLU."""
+    """A 2D convolution with a bias, BatchNorm and ReLU."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class ConvNorm(nn.Module):
         self.bn: nn.BatchNorm2d = nn.BatchNorm2d(n_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves [B, C, H, W]."""
+        """Convolve [B, C, H, W]."""
         return F.relu(self.bn(self.conv(x)))
 
 
 class BNInception(EncoderNetwork):
-    """Is BN-Inception with one input channel, split after block 4d.
+    """BN-Inception with one input channel, split after block 4d.
 
     x: [B, 1, F, N], F and N at least 16. Outputs for 256 x 256: map [608, 16, 16]; pooled [1024], the mean of block
     5b; logits [n_classes]. Where a side of a block of stride 2 is odd, its pooling takes one window more than Caffe's,
@@ -88,11 +88,11 @@ class BNInception(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels after block 4d."""
+        """The channels after block 4d."""
         return {"map": _count_channels()[_N_TRUNK_BLOCKS]}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes everything up to and including block 4d."""
+        """Compute everything up to and including block 4d."""
         if x.ndim != 4 or x.shape[1] != 1:
             raise SpecError(f"the network takes [B, 1, F, N], not {list(x.shape)}")
         x = F.max_pool2d(self.conv1_7x7_s2(x), 3, 2, ceil_mode=True)
@@ -102,12 +102,12 @@ class BNInception(EncoderNetwork):
         return {"map": x}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes the blocks from 4e on, their mean over frequency and time, and the logits."""
+        """Compute the blocks from 4e on, their mean over frequency and time, and the logits."""
         features = self.features(trunk_outputs)
         return {**features, "logits": self.last_linear(features["pooled"])}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes the blocks from 4e on and their mean over frequency and time."""
+        """Compute the blocks from 4e on and their mean over frequency and time."""
         top = trunk_outputs["map"]
         for block in _BLOCKS[_N_TRUNK_BLOCKS:]:
             top = self._run_block(block, top)
@@ -147,7 +147,7 @@ class BNInception(EncoderNetwork):
 
 
 def _count_channels() -> list[int]:
-    """Counts the channels that go into each block, and those that come out of the last."""
+    """Count the channels that go into each block, and those that come out of the last."""
     counts = [_N_STEM]
     for block in _BLOCKS:
         if block in _MIXED:

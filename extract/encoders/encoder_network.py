@@ -1,4 +1,4 @@
-"""Defines what every encoder network offers: a trunk, a head on top of it, and named outputs of both."""
+"""What every encoder network offers: a trunk, a head on top of it, and named outputs of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echoshift.pipeline.suggestions import suggest
 
 
 class EncoderNetwork(nn.Module, ABC):
-    """Is a whole classification network cut in two where the audio-based attention acts (METHODS 4 and 5.5).
+    """A whole classification network cut in two where the audio-based attention acts (METHODS 4 and 5.5).
 
     `trunk` is what Stage 1 keeps frozen, `head` is the rest, pooling and classifier included. Every output has a name;
     those of the trunk are among them, so that they can be stored.
@@ -35,41 +35,41 @@ class EncoderNetwork(nn.Module, ABC):
     @property
     @abstractmethod
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the number of channels of each of the trunk's outputs, in the order of `trunk_names`."""
+        """The number of channels of each of the trunk's outputs, in the order of `trunk_names`."""
 
     @abstractmethod
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes the activations at the split point, by the names in `trunk_names`."""
+        """Compute the activations at the split point, by the names in `trunk_names`."""
 
     @abstractmethod
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes the outputs named in `head_names` from the trunk's, which it leaves unchanged."""
+        """Compute the outputs named in `head_names` from the trunk's, which it leaves unchanged."""
 
     @abstractmethod
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes what `head` does, but without the classifier and its `logits`."""
+        """Compute what `head` does, but without the classifier and its `logits`."""
 
     @property
     def n_classified(self) -> int:
-        """Gives the number of channels of `classified_output`."""
+        """The number of channels of `classified_output`."""
         *_, (prefix,) = self.stages.values()
         weight = next(p for name, p in self.named_parameters() if name.startswith(f"{prefix}.") and p.ndim > 1)
         return weight.shape[1]
 
     def find_stage(self, name: str) -> str:
-        """Finds the stage of a parameter, a buffer or a module by its full name; raises SpecError where none has it."""
+        """Find the stage of a parameter, a buffer or a module by its full name; raises SpecError where none has it."""
         for stage, prefixes in self.stages.items():
             if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
                 return stage
         raise SpecError(f"{type(self).__name__} has no stage for {name!r}; {suggest(name, self.stages)}")
 
     def iterate_stage_modules(self, stage: str) -> Iterator[nn.Module]:
-        """Gives the modules of a stage, those inside of them too."""
+        """Return the modules of a stage, those inside of them too."""
         for prefix in self.stages[stage]:
             yield from self.get_submodule(prefix).modules()
 
     def forward(self, x: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
-        """Computes exactly the named outputs, in the order asked for; the head runs only if one of its own is asked.
+        """Compute exactly the named outputs, in the order asked for; the head runs only if one of its own is asked.
 
         x is the normalised float input: [B, C, T, H, W] for pictures, [B, 1, F, N] for spectrograms. Raises SpecError
         for a name the network hasn't got.
@@ -85,7 +85,7 @@ class EncoderNetwork(nn.Module, ABC):
 
 
 def check_clip_shape(x: Tensor, n_channels: int, multiple_of: int = 1) -> None:
-    """Raises SpecError unless x is [B, n_channels, T, H, W] with T a multiple of `multiple_of`."""
+    """Raise SpecError unless x is [B, n_channels, T, H, W] with T a multiple of `multiple_of`."""
     if x.ndim != 5 or x.shape[1] != n_channels:
         raise SpecError(f"the network takes [B, {n_channels}, T, H, W], not {list(x.shape)}")
     if x.shape[2] % multiple_of:

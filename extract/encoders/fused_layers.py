@@ -20,7 +20,7 @@ _Norm = nn.BatchNorm2d | nn.BatchNorm3d
 
 
 def fold_norm(conv: _Conv, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """Computes the weight and bias of the one convolution that does what `conv` and then `norm` do.
+    """Compute the weight and bias of the one convolution that does what `conv` and then `norm` do.
 
     The algebra is done in float64 and rounded once to the convolution's own type.
     """
@@ -39,7 +39,7 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> tuple[Tensor, Tensor | Non
 
 
 def same_padding(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Computes TensorFlow's `SAME` padding in the order that torch.nn.functional.pad takes (last axis first).
+    """Compute TensorFlow's `SAME` padding in the order that torch.nn.functional.pad takes (last axis first).
 
     The output has ceil(n / stride) positions; of an odd amount the larger half goes to the end.
     """
@@ -51,7 +51,7 @@ def same_padding(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[i
 
 
 class FusedConv(nn.Module):
-    """Is a convolution with its norm folded in, then the sum with `plus` if there is one, then ReLU if `has_relu`.
+    """A convolution with its norm folded in, then the sum with `plus` if there is one, then ReLU if `has_relu`.
 
     Takes and gives [B, C, (T,) H, W] in `dtype`; the input is cast and laid out as needed. With `is_same` the padding
     is TensorFlow's, otherwise the convolution's own.
@@ -80,7 +80,7 @@ class FusedConv(nn.Module):
         self._packed: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, x: Tensor, plus: Tensor | None = None, *, may_overwrite_plus: bool = False) -> Tensor:
-        """Convolves x; `plus` has the result's shape, and holds the result if it may be overwritten."""
+        """Convolve x; `plus` has the result's shape, and holds the result if it may be overwritten."""
         x = x.to(self.dtype)
         padding = list(self.padding)
         if self.is_same:
@@ -137,20 +137,20 @@ class FusedConv(nn.Module):
 
 
 class FusedStem(nn.Module):
-    """Is a convolution and then a pooling."""
+    """A convolution and then a pooling."""
 
     def __init__(self, conv: FusedConv, pool: nn.Module | None) -> None:
         super().__init__()
         self.conv, self.pool = conv, pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes both on [B, C, T, H, W]."""
+        """Compute both on [B, C, T, H, W]."""
         x = self.conv(x)
         return x if self.pool is None else self.pool(x)
 
 
 class FusedResidualBlock(nn.Module):
-    """Is a residual block: convolutions one after another, the last one added to the shortcut under one ReLU."""
+    """A residual block: convolutions one after another, the last one added to the shortcut under one ReLU."""
 
     def __init__(self, convs: Sequence[FusedConv], shortcut: FusedConv | None) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class FusedResidualBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes the block on [B, C, (T,) H, W], which is left as it is."""
+        """Compute the block on [B, C, (T,) H, W], which is left as it is."""
         y = x
         for conv in self.first:
             y = conv(y)
@@ -168,20 +168,20 @@ class FusedResidualBlock(nn.Module):
 
 
 class FusedLateral(nn.Module):
-    """Is SlowFast's lateral connection: the fast path convolved in time and joined to the slow path's channels."""
+    """SlowFast's lateral connection: the fast path convolved in time and joined to the slow path's channels."""
 
     def __init__(self, conv: FusedConv) -> None:
         super().__init__()
         self.conv = conv
 
     def forward(self, paths: Sequence[Tensor]) -> list[Tensor]:
-        """Takes [slow, fast] and gives [slow with the lateral, fast]."""
+        """Take [slow, fast] and return [slow with the lateral, fast]."""
         slow, fast = paths
         return [torch.cat([slow, self.conv(fast)], dim=1), fast]
 
 
 def choose_memory_format(n_dims: int, device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Chooses how activations of a network lie in memory: channels last, but for float32 on a GPU.
+    """Choose how activations of a network lie in memory: channels last, but for float32 on a GPU.
 
     On a CPU max pooling is 10 times as fast with the channels last, and no convolution has to lay out its input anew.
     A GPU's half-precision units read channels last.
@@ -192,7 +192,7 @@ def choose_memory_format(n_dims: int, device: torch.device, dtype: torch.dtype) 
 
 
 def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Says whether oneDNN's fused convolutions can be used; without them the same layers run on torch's own."""
+    """Return whether oneDNN's fused convolutions can be used; without them the same layers run on torch's own."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):

@@ -53,7 +53,7 @@ _LOGIT_WINDOW = (2, 7, 7)
 
 
 class SamePaddedConv(nn.Module):
-    """Is a 3D convolution with `SAME` padding, then BatchNorm and ReLU unless it is the classifier."""
+    """A 3D convolution with `SAME` padding, then BatchNorm and ReLU unless it is the classifier."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, stride: int = 1, *, is_classifier: bool = False) -> None:
         super().__init__()
@@ -63,28 +63,28 @@ class SamePaddedConv(nn.Module):
             self.bn = nn.BatchNorm3d(n_out, eps=_BATCH_NORM_EPS, momentum=_BATCH_NORM_MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves [B, C, T, H, W]."""
+        """Convolve [B, C, T, H, W]."""
         conv = self.conv3d
         x = conv(F.pad(x, same_padding(x.shape[2:], conv.kernel_size, conv.stride)))
         return x if self.bn is None else F.relu(self.bn(x))
 
 
 class SamePaddedMaxPool(nn.Module):
-    """Is a 3D max pooling in which the padding never wins."""
+    """A 3D max pooling in which the padding never wins."""
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pools [B, C, T, H, W]."""
+        """Pool [B, C, T, H, W]."""
         # The same as padding with -inf, without the copy: ceil_mode lets the last window reach beyond the end.
         before = same_padding(x.shape[2:], self.kernel, self.stride)[-2::-2]
         return F.max_pool3d(x, self.kernel, self.stride, before, ceil_mode=True)
 
 
 class InceptionBlock(nn.Module):
-    """Is four branches side by side, concatenated over the channels."""
+    """Four branches side by side, concatenated over the channels."""
 
     def __init__(self, n_in: int, widths: tuple[int, int, int, int, int, int]) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class InceptionBlock(nn.Module):
         self.b3b = SamePaddedConv(n_in, widths[5], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes the branches on [B, C, T, H, W]."""
+        """Compute the branches on [B, C, T, H, W]."""
         branches = (self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x)))
         return torch.cat(branches, dim=1)
 
 
 class InceptionI3D(EncoderNetwork):
-    """Is I3D with 3 (RGB) or 2 (flow) input channels, split after Mixed_4f (METHODS 4).
+    """I3D with 3 (RGB) or 2 (flow) input channels, split after Mixed_4f (METHODS 4).
 
     x: [B, n_channels, T, H, W], x / 127.5 - 1; any T, H and W. Outputs of one clip at T = 32, 224 x 224:
         trunk [832, 8, 14, 14]; pooled [1024]: Mixed_5c averaged over space and time; pooled_max [1024];
@@ -141,25 +141,25 @@ class InceptionI3D(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels after Mixed_4f."""
+        """The channels after Mixed_4f."""
         return {"trunk": _count_mixed("Mixed_4f")}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes everything up to and including Mixed_4f."""
+        """Compute everything up to and including Mixed_4f."""
         check_clip_shape(x, self.n_channels)
         for name in _TRUNK:
             x = self.get_submodule(name)(x)
         return {"trunk": x}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes Mixed_5b and Mixed_5c, the pooled features and the logits."""
+        """Compute Mixed_5b and Mixed_5c, the pooled features and the logits."""
         top = self._compute_top(trunk_outputs)
         window = [min(n, w) for n, w in zip(top.shape[2:], _LOGIT_WINDOW, strict=True)]
         windows = F.avg_pool3d(top, window, stride=1)
         return {**_pool(top), "logits": self.logits(self.dropout(windows)).mean(dim=(2, 3, 4))}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes Mixed_5b and Mixed_5c and the pooled features."""
+        """Compute Mixed_5b and Mixed_5c and the pooled features."""
         return _pool(self._compute_top(trunk_outputs))
 
     def _compute_top(self, trunk_outputs: Mapping[str, Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 def prepare_for_inference(
     network: EncoderNetwork, device: torch.device, precision: Precision = "fp32"
 ) -> EncoderNetwork:
-    """Builds the inference form of a network on a device; the network given is left as it is.
+    """Build the inference form of a network on a device; the network given is left as it is.
 
     The form has the same `trunk`, `head` and `forward`. Norms are folded into the convolutions, which run in
     `precision` by themselves: no autocast is needed around it. Pooling, classifiers and outputs past the trunk are
@@ -54,7 +54,7 @@ def prepare_for_inference(
 
 
 def choose_precision_hint(device: torch.device) -> Precision:
-    """Gives the precision in which networks run fastest on a device; what is used is the specification's to say.
+    """Return the precision in which networks run fastest on a device; what is used is the specification's to say.
 
     bf16 on a CPU with AMX or AVX-512 BF16, fp32 on any other (bf16 was 21 times as slow there); on a GPU bf16 from
     compute capability 8.0 on, fp16 from 7.0 on.
@@ -72,7 +72,7 @@ def _swap(
     build: Callable[[Any], nn.Module],
     but: tuple[nn.Module, ...] = (),
 ) -> None:
-    """Replaces every module of a kind below root by what `build` makes of it."""
+    """Replace every module of a kind below root by what `build` makes of it."""
     for module in list(root.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, kind) and not any(child is kept for kept in but):

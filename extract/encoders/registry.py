@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncoderEntry:
-    """Is one encoder.
+    """One encoder.
 
     Attributes:
         name: as written in configs, and the name that weights are made for.
@@ -208,7 +208,7 @@ ENCODERS: Mapping[str, EncoderEntry] = MappingProxyType({entry.name: entry for e
 
 
 def find_encoder(name: str) -> EncoderEntry:
-    """Finds an encoder by name, echoshift's own or one from outside.
+    """Find an encoder by name, echoshift's own or one from outside.
 
     Raises SpecError with the nearest name, or with all of them; PluginError where the one from outside isn't sound.
     """
@@ -224,7 +224,7 @@ def find_encoder(name: str) -> EncoderEntry:
 
 
 def _check_plugin(plugin: Plugin) -> EncoderEntry:
-    """Gives the entry of an encoder from outside, with its source; raises PluginError naming what is wrong."""
+    """Return the entry of an encoder from outside, with its source; raises PluginError naming what is wrong."""
     entry = plugin.found
     if not isinstance(entry, EncoderEntry):
         raise PluginError(
@@ -256,7 +256,7 @@ def _check_plugin(plugin: Plugin) -> EncoderEntry:
 
 
 def _build_plugin(entry: EncoderEntry, source: str) -> EncoderNetwork:
-    """Builds the network of an encoder from outside; raises PluginError where it isn't an EncoderNetwork."""
+    """Build the network of an encoder from outside; raises PluginError where it isn't an EncoderNetwork."""
     from echoshift.extract.encoders.encoder_network import EncoderNetwork
 
     try:

@@ -21,7 +21,7 @@ _RES5, _CLASSIFIER = 4, 6
 
 
 class SlowFast(EncoderNetwork):
-    """Is SlowFast 8x8 (Feichtenhofer et al., ICCV 2019), split after res4 with the lateral joined (METHODS 4).
+    """SlowFast 8x8 (Feichtenhofer et al., ICCV 2019), split after res4 with the lateral joined (METHODS 4).
 
     Wherever both paths share a vector, the slow channels come first. x: RGB [B, 3, T, H, W], T a multiple of 4, any
     H and W. Outputs of one clip at T = 32, 224 x 224:
@@ -52,11 +52,11 @@ class SlowFast(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels of both paths, those of the lateral among the slow ones."""
+        """The channels of both paths, those of the lateral among the slow ones."""
         return {"trunk_slow": self.variant.n_trunk_slow, "trunk_fast": self.variant.n_trunk_fast}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes both paths up to and including the lateral after res4."""
+        """Compute both paths up to and including the lateral after res4."""
         check_clip_shape(x, n_channels=3, multiple_of=N_FRAMES_PER_SLOW_FRAME)
         indices = plan_slow_indices(x.shape[2], self.variant.slow_sampling)
         slow, fast = x[:, :, torch.tensor(indices, device=x.device)], x
@@ -67,13 +67,13 @@ class SlowFast(EncoderNetwork):
         return {"trunk_slow": slow, "trunk_fast": fast}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes res5 of both paths, the pooled features and the logits."""
+        """Compute res5 of both paths, the pooled features and the logits."""
         features = self.features(trunk_outputs)
         classifier: Any = self.blocks[_CLASSIFIER]
         return {**features, "logits": classifier.proj(classifier.dropout(features["pooled_avg"]))}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes res5 of both paths and the pooled features."""
+        """Compute res5 of both paths and the pooled features."""
         res5: Any = self.blocks[_RES5]
         paths = res5.multipathway_blocks
         slow, fast = paths[0](trunk_outputs["trunk_slow"]), paths[1](trunk_outputs["trunk_fast"])

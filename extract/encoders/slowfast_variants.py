@@ -1,4 +1,4 @@
-"""Defines the variants of SlowFast that exist as checkpoints, and the arithmetic of their shapes; needs no torch."""
+"""The variants of SlowFast that exist as checkpoints, and the arithmetic of their shapes; needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SlowSampling = Literal["stride", "linspace"]
 
 @dataclass(frozen=True, slots=True)
 class SlowFastVariant:
-    """Is what distinguishes two SlowFast networks of the same shape of output; a checkpoint fits one variant only.
+    """What distinguishes two SlowFast networks of the same shape of output; a checkpoint fits one variant only.
 
     Attributes:
         depth: 50 or 101; 18 stands for one bottleneck a stage (the demo network).
@@ -41,22 +41,22 @@ class SlowFastVariant:
 
     @property
     def n_slow(self) -> int:
-        """Gives the slow path's channels after res5."""
+        """The slow path's channels after res5."""
         return 32 * self.stem_width
 
     @property
     def n_fast(self) -> int:
-        """Gives the fast path's channels after res5."""
+        """The fast path's channels after res5."""
         return self.n_slow // FAST_WIDTH_RATIO
 
     @property
     def n_trunk_slow(self) -> int:
-        """Gives the slow path's channels after res4 with the lateral joined."""
+        """The slow path's channels after res4 with the lateral joined."""
         return self.n_slow // 2 + 2 * self.n_trunk_fast
 
     @property
     def n_trunk_fast(self) -> int:
-        """Gives the fast path's channels after res4."""
+        """The fast path's channels after res4."""
         return self.n_fast // 2
 
 
@@ -78,7 +78,7 @@ VARIANTS: dict[str, SlowFastVariant] = {
 
 
 def plan_slow_indices(n_frames: int, rule: SlowSampling) -> list[int]:
-    """Gives the indices of the frames that the slow path sees, n_frames / 4 of them.
+    """Return the indices of the frames that the slow path sees, n_frames / 4 of them.
 
     Raises SpecError if n_frames isn't a positive multiple of 4.
     """
@@ -92,7 +92,7 @@ def plan_slow_indices(n_frames: int, rule: SlowSampling) -> list[int]:
 
 
 def plan_slowfast_shapes(variant: SlowFastVariant, n_frames: int, side: int) -> dict[str, tuple[int, ...]]:
-    """Gives the shape of every output for one clip of n_frames pictures of side x side."""
+    """Return the shape of every output for one clip of n_frames pictures of side x side."""
     n_slow_frames = len(plan_slow_indices(n_frames, variant.slow_sampling))
     trunk_side = -(-side // 16)
     n_pooled = variant.n_slow + variant.n_fast

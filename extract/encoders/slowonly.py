@@ -16,7 +16,7 @@ _N_TRUNK = 1024
 
 
 class SlowOnly(EncoderNetwork):
-    """Is the slow path of SlowFast alone on two flow channels (METHODS 4), split after res4.
+    """The slow path of SlowFast alone on two flow channels (METHODS 4), split after res4.
 
     x: flow [B, 2, T, H, W], any T, H and W. Outputs of one clip at T = 8, 224 x 224: trunk [1024, 8, 14, 14];
     pooled [2048]: global maximum; pooled_avg [2048]: global mean, what the classifier sees; logits [400].
@@ -41,24 +41,24 @@ class SlowOnly(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels after res4."""
+        """The channels after res4."""
         return {"trunk": _N_TRUNK}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes everything up to and including res4."""
+        """Compute everything up to and including res4."""
         check_clip_shape(x, n_channels=2)
         for block in self.blocks[:_N_TRUNK_BLOCKS]:
             x = block(x)
         return {"trunk": x}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes res5, the pooled features and the logits."""
+        """Compute res5, the pooled features and the logits."""
         features = self.features(trunk_outputs)
         classifier: Any = self.blocks[_CLASSIFIER]
         return {**features, "logits": classifier.proj(classifier.dropout(features["pooled_avg"]))}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes res5 and the pooled features."""
+        """Compute res5 and the pooled features."""
         top = self.blocks[_RES5](trunk_outputs["trunk"]).float()  # means are float32 in any precision
         return {"pooled": top.amax(dim=(2, 3, 4)), "pooled_avg": top.mean(dim=(2, 3, 4))}
 

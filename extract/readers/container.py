@@ -22,12 +22,12 @@ SHORTFALL_PART = 0.01
 
 
 def explain_av_error(error: av.FFmpegError) -> str:
-    """Gives FFmpeg's own words for an error, in one line."""
+    """Return FFmpeg's own words for an error, in one line."""
     return (error.strerror or str(error)).strip().splitlines()[0]
 
 
 def open_container(path: Path) -> InputContainer:
-    """Opens a media file; other protocols and formats that refer to other files are refused.
+    """Open a media file; other protocols and format that refer to other files are refused.
 
     Raises MediaNotFoundError if there is no such file, DecodeError if it is no media file.
     """
@@ -50,7 +50,7 @@ def open_container(path: Path) -> InputContainer:
 
 
 def pick_video_stream(container: InputContainer, path: Path) -> Any:
-    """Picks the pictures that FFmpeg calls the best stream (av_find_best_stream), never an attached cover.
+    """Pick the pictures that FFmpeg calls the best stream (av_find_best_stream), never an attached cover.
 
     That rule prefers the default stream, then the one with more frames, then the higher bit rate. If it picks a cover,
     the first stream that is none is taken. Raises DecodeError if there is none, or no decoder for it.
@@ -63,7 +63,7 @@ def pick_video_stream(container: InputContainer, path: Path) -> Any:
 
 
 def find_video_stream(container: InputContainer) -> Any | None:
-    """Finds the stream that `pick_video_stream` picks, or None."""
+    """Find the stream that `pick_video_stream` picks, or None."""
     best = container.streams.best("video")
     pictures = [
         stream
@@ -77,7 +77,7 @@ def find_video_stream(container: InputContainer) -> Any | None:
 
 
 def find_audio_stream(container: InputContainer) -> Any | None:
-    """Finds the sound that FFmpeg calls the best stream, preferring the programme of the pictures; None without one."""
+    """Find the sound that FFmpeg calls the best stream, preferring the programme of the pictures; None without one."""
     pictures = find_video_stream(container)
     best = (
         container.streams.best("audio")
@@ -88,7 +88,7 @@ def find_audio_stream(container: InputContainer) -> Any | None:
 
 
 def has_whole_index(container: InputContainer, path: Path) -> bool:
-    """Says whether all packets were known when a container was opened: true of an MP4 or MOV without fragments.
+    """Return whether all packets were known when a container was opened: true of an MP4 or MOV without fragments.
 
     Where a seek leads then depends on that index alone, not on what was read before. The file's outermost boxes are
     looked at (ISO/IEC 14496-12, 4.2: size and kind; size 1: 64 bits of size follow, 0: to the end of the file).
@@ -119,12 +119,12 @@ def _has_fragments(file: BinaryIO, n_bytes: int) -> bool:
 
 
 def get_container_start_s(container: InputContainer) -> float:
-    """Gives the container's start time in seconds, which is time zero of the shared clock; 0 where it has none."""
+    """Return the container's start time in seconds, which is time zero of the shared clock; 0 where it has none."""
     return 0.0 if container.start_time is None else container.start_time / av.time_base
 
 
 def get_declared_end_s(container: InputContainer, stream: Any) -> float | None:
-    """Gives where a stream ends by the file's own declaration, in seconds of its raw time stamps, or None.
+    """Return where a stream ends by the file's own declaration, in seconds of its raw time stamps, or None.
 
     Sources: the stream's duration (MP4, AVI, ASF, WAV, FLAC), or Matroska's per-track DURATION tag.
     """
@@ -140,7 +140,7 @@ def get_declared_end_s(container: InputContainer, stream: Any) -> float | None:
 
 
 def check_declared_end(path: Path, what: str, declared_s: float | None, found_s: float) -> None:
-    """Raises DecodeError if a stream ends clearly (0.5 s and 1 %) before the end that the file declares for it."""
+    """Raise DecodeError if a stream ends clearly (0.5 s and 1 %) before the end that the file declares for it."""
     if declared_s is None or declared_s - found_s <= max(SHORTFALL_S, SHORTFALL_PART * declared_s):
         return
     raise DecodeError(

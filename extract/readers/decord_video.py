@@ -77,16 +77,16 @@ class DecordFrameReader:
 
     @property
     def info(self) -> VideoInfo:
-        """Gives the video's facts: counts and times by decord, shape and turn by the container."""
+        """The video's facts: counts and times by decord, shape and turn by the container."""
         return self._info
 
     @property
     def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """Gives when each frame is first shown by decord's account, float64 [n_frames]."""
+        """When each frame is first shown by decord's account, float64 [n_frames]."""
         return self._times_s
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-        """Reads the frames that decord gives for the times, uint8 [T, H, W, 3].
+        """Read the frames that decord gives for the times, uint8 [T, H, W, 3].
 
         Raises DecodeError where decord fails or gives another shape than the video has (it does for widths of 1 to 8,
         12, 16, 24, 48 and 72), SegmentOutsideVideoError past the end.
@@ -112,7 +112,7 @@ class DecordFrameReader:
         return frames
 
     def close(self) -> None:
-        """Gives back decord's reader with its threads and its queue of decoded frames."""
+        """Return back decord's reader with its threads and its queue of decoded frames."""
         self._reader = None
 
     def __enter__(self) -> DecordFrameReader:

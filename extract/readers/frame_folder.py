@@ -13,7 +13,7 @@ from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 
 class FolderFiles:
-    """Gives the image files of one folder by number (protocol `NumberedFiles`)."""
+    """The image files of one folder by number (protocol `NumberedFiles`)."""
 
     def __init__(self, folder: Path, pattern: str) -> None:
         regex = compile_frame_pattern(pattern)
@@ -28,7 +28,7 @@ class FolderFiles:
         self.numbers: npt.NDArray[np.int64] = np.sort(np.array(numbers, dtype=np.int64))
 
     def read(self, number: int) -> bytes:
-        """Reads one file; raises DecodeError if it can't be read."""
+        """Read one file; raises DecodeError if it can't be read."""
         path = self.get_path(number)
         try:
             return path.read_bytes()
@@ -36,15 +36,15 @@ class FolderFiles:
             raise DecodeError(f"{path} can't be read: {error.strerror}") from error
 
     def name(self, number: int) -> str:
-        """Gives a file's path."""
+        """Return a file's path."""
         return str(self.get_path(number))
 
     def get_path(self, number: int) -> Path:
-        """Gives the path of a frame's file, whether it is there or not."""
+        """Return the path of a frame's file, whether it is there or not."""
         return self._folder / (self._pattern % number)
 
     def close(self) -> None:
-        """Has nothing to give back: each file is opened on its own."""
+        """Have nothing to give back: each file is opened on its own."""
 
 
 class FrameFolderReader(NumberedFrameReader):

@@ -13,7 +13,7 @@ from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 
 class TarFiles:
-    """Gives the image files of one tar by number (protocol `NumberedFiles`); members may lie in any folder.
+    """The image files of one tar by number (protocol `NumberedFiles`); members may lie in any folder.
 
     With `folder` only members whose own folder has that name count (flow: `u`, `v`).
     Raises MediaNotFoundError without the file; DecodeError if it is no plain tar, is cut short, or has a number twice.
@@ -27,7 +27,7 @@ class TarFiles:
         self._file = path.open("rb")
 
     def read(self, number: int) -> bytes:
-        """Reads one member; raises DecodeError if the tar holds less than it says."""
+        """Read one member; raises DecodeError if the tar holds less than it says."""
         offset, size = self._spans[np.searchsorted(self.numbers, number)].tolist()
         self._file.seek(offset)
         data = self._file.read(size)
@@ -36,11 +36,11 @@ class TarFiles:
         return data
 
     def name(self, number: int) -> str:
-        """Gives a member's name with the tar's."""
+        """Return a member's name with the tar's."""
         return f"{self._path}[{'' if self._folder is None else self._folder + '/'}{self._pattern % number}]"
 
     def close(self) -> None:
-        """Gives back the file handle."""
+        """Return back the file handle."""
         self._file.close()
 
 
@@ -57,7 +57,7 @@ class FrameTarReader(NumberedFrameReader):
 
 
 def _index_members(path: Path, pattern: str, folder: str | None) -> dict[int, tuple[int, int]]:
-    """Maps a frame's number to the (offset, size) of its bytes."""
+    """Map a frame's number to the (offset, size) of its bytes."""
     regex = compile_frame_pattern(pattern)
     found: dict[int, tuple[int, int]] = {}
     try:

@@ -20,28 +20,28 @@ _NUMBER = re.compile(r"%(0\d+)?d")
 
 
 class NumberedFiles(Protocol):
-    """Gives the bytes of image files by their number."""
+    """The bytes of image files by their number."""
 
     @property
     def numbers(self) -> npt.NDArray[np.int64]:
-        """Gives the numbers that are there, ascending, int64 [n]."""
+        """The numbers that are there, ascending, int64 [n]."""
         ...
 
     def read(self, number: int) -> bytes:
-        """Reads one file; raises DecodeError if that fails."""
+        """Read one file; raises DecodeError if that fails."""
         ...
 
     def name(self, number: int) -> str:
-        """Gives what messages call a file."""
+        """Return what messages call a file."""
         ...
 
     def close(self) -> None:
-        """Gives back the file handle, if there is one."""
+        """Return back the file handle, if there is one."""
         ...
 
 
 def compile_frame_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles a name pattern such as `frame_%010d.jpg` (one %d or %0Nd, `%%` for a percent sign).
+    """Compile a name pattern such as `frame_%010d.jpg` (one %d or %0Nd, `%%` for a percent sign).
 
     The number is group 1. Raises DecodeError for any other pattern.
     """
@@ -76,7 +76,7 @@ class NumberedFrameReader:
 
     @property
     def info(self) -> VideoInfo:
-        """Gives the pictures' facts; opens one file the first time."""
+        """The pictures' facts; opens one file the first time."""
         if self._info is None:
             height, width = self._decode(self._first).shape[:2]
             self._info = VideoInfo(len(self._times_s), self._duration_s, self._rate_hz, height, width)
@@ -84,11 +84,11 @@ class NumberedFrameReader:
 
     @property
     def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """Gives when each frame is first shown, ascending, float64 [n_frames]."""
+        """When each frame is first shown, ascending, float64 [n_frames]."""
         return self._times_s
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-        """Reads the frames shown at the given times, uint8 [T, H, W, C] (C: 3, or 2 for flow).
+        """Read the frames shown at the given times, uint8 [T, H, W, C] (C: 3, or 2 for flow).
 
         Raises DecodeError for a missing, damaged or differently sized file, SegmentOutsideVideoError past the end.
         """
@@ -117,7 +117,7 @@ class NumberedFrameReader:
         return frames
 
     def close(self) -> None:
-        """Gives back the file handles."""
+        """Return back the file handles."""
         for files in self._files:
             files.close()
 
@@ -143,7 +143,7 @@ class NumberedFrameReader:
 
 
 def _decode_image(files: NumberedFiles, number: int, mode: str) -> npt.NDArray[np.uint8]:
-    """Decodes one image file to uint8 [H, W, 3] (RGB) or [H, W] (L)."""
+    """Decode one image file to uint8 [H, W, 3] (RGB) or [H, W] (L)."""
     data = files.read(number)
     try:
         with Image.open(io.BytesIO(data), formats=FRAME_FORMATS) as image:

@@ -13,7 +13,7 @@ UPRIGHT: Matrix = (1, 0, 0, 1)
 
 
 def get_orientation(frame: Any) -> Matrix:
-    """Gives the signs (a, b, c, d) of a frame's display matrix: a point (x, y) is shown at (a x + c y, b x + d y).
+    """Return the signs (a, b, c, d) of a frame's display matrix: a point (x, y) is shown at (a x + c y, b x + d y).
 
     x points right and y down; angles are rounded to multiples of 90 degrees.
     """
@@ -30,13 +30,13 @@ def get_orientation(frame: Any) -> Matrix:
 
 
 def compute_rotation_deg(orientation: Matrix) -> int:
-    """Computes the clockwise turn of an orientation: 0, 90, 180 or 270 (a mirrored picture may be flipped besides)."""
+    """Compute the clockwise turn of an orientation: 0, 90, 180 or 270 (a mirrored picture may be flipped besides)."""
     a, b, _, _ = orientation
     return round(math.degrees(math.atan2(b, a))) % 360
 
 
 def turn_upright(image: npt.NDArray[np.uint8], orientation: Matrix) -> npt.NDArray[np.uint8]:
-    """Turns and mirrors a picture [H, W, C] as its orientation says; a view where possible."""
+    """Turn and mirrors a picture [H, W, C] as its orientation says; a view where possible."""
     a, b, c, d = orientation
     if b == 0:
         horizontal, vertical = a, d

@@ -1,4 +1,4 @@
-"""Defines what every reader of pictures offers, and the clock that all of them share.
+"""What every reader of pictures offers, and the clock that all of them share.
 
 Time zero is the container's start time (what players show and `ffmpeg -ss` counts from), for picture and sound alike;
 frames that lie loose start at zero by their number. The frame at time t is the last one shown at or before t + 1 ms
@@ -21,7 +21,7 @@ TIME_TOLERANCE_S = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """Is what is known of a video's pictures before any is decoded.
+    """What is known of a video's pictures before any is decoded.
 
     Attributes:
         n_frames: shown frames.
@@ -44,16 +44,16 @@ class FrameReader(Protocol):
 
     @property
     def info(self) -> VideoInfo:
-        """Gives the video's facts."""
+        """The video's facts."""
         ...
 
     @property
     def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """Gives when each frame is first shown, ascending, float64 [n_frames]."""
+        """When each frame is first shown, ascending, float64 [n_frames]."""
         ...
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-        """Reads the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, C].
+        """Read the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, C].
 
         C is 3 (RGB), or 2 for flow (u, v). Raises DecodeError if a frame can't be decoded whole, and
         SegmentOutsideVideoError for a time more than 1 ms past the last frame's end.
@@ -61,7 +61,7 @@ class FrameReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives back the file handle and the decoder."""
+        """Return back the file handle and the decoder."""
         ...
 
     def __enter__(self) -> FrameReader: ...
@@ -70,13 +70,13 @@ class FrameReader(Protocol):
 
 
 def find_shown_frames(frame_times_s: npt.NDArray[np.float64], times_s: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Finds the index of the frame shown at each time, int64 of the shape of `times_s`."""
+    """Find the index of the frame shown at each time, int64 of the shape of `times_s`."""
     times = np.asarray(times_s, dtype=np.float64)
     return np.maximum(np.searchsorted(frame_times_s, times + TIME_TOLERANCE_S, side="right") - 1, 0)
 
 
 def check_times(times_s: npt.ArrayLike, duration_s: float, path: Path) -> npt.NDArray[np.float64]:
-    """Checks that times lie before the end, float64 [T]; raises SegmentOutsideVideoError if one is past it (or NaN)."""
+    """Check that times lie before the end, float64 [T]; raises SegmentOutsideVideoError if one is past it (or NaN)."""
     times = np.asarray(times_s, dtype=np.float64).reshape(-1)
     outside = ~(times <= duration_s + TIME_TOLERANCE_S)
     if outside.any():

@@ -43,11 +43,11 @@ class PyAvAudioReader:
 
     @property
     def has_track(self) -> bool:
-        """Says whether the file has a sound track that there is a decoder for."""
+        """Whether the file has a sound track that there is a decoder for."""
         return self._track is not None
 
     def read(self, start_s: float, stop_s: float, rate_hz: int) -> Samples:
-        """Reads a span, see `read_audio`."""
+        """Read a span, see `read_audio`."""
         n_wanted = round((stop_s - start_s) * rate_hz)
         if self._track is None or n_wanted <= 0:
             return np.empty(0, dtype=np.float32)
@@ -55,7 +55,7 @@ class PyAvAudioReader:
         return _resample_span(self._track, first, first + n_wanted, rate_hz)
 
     def close(self) -> None:
-        """Gives back the file handle and the decoder."""
+        """Return back the file handle and the decoder."""
         if self._track is not None:
             self._track.close()
 
@@ -69,7 +69,7 @@ class PyAvAudioReader:
 
 
 def read_audio(path: Path, start_s: float, stop_s: float, rate_hz: int) -> Samples:
-    """Reads a span of a file's sound, float32 [n] in about -1..1.
+    """Read a span of a file's sound, float32 [n] in about -1..1.
 
     n is round((stop_s - start_s) * rate_hz) where the track covers the span, fewer where it ends earlier, and 0 where
     the file has no track or the span lies beyond its end (`has_audio_track` tells which). Before the track's first
@@ -86,13 +86,13 @@ def read_audio(path: Path, start_s: float, stop_s: float, rate_hz: int) -> Sampl
 
 
 def has_audio_track(path: Path) -> bool:
-    """Says whether a file has a sound track that there is a decoder for."""
+    """Return whether a file has a sound track that there is a decoder for."""
     with open_container(path) as container:
         return find_audio_stream(container) is not None
 
 
 def probe_audio_end_s(path: Path) -> float:
-    """Gives when a file's sound ends on the shared clock, by demuxing it; 0 without a track."""
+    """Return when a file's sound ends on the shared clock, by demuxing it; 0 without a track."""
     with open_container(path) as container:
         stream = find_audio_stream(container)
         if stream is None:
@@ -107,7 +107,7 @@ def probe_audio_end_s(path: Path) -> float:
 
 
 def _resample_span(track: SoundTrack, first: int, stop: int, rate_hz: int) -> Samples:
-    """Resamples so that samples [first, stop) of the grid k / rate_hz come out, fewer if the track ends earlier.
+    """Resample so that samples [first, stop) of the grid k / rate_hz come out, fewer if the track ends earlier.
 
     The resampler starts at a multiple of its phase period, at which input and output samples coincide, and far enough
     ahead that its start is forgotten: so its phases are those of a resampler that began at time zero.

@@ -66,7 +66,7 @@ class PyAvFrameReader:
 
     @property
     def info(self) -> VideoInfo:
-        """Gives the video's facts; decodes one frame the first time, for its shape and orientation."""
+        """The video's facts; decodes one frame the first time, for its shape and orientation."""
         if self._info is None:
             frame = self._held[1] if self._held is not None else self._find_any_frame()
             orientation = get_orientation(frame)
@@ -84,11 +84,11 @@ class PyAvFrameReader:
 
     @property
     def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """Gives when each frame is first shown, ascending, float64 [n_frames]."""
+        """When each frame is first shown, ascending, float64 [n_frames]."""
         return self._times_s
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-        """Reads the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, 3].
+        """Read the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, 3].
 
         Each frame is decoded and converted once a call; besides the result one decoded frame is kept.
         Raises DecodeError if a frame can't be decoded whole, SegmentOutsideVideoError past the end.
@@ -113,7 +113,7 @@ class PyAvFrameReader:
         return frames
 
     def close(self) -> None:
-        """Gives back the file handle and the decoder."""
+        """Return back the file handle and the decoder."""
         self._walk = self._held = None
         self._container.close()
 
@@ -128,7 +128,7 @@ class PyAvFrameReader:
         return turn_upright(image, get_orientation(frame))
 
     def _find_frame(self, position: int) -> av.VideoFrame:
-        """Finds one frame, going on or seeking; `position` counts shown frames."""
+        """Find one frame, going on or seeking; `position` counts shown frames."""
         key = int(self._keys[position])
         if self._held is not None and self._held[0] == key:
             return self._held[1]
@@ -164,7 +164,7 @@ class PyAvFrameReader:
         return int(self._start_positions[nearest]) - here < _SEEK_GAIN
 
     def _advance(self, key: int) -> bool:
-        """Decodes forward to a frame and holds it; False if it doesn't come, or not whole."""
+        """Decode forward to a frame and holds it; False if it doesn't come, or not whole."""
         if self._walk is None:
             return False
         try:
@@ -186,7 +186,7 @@ class PyAvFrameReader:
         self._stream.thread_type = "NONE" if self._is_careful else "AUTO"
 
     def _read_packets_from(self, start: int) -> Iterator[Any]:
-        """Yields packets from a keyframe on; none if the container can't go there."""
+        """Yield packets from a keyframe on; none if the container can't go there."""
         if start == _FROM_START:
             self._reopen()
             yield from self._container.demux(self._stream)
@@ -204,7 +204,7 @@ class PyAvFrameReader:
                 return
 
     def _decode_from(self, start: int) -> Iterator[tuple[int, av.VideoFrame, bool]]:
-        """Yields (key, frame, is whole) in order of showing, from a keyframe or the start.
+        """Yield (key, frame, is whole) in order of showing, from a keyframe or the start.
 
         After a packet that fails, the frames of the packets that follow it up to the next keyframe aren't whole, nor
         are those shown before that keyframe.
@@ -239,7 +239,7 @@ class PyAvFrameReader:
             self._fault = error
 
     def _drop_frames_without_start(self) -> None:
-        """Leaves out frames before the first keyframe that no decoder can show (a stream cut inside a group)."""
+        """Leave out frames before the first keyframe that no decoder can show (a stream cut inside a group)."""
         if self._starts.size == 0 or self._keys[0] >= self._starts[0]:
             return
         if self._index.is_counted:
@@ -263,7 +263,7 @@ class PyAvFrameReader:
         self._start_positions = np.searchsorted(self._keys, self._starts)
 
     def _find_any_frame(self) -> av.VideoFrame:
-        """Finds the first frame that comes out at all, for the facts about the pictures."""
+        """Find the first frame that comes out at all, for the facts about the pictures."""
         for _ in ("with threads", "careful"):
             self._walk = self._decode_from(_FROM_START)
             try:

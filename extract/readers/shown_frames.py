@@ -27,7 +27,7 @@ _WHOLE_FILE_FORMATS = ("matroska", "flv")  # declare one duration for all stream
 
 @dataclass(frozen=True, slots=True)
 class ShownFrames:
-    """Is the index of one video stream.
+    """The index of one video stream.
 
     Attributes:
         keys: what names a frame when it comes out of the decoder, ascending, int64 [n]: its time stamp in ticks, or
@@ -49,18 +49,18 @@ class ShownFrames:
 
     @property
     def times_s(self) -> npt.NDArray[np.float64]:
-        """Gives when each frame is first shown, float64 [n]."""
+        """When each frame is first shown, float64 [n]."""
         return self.keys.astype(np.float64) * self.tick_s - self.start_s
 
     @property
     def duration_s(self) -> float:
-        """Gives when the last frame ends."""
+        """When the last frame ends."""
         return (int(self.keys[-1]) + self.last_ticks) * self.tick_s - self.start_s
 
 
 @dataclass(slots=True)
 class _Packets:
-    """Is what demuxing found, in decoding order."""
+    """What demuxing found, in decoding order."""
 
     pts: array[int] = field(default_factory=lambda: array("q"))
     keyframes: list[tuple[int, int]] = field(default_factory=list)
@@ -72,7 +72,7 @@ class _Packets:
 
 
 def index_shown_frames(container: InputContainer, stream: Any, path: Path) -> ShownFrames:
-    """Indexes the frames that a stream shows, by demuxing; the container is left at its end.
+    """Index the frames that a stream shows, by demuxing; the container is left at its end.
 
     Packets without a time stamp, marked discard (edit lists), empty, or that VP8 never shows are left out. Where no
     packet has a time stamp (raw H.264), or the container's don't tell the order of showing (AVI with B-frames), the
@@ -143,7 +143,7 @@ def _read_packets(container: InputContainer, stream: Any, path: Path) -> _Packet
 
 
 def _count_frames(stream: Any, path: Path) -> ShownFrames:
-    """Counts frames by decoding all once; the stream's container is positioned anew first."""
+    """Count frames by decoding all once; the stream's container is positioned anew first."""
     n_frames = 0
     with open_container(path) as container:
         counted = container.streams[stream.index]

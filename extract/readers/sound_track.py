@@ -57,11 +57,11 @@ class SoundTrack:
             raise DecodeError(f"{path}: its sound declares no sample rate; encode it again")
 
     def close(self) -> None:
-        """Gives back the file handle and the decoder."""
+        """Return back the file handle and the decoder."""
         self._container.close()
 
     def read_blocks(self, first: int, stop: int) -> Iterator[Samples]:
-        """Reads samples [first, stop) as consecutive blocks; they end earlier if and only if the track does.
+        """Read samples [first, stop) as consecutive blocks; they end earlier if and only if the track does.
 
         Zeros stand where the track has no sample: before its start and in gaps of at least 15 ms.
         Raises DecodeError where the sound doesn't decode or the track is cut short.
@@ -103,7 +103,7 @@ class SoundTrack:
         check_declared_end(self._path, "sound", declared_s, end / self.rate_hz + self._start_s)
 
     def _read_placed(self, first: int, stop: int) -> Iterator[tuple[int, Samples]]:
-        """Yields (position, mono samples), gapless but for true gaps, from at or before `first` on."""
+        """Yield (position, mono samples), gapless but for true gaps, from at or before `first` on."""
         for back_s in _BACK_S:
             target_s = first / self.rate_hz - back_s
             if target_s < FROM_START_S:
@@ -123,7 +123,7 @@ class SoundTrack:
         rest: Iterator[tuple[float | None, Samples]],
         grid: tuple[int, int] | None,
     ) -> Iterator[tuple[int, Samples]]:
-        """Counts samples on from the first frame's place, and starts anew where time stamps leave a gap."""
+        """Count samples on from the first frame's place, and start anew where time stamps leave a gap."""
         if not head:
             return
         offsets, n_samples = [], 0
@@ -151,7 +151,7 @@ class SoundTrack:
             place += len(mono)
 
     def _get_grid(self) -> tuple[int, int] | None:
-        """Gives (origin, size) of the frames, which end at origin + k * size, where a tick is longer than a sample.
+        """Return (origin, size) of the frames, which end at origin + k * size, where a tick is longer than a sample.
 
         Matroska's is 1 ms, some 40 samples. None where ticks are fine, or where frames have no one size (Vorbis).
         """
@@ -190,7 +190,7 @@ class SoundTrack:
         return container.streams.get(self._stream_index)[0].codec_context
 
     def _decode_packets(self, container: Any, decoder: Any, first: int) -> Iterator[tuple[float | None, Samples]]:
-        """Yields (position by time stamp, mono samples); faults before `first` don't count."""
+        """Yield (position by time stamp, mono samples); faults before `first` don't count."""
         try:
             for packet in container.demux(container.streams.get(self._stream_index)[0]):
                 if packet.size == 0 and packet.dts is not None:
@@ -222,7 +222,7 @@ class SoundTrack:
         return DecodeError(f"{self._path}: its sound can't be decoded{where}: {why}; the file is damaged there")
 
     def _mix(self, frame: av.AudioFrame) -> Samples:
-        """Mixes a decoded frame into mono float32 [n] with FFmpeg's coefficients, scaled to sum to at most 1."""
+        """Mix a decoded frame into mono float32 [n] with FFmpeg's coefficients, scaled to sum to at most 1."""
         if frame.sample_rate != self.rate_hz:
             raise DecodeError(
                 f"{self._path}: its sound changes from {self.rate_hz} to {frame.sample_rate} Hz; encode it at one rate"

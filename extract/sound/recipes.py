@@ -53,7 +53,7 @@ ZHANG2022_NOISE, ZHANG2022_N_MASKED_BINS = 0.05, 9
 
 
 def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
-    """Computes (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
+    """Compute (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
     if spec.n_hop > spec.n_window or spec.n_window > spec.n_fft:
         raise SpecError(
             f"audio spec needs n_hop <= n_window <= n_fft, has {spec.n_hop}, {spec.n_window}, {spec.n_fft}: "

@@ -19,7 +19,7 @@ TUKEY_SHAPE = 0.25
 
 
 def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tensor:
-    """Computes the log spectrogram of each window of sound.
+    """Compute the log spectrogram of each window of sound.
 
     `samples` is float [B, n], or B tensors [n_i] of any lengths, at `spec.rate_hz`, full scale +-1. The result is
     float32 [B, 1, F, N] on the samples' device, (F, N) being `plan_spectrogram_shape(spec)`.
@@ -49,7 +49,7 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
 
 
 def rms_dbfs(samples: Tensor) -> float:
-    """Computes the level of samples [n] in dB relative to full scale: a full-scale sine has -3.01, silence -inf."""
+    """Compute the level of samples [n] in dB relative to full scale: a full-scale sine has -3.01, silence -inf."""
     _check_samples(samples)
     power = float(samples.to(torch.float64).square().mean())
     return 10 * math.log10(power) if power > 0 else -math.inf
@@ -65,7 +65,7 @@ def _check_samples(samples: Tensor) -> None:
 
 
 def _centred_window(spec: AudioSpec, device: torch.device) -> Tensor:
-    """Gives the analysis window: zhang2022 [n_window]; the others [n_fft] with zeros on both sides."""
+    """Return the analysis window: zhang2022 [n_window]; the others [n_fft] with zeros on both sides."""
     place = torch.arange(spec.n_window, dtype=torch.float64, device=device)
     if spec.recipe == "zhang2022":
         # Periodic: the symmetric window of n_window + 1 points without its last, hence edges at 0 and n_window.
@@ -78,7 +78,7 @@ def _centred_window(spec: AudioSpec, device: torch.device) -> Tensor:
 
 
 def _window_spectrogram(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
-    """Computes one window's log spectrogram, float32 [F, N], from samples [n]."""
+    """Compute one window's log spectrogram, float32 [F, N], from samples [n]."""
     if spec.recipe == "chen2020":
         magnitude = _stft_power(_tile(samples, spec.n_samples), window, spec).sqrt()
         mel = magnitude @ _mel_filters(spec).to(magnitude)
@@ -99,7 +99,7 @@ def _tile(samples: Tensor, n_samples: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _mel_filters(spec: AudioSpec) -> Tensor:
-    """Computes the mel filters [n_fft // 2 + 1, n_mels], in float32 as librosa has them."""
+    """Compute the mel filters [n_fft // 2 + 1, n_mels], in float32 as librosa has them."""
     ensure_torchaudio()
     from torchaudio.functional import melscale_fbanks
 
@@ -109,7 +109,7 @@ def _mel_filters(spec: AudioSpec) -> Tensor:
 
 
 def _zhang_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
-    """Computes the one-sided power density [N, F] as scipy.signal.spectrogram does by default."""
+    """Compute the one-sided power density [N, F] as scipy.signal.spectrogram does by default."""
     signal = _tile(samples, spec.n_samples).to(torch.float64).clamp(-1, 1)
     frames = signal.unfold(0, spec.n_window, spec.n_hop)
     frames = (frames - frames.mean(dim=1, keepdim=True)) * window
@@ -121,7 +121,7 @@ def _zhang_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
 
 
 def _stft_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
-    """Computes |S|^2 [N, F] of centred frames as librosa.stft does with zeros beyond the ends."""
+    """Compute |S|^2 [N, F] of centred frames as librosa.stft does with zeros beyond the ends."""
     signal = samples[: spec.n_samples].to(torch.float64)
     n_half = spec.n_fft // 2
     signal = torch.nn.functional.pad(signal, (n_half, n_half + spec.n_samples - signal.shape[0]))

@@ -15,7 +15,7 @@ N_BAND_STARTS = 247
 
 
 def list_views(spectrogram: Tensor, spec: FeatureSpec, segment_id: str, window: int) -> Iterator[tuple[int, Tensor]]:
-    """Lists the entries that come from one window of a segment's sound, number and float32 [1, F, N].
+    """List the entries that come from one window of a segment's sound, number and float32 [1, F, N].
 
     The first is `spectrogram` itself; entry number window * n_sound_views + view.
     """
@@ -30,7 +30,7 @@ def list_views(spectrogram: Tensor, spec: FeatureSpec, segment_id: str, window: 
 def augment_spectrogram(
     spectrogram: Tensor, spec: AudioSpec, seed: int, segment_id: str, view: int, window: int
 ) -> Tensor:
-    """Adds uniform noise of +-`noise` to a standardised spectrogram [1, F, N], and sets `n_masked_bins` bands to 0.
+    """Add uniform noise of +-`noise` to a standardised spectrogram [1, F, N], and set `n_masked_bins` bands to 0.
 
     float32, on the spectrogram's device, which keeps its values. Noise and place of the bands are drawn from the seed,
     the segment's id, and the numbers of view and window alone (extract/random_draws.py): the same values on every

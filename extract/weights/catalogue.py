@@ -30,7 +30,7 @@ FormatName = Literal[
 
 
 class CatalogueEntry(BaseModel):
-    """Is one checkpoint: where its file comes from, which network it fits and how its tensors are named."""
+    """One checkpoint: where its file comes from, which network it fits and how its tensors are named."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +63,7 @@ class CatalogueEntry(BaseModel):
 
     @property
     def source(self) -> str:
-        """Gives where the file comes from, for people."""
+        """Where the file comes from, for people."""
         if self.package:
             return f"package {self.package}=={self.version}, {self.member}"
         return self.url or f"your own {self.file}"
@@ -86,7 +86,7 @@ class _Catalogue(BaseModel):
 
 
 def read_catalogue_file(path: Path) -> Mapping[str, CatalogueEntry]:
-    """Reads a catalogue by name; raises WeightsError with the file and the field at fault."""
+    """Read a catalogue by name; raises WeightsError with the file and the field at fault."""
     try:
         catalogue = _Catalogue.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
@@ -96,12 +96,12 @@ def read_catalogue_file(path: Path) -> Mapping[str, CatalogueEntry]:
 
 @cache
 def read_catalogue() -> Mapping[str, CatalogueEntry]:
-    """Reads the catalogue that comes with echoshift."""
+    """Read the catalogue that comes with echoshift."""
     return read_catalogue_file(CATALOGUE_PATH)
 
 
 def find_catalogue_entry(name: str) -> CatalogueEntry:
-    """Finds a checkpoint by name; raises WeightsError with the nearest name, or with all of them."""
+    """Find a checkpoint by name; raises WeightsError with the nearest name, or with all of them."""
     catalogue = read_catalogue()
     try:
         return catalogue[name]

@@ -31,7 +31,7 @@ _N_NAMES_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Exemption:
-    """Is one kind of our tensors that a layout may lack, with the value it then has and the reason."""
+    """One kind of our tensors that a layout may lack, with the value it then has and the reason."""
 
     suffix: str
     value: float
@@ -44,7 +44,7 @@ _NO_SCALE = Exemption("bn.weight", 1, "this network's BatchNorm has no scale")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFormat:
-    """Is one published layout.
+    """One published layout.
 
     Attributes:
         map_name: foreign name to ours, None if unknown.
@@ -102,7 +102,7 @@ FORMATS: Mapping[str, CheckpointFormat] = MappingProxyType(
 
 
 def read_checkpoint(path: Path, format_name: str) -> dict[str, Tensor]:
-    """Reads the tensors of a checkpoint under their foreign names.
+    """Read the tensors of a checkpoint under their foreign names.
 
     PyTorch files are read with weights_only=True, NumPy pickles with a restricted unpickler: no file can run code.
     Raises WeightsError for a file that needs more, is broken, or lacks the entry where the layout keeps its tensors.
@@ -157,7 +157,7 @@ def _walk_tree(prefix: str, tree: object, path: Path) -> Iterator[tuple[str, Any
 def convert_tensors(
     tensors: Mapping[str, Tensor], format_name: str, expected: Mapping[str, Tensor], place: str
 ) -> dict[str, Tensor]:
-    """Converts foreign tensors into ours, exactly the names, shapes and dtypes of `expected` (a network's state dict).
+    """Convert foreign tensors into ours, exactly the names, shapes and dtypes of `expected` (a network's state dict).
 
     `place` names the file in messages. Raises WeightsError that lists the names without a counterpart on either side,
     two names for one tensor, or the shapes that differ; only the layout's exemptions may be absent.

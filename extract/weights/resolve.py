@@ -28,7 +28,7 @@ _MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class WeightsRecord:
-    """Is one set of weights, resolved.
+    """One set of weights, resolved.
 
     Attributes:
         ref: as the config says: an installed name, a path to a .safetensors file, or `random:SEED`.
@@ -45,7 +45,7 @@ class WeightsRecord:
 
 @dataclass(frozen=True, slots=True)
 class WeightsRow:
-    """Is one line of the list of weights; `path` is None if they aren't installed."""
+    """One line of the list of weights; `path` is None if they aren't installed."""
 
     name: str
     encoder: str
@@ -58,7 +58,7 @@ class WeightsRow:
 
 
 def default_weights(encoder: str) -> str:
-    """Gives the reference used when a config names no weights: the catalogue's preferred ones, or `random:0` (demo)."""
+    """Return the reference used when none is named: the catalogue's preferred ones, or `random:0` (demo)."""
     find_encoder(encoder)
     for entry in read_catalogue().values():
         if entry.encoder == encoder and entry.preferred:
@@ -69,7 +69,7 @@ def default_weights(encoder: str) -> str:
 
 
 def resolve_weights(ref: str, encoder: str, weights_dir: Path | None = None) -> WeightsRecord:
-    """Resolves a reference for an encoder, from the records alone where there are any.
+    """Resolve a reference for an encoder, from the records alone where there are any.
 
     Weights are random only where `random:SEED` says so. Raises WeightsError: not installed, unknown, or made for
     another encoder.
@@ -86,7 +86,7 @@ def resolve_weights(ref: str, encoder: str, weights_dir: Path | None = None) -> 
 
 
 def load_encoder(encoder: str, record: WeightsRecord, device: torch.device | str = "cpu") -> EncoderNetwork:
-    """Loads an encoder's network with the record's weights: on `device`, in eval mode, without gradients.
+    """Load an encoder's network with the record's weights: on `device`, in eval mode, without gradients.
 
     Raises WeightsError if the file's tensors have another checksum than the record, or don't fit the network.
     """
@@ -106,14 +106,14 @@ def load_encoder(encoder: str, record: WeightsRecord, device: torch.device | str
 
 
 def check_weights(name: str, weights_dir: Path | None = None) -> InstalledWeights:
-    """Checks installed weights: computes the tensors' checksum anew and loads them; raises WeightsError on a fault."""
+    """Check installed weights: computes the tensors' checksum anew and load them; raises WeightsError on a fault."""
     installed = _read_installed(name, find_weights_dir(weights_dir))
     load_encoder(installed.encoder, resolve_weights(name, installed.encoder, weights_dir))
     return installed
 
 
 def list_weights(weights_dir: Path | None = None) -> list[WeightsRow]:
-    """Lists the catalogue's weights and whatever else is installed, by name."""
+    """List the catalogue's weights and whatever else is installed, by name."""
     folder = find_weights_dir(weights_dir)
     records = {path.stem: read_record(path) for path in folder.glob("*.json") if path.with_suffix(_ENDING).is_file()}
     rows = [
@@ -178,7 +178,7 @@ def _build_random(encoder: str, seed: int) -> EncoderNetwork:
 
 
 def _compute_random_sha256(encoder: str, seed: int, weights_dir: Path | None) -> str:
-    """Computes the checksum of random weights, and notes it, so that a run with nothing to do needn't build a network.
+    """Compute the checksum of random weights, and notes it, so that a run with nothing to do needn't build a network.
 
     `load_encoder` computes it anew, so a wrong note is an error and never a wrong feature.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InstalledWeights:
-    """Is the record of one weights file.
+    """The record of one weights file.
 
     Attributes:
         name: the file's name without its ending.
@@ -47,7 +47,7 @@ class InstalledWeights:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], record: InstalledWeights) -> None:
-    """Writes the tensors to `path` (.safetensors) and the record to the .json beside it, each whole or not at all."""
+    """Write the tensors to `path` (.safetensors) and the record to the .json beside it, each whole or not at all."""
     from safetensors.torch import save
 
     header = {"encoder": record.encoder, "tensor_sha256": record.tensor_sha256, "source": record.source}
@@ -74,7 +74,7 @@ def _replace_file(path: Path, content: bytes) -> None:
 
 
 def read_record(sidecar: Path) -> InstalledWeights:
-    """Reads a record; raises WeightsError if the file is missing or isn't one."""
+    """Read a record; raises WeightsError if the file is missing or isn't one."""
     try:
         loaded = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from echoshift.pipeline.errors import ManifestError
 def read_annotation_rows(
     path: Path, columns: Sequence[str], has_header: bool = True
 ) -> list[tuple[int, dict[str, str]]]:
-    """Reads (line, cells by column) of the columns asked for; other columns may be there.
+    """Read (line, cells by column) of the columns asked for; other columns may be there.
 
     Without a header `columns` name the cells in order. Raises ManifestError naming file and line for a file that isn't
     there or isn't CSV, a missing column, or a row with other than the header's number of cells.
@@ -45,7 +45,7 @@ def read_annotation_rows(
 
 
 def parse_seconds(text: str, place: str) -> float:
-    """Reads a time in seconds; raises ManifestError naming the place for anything but a number of at least 0."""
+    """Read a time in seconds; raises ManifestError naming the place for anything but a number of at least 0."""
     try:
         time_s = float(text)
     except ValueError as error:

@@ -33,7 +33,7 @@ def import_charades_ego(
     pairs: Pairs = "all",
     allow_counts: bool = False,
 ) -> tuple[Segment, ...]:
-    """Reads `CharadesEgo_v1_{train,test}_only{1st,3rd}.csv`; a segment is a whole video, 0 to its `length`.
+    """Read `CharadesEgo_v1_{train,test}_only{1st,3rd}.csv`; a segment is a whole video, 0 to its `length`.
 
     labels are the distinct classes in order, none is allowed; timed_labels keep each action's times, cut to the video
     (an action with nothing left inside stays in labels alone; how many were cut is logged). pair_id is the id without
@@ -119,7 +119,7 @@ def _cut_actions(actions: list[TimedLabel], length_s: float, cut: _Cut) -> tuple
 
 
 def tag_labelled(segments: Sequence[Segment], labelled_fraction: float) -> list[Segment]:
-    """Tags the first `labelled_fraction` of segments (rounded down) `labelled`, the others `unlabelled`."""
+    """Tag the first `labelled_fraction` of segments (rounded down) `labelled`, the others `unlabelled`."""
     # 1e-9: 0.29 * 100 is 28.999... in floating point.
     n_labelled = math.floor(labelled_fraction * len(segments) + 1e-9)
     return [
@@ -131,7 +131,7 @@ def tag_labelled(segments: Sequence[Segment], labelled_fraction: float) -> list[
 def thin_pairs(
     third: Sequence[Segment], first: Sequence[Segment], pairs: Literal["half", "none"]
 ) -> tuple[list[Segment], list[Segment]]:
-    """Thins the train splits of two views as `import_charades_ego` says."""
+    """Thin the train splits of two views as `import_charades_ego` says."""
     in_third = {segment.pair_id for segment in third}
     ranked = [segment.pair_id for segment in first if segment.pair_id in in_third]
     even, odd = set(ranked[::2]), set(ranked[1::2])

@@ -26,7 +26,7 @@ N_SPAN_FRAMES = 64
 def import_epic(
     folder: Path, card: DatasetCard, nouns_csv: Path | None = None, allow_counts: bool = False
 ) -> tuple[Segment, ...]:
-    """Reads `D{1,2,3}_{train,test}` of a folder, each as .pkl or, where there is none, as .csv.
+    """Read `D{1,2,3}_{train,test}` of a folder, each as .pkl or, where there is none, as .csv.
 
     segment_id is the uid: (video, start_frame) is not unique. Times come from the time stamps, exactly. `nouns_csv` is
     EPIC-55's EPIC_train_action_labels.csv, joined on uid; it covers the train files, the nouns of the others stay "".
@@ -96,7 +96,7 @@ def _make_segment(
 
 
 def parse_timestamp(text: str, place: str) -> float:
-    """Reads HH:MM:SS.ss as seconds: the float64 nearest to the exact value; raises ManifestError naming the place."""
+    """Read HH:MM:SS.ss as seconds: the float64 nearest to the exact value; raises ManifestError naming the place."""
     match = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d(?:\.\d+)?)", text, flags=re.ASCII)
     if match is None:
         raise ManifestError(f"{place}: time stamp {text!r} is not HH:MM:SS.ss; correct it")

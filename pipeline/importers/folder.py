@@ -24,7 +24,7 @@ def import_folder(
     card: DatasetCard | None = None,
     allow_counts: bool = False,
 ) -> tuple[Segment, ...]:
-    """Makes a segment of every video file in `<domain>/<split>/<class>/` below `root`, sorted by path.
+    """Make a segment of every video file in `<domain>/<split>/<class>/` below `root`, sorted by path.
 
     A segment is the whole video, as long as `probe_duration_s` says; its segment_id and video_id are the path below
     `root` with `/` and without the ending. Files with other endings and names that begin with a dot are passed over.
@@ -62,7 +62,7 @@ def import_folder(
 
 
 def card_from_folder(root: Path, name: str | None = None) -> DatasetCard:
-    """Makes a single-label card of the folders' names: classes and domains sorted, every ordered pair a shift.
+    """Make a single-label card of the folders' names: classes and domains sorted, every ordered pair a shift.
 
     `name` is the root folder's unless given. Raises ManifestError where no video is in such folders, CardError where
     they make no dataset (a single class).
@@ -78,7 +78,7 @@ def card_from_folder(root: Path, name: str | None = None) -> DatasetCard:
 
 
 def list_stray_videos(root: Path) -> list[Path]:
-    """Lists the video files below `root` that lie elsewhere than in <domain>/<split>/<class>/: no import takes them."""
+    """List the video files below `root` that lie elsewhere than in <domain>/<split>/<class>/: no import takes them."""
     taken = {path for _, _, _, path in _list_videos(root)}
     found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in VIDEO_ENDINGS and path not in taken)
     return [

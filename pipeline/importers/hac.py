@@ -13,7 +13,7 @@ from echoshift.pipeline.segments import Segment
 
 
 def import_hac(folder: Path, card: DatasetCard, probe: MediaProbe, allow_counts: bool = False) -> tuple[Segment, ...]:
-    """Reads `HAC_{train,test}_only_{human,animal,cartoon}.csv`, rows `file,label` without a header.
+    """Read `HAC_{train,test}_only_{human,animal,cartoon}.csv`, rows `file,label` without a header.
 
     A segment is a whole video; the lists give no lengths, so the probe reads them from the media. video_id is
     `<domain>/videos/<file without its ending>`, SimMMDG's place for it: names repeat between animal and cartoon.

@@ -19,7 +19,7 @@ SPLIT_ORDER = ("train", "validation", "val", "test")
 def make_card_from_names(
     name: str, description: str, *, classes: set[str], domains: set[str], splits: set[str], multi_label: bool = False
 ) -> DatasetCard:
-    """Makes a card: classes and domains sorted, train before test, every ordered pair of domains a shift.
+    """Make a card: classes and domains sorted, train before test, every ordered pair of domains a shift.
 
     Empty names are left out, for the check of the segments to find. Raises CardError where the names make no dataset
     (a single class).
@@ -47,7 +47,7 @@ def make_card_from_names(
 
 
 def list_doubts(card: DatasetCard, segments: Iterable[Segment]) -> Iterator[str]:
-    """Says what of a card that was made from names may be a slip of who wrote them: the splits, the task, a typo."""
+    """Describe what of a card made from names may be a slip of who wrote them: the splits, the task, a typo."""
     segments = list(segments)
     if not {"train", "test"} <= set(card.splits):
         yield f"the splits are {', '.join(card.splits)}: what trains reads `train`, what scores reads `test`"

@@ -12,7 +12,7 @@ from echoshift.pipeline.segments import Segment
 
 
 def import_own_csv(path: Path, card: DatasetCard, allow_counts: bool = False) -> tuple[Segment, ...]:
-    """Reads a manifest (.csv or .parquet) for `write_manifest` to copy, which writes every column in the house's order.
+    """Read a manifest (.csv or .parquet) for `write_manifest` to copy, which writes every column in the house's order.
 
     Raises ManifestError with every fault, or where counts differ from those of the card.
     """
@@ -22,7 +22,7 @@ def import_own_csv(path: Path, card: DatasetCard, allow_counts: bool = False) ->
 
 
 def card_from_csv(path: Path, name: str) -> DatasetCard:
-    """Makes a card of what a manifest holds; multi-label where any segment has several labels or none.
+    """Make a card of what a manifest holds; multi-label where any segment has several labels or none.
 
     Raises ManifestError where the file is no table, CardError where its names make no dataset (a single class).
     """

@@ -33,13 +33,13 @@ RECORDED_PACKAGES = (
 
 
 def describe_versions() -> dict[str, str]:
-    """Lists the versions of Python and of the packages that have a part in a feature's value, outside encoders' too."""
+    """List the versions of Python and of the packages that have a part in a feature's value, outside encoders' too."""
     packages = {name: version(name) for name in RECORDED_PACKAGES}
     return {"python": platform.python_version(), **packages, **describe_plugin_versions()}
 
 
 def describe_writer() -> dict[str, str]:
-    """Says who writes, where and when (UTC)."""
+    """Describe who writes, where and when (UTC)."""
     return {
         "user": getpass.getuser(),
         "host": socket.gethostname(),
@@ -55,7 +55,7 @@ def make_attributes(
     weights_source: str,
     encoder_source: str = "",
 ) -> dict[str, Any]:
-    """Makes the attributes of a new store (FORMAT.md, section 2); `encoder_source` only where there is one."""
+    """Make the attributes of a new store (FORMAT.md, section 2); `encoder_source` only where there is one."""
     return {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
@@ -75,7 +75,7 @@ def make_attributes(
 
 
 def parse_attributes(path: str, attributes: Mapping[str, Any]) -> tuple[FeatureSpec, StoreLayout]:
-    """Reads specification and size from a store's attributes; raises StoreError when it is not one of ours."""
+    """Read specification and size from a store's attributes; raises StoreError when it is not one of ours."""
     if attributes.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} is not an echoshift feature store")
     if attributes.get("format_version") != FORMAT_VERSION:
@@ -99,12 +99,12 @@ def parse_attributes(path: str, attributes: Mapping[str, Any]) -> tuple[FeatureS
 
 
 def pack_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes attributes that HDF5 can hold: text and whole numbers stay, everything else becomes JSON."""
+    """Make attributes that HDF5 can hold: text and whole numbers stay, everything else becomes JSON."""
     return {k: v if isinstance(v, str | int) else "json:" + json.dumps(v) for k, v in attributes.items()}
 
 
 def unpack_attributes(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `pack_attributes`."""
+    """Undo `pack_attributes`."""
     attributes: dict[str, Any] = {}
     for key, value in packed.items():
         if isinstance(value, str):

@@ -30,7 +30,7 @@ SMALLEST_NORMAL_FP16 = 2.0**-14
 
 @dataclass(frozen=True, slots=True)
 class Fp16Error:
-    """Is what storing values as float16 costs.
+    """What storing values as float16 costs.
 
     Attributes:
         n_values: finite values looked at; the shares are of these.
@@ -51,7 +51,7 @@ class Fp16Error:
 
 @dataclass(frozen=True, slots=True)
 class OutputAudit:
-    """Is what one output of a store's done rows looks like; a vector is one clip's features, flattened.
+    """What one output of a store's done rows looks like; a vector is one clip's features, flattened.
 
     Attributes:
         n_rows: done rows with sound (in a store of pictures: done rows).
@@ -86,7 +86,7 @@ class OutputAudit:
 
 @dataclass(frozen=True, slots=True)
 class _Summary:
-    """Is what is kept of a stretch of rows: n, mean and summed squares of all values, extremes a dimension, norms."""
+    """What is kept of a stretch of rows: n, mean and summed squares of all values, extremes a dimension, norms."""
 
     n: int
     mean: float
@@ -99,7 +99,7 @@ class _Summary:
 
 
 def audit_output(store: FeatureStore, output: str, notify: Callable[[int], None] = lambda n_rows: None) -> OutputAudit:
-    """Audits one output of every done row, block by block with dask.array; `notify` is told of rows as they are read.
+    """Audit one output of every done row, block by block with dask.array; `notify` is told of rows as they are read.
 
     Raises StoreError when the output is not there or no row is done.
     """
@@ -144,7 +144,7 @@ def audit_output(store: FeatureStore, output: str, notify: Callable[[int], None]
 
 
 def find_audit_faults(audit: OutputAudit) -> list[str]:
-    """Lists what an audit found that features shouldn't have, a line each."""
+    """List what an audit found that features shouldn't have, a line each."""
     faults = []
     if audit.n_nonfinite:
         faults.append(
@@ -157,7 +157,7 @@ def find_audit_faults(audit: OutputAudit) -> list[str]:
 
 
 def measure_fp16_error(values: np.ndarray) -> Fp16Error:
-    """Measures what casting float32 values, of any shape, to float16 costs; values that aren't finite are left out."""
+    """Measure what casting float32 values, of any shape, to float16 costs; values that aren't finite are left out."""
     exact = np.asarray(values).ravel()
     exact = exact[np.isfinite(exact)].astype(np.float64)
     with np.errstate(over="ignore"):
@@ -178,7 +178,7 @@ def measure_fp16_error(values: np.ndarray) -> Fp16Error:
 
 
 class _OutputRows:
-    """Is one output as dask wants its sources: shape, type, and slices."""
+    """One output as dask wants its sources: shape, type, and slices."""
 
     def __init__(self, store: FeatureStore, output: str, clip_shape: Sequence[int]) -> None:
         self._store, self._name = store, f"outputs/{output}"
@@ -236,7 +236,7 @@ def _keep(summaries: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
 
 
 def _merge(summaries: np.ndarray, axis: Any, keepdims: bool) -> Any:
-    """Merges neighbouring summaries; means and squares as Chan, Golub and LeVeque (1979) do, which loses no digits."""
+    """Merge neighbouring summaries; means and squares as Chan, Golub and LeVeque (1979) do, which loses no digits."""
     parts: list[_Summary] = list(summaries.ravel())
     n = sum(part.n for part in parts)
     mean = sum(part.mean * part.n for part in parts) / n if n else 0.0
@@ -254,7 +254,7 @@ def _merge(summaries: np.ndarray, axis: Any, keepdims: bool) -> Any:
 
 
 def _sample_values(store: FeatureStore, output: str, index: DoneIndex, n_row_bytes: int) -> np.ndarray:
-    """Reads rows spread evenly over the done ones, at most 1,024 and 64 MiB, and of them the clips that exist."""
+    """Read rows spread evenly over the done ones, at most 1,024 and 64 MiB, and of them the clips that exist."""
     rows = np.flatnonzero(index.done & index.has_sound)
     n = min(len(rows), N_SAMPLE_ROWS, max(N_SAMPLE_BYTES // n_row_bytes, 1))
     chosen = rows[np.linspace(0, len(rows) - 1, n).round().astype(np.int64)] if n else rows

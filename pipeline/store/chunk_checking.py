@@ -21,7 +21,7 @@ _INDEX_OF_CLIPS = ("times", "frames")
 def find_chunk_faults(
     open_array: Callable[[str], zarr.Array], names: Sequence[str], segment_ids: Sequence[str]
 ) -> list[VerifyFault]:
-    """Lists the faults of every chunk that holds a done row, each chunk read once, each fault at its first done row.
+    """List the faults of every chunk that holds a done row, each chunk read once, each fault at its first done row.
 
     A chunk may be absent where no done row has a valid clip in it. A fault of `state` ends the check: nothing else can
     be judged without it. Where `n_valid` has a fault, every row is taken to have one clip.
@@ -69,7 +69,7 @@ def _check_array(
 
 
 def _list_chunks(array: zarr.Array, raw: RawArray | None) -> set[str]:
-    """Lists the chunks that are there, `c/0/0`, in one go: asking for each takes a request each on a remote store."""
+    """List the chunks that are there, `c/0/0`, in one go: asking for each takes a request each on a remote store."""
     if raw is not None:
         folder = Path(raw.folder)
         return {path.relative_to(folder).as_posix() for path in folder.glob("c/" + "/".join("*" * array.ndim))}

@@ -23,7 +23,7 @@ EPIC100_NAMES = {"rgb": "RGB", "flow": "Flow", "audio": "Audio"}
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Is what is exported: one output of the done rows, with the part of the index that goes with them."""
+    """What is exported: one output of the done rows, with the part of the index that goes with them."""
 
     store: FeatureStore
     output: str
@@ -33,18 +33,18 @@ class _Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Gives the shape of all values, [n, clip, …]."""
+        """The shape of all values, [n, clip, …]."""
         clip_shape = next(o.shape for o in self.store.spec.outputs if o.name == self.output)
         return (len(self.rows), self.store.layout.n_clips, *clip_shape)
 
     @property
     def ids(self) -> np.ndarray:
-        """Gives the ids as an array of text, [n]."""
+        """The ids as an array of text, [n]."""
         return np.asarray([self.store.segment_ids[row] for row in self.rows.tolist()])
 
 
 def export_store(store: FeatureStore, output: str, target: Path, form: ExportForm) -> int:
-    """Writes one output of every done row and returns how many; the file appears whole or not at all.
+    """Write one output of every done row and return how many; the file appears whole or not at all.
 
     - npz: `features` [n, clip, ...], `segment_ids`, `times` [n, clip, 2], `n_valid` [n].
     - h5: `<segment_id>/features` [clip, ...] and `<segment_id>/times` [clip, 2], only the clips that exist.

@@ -35,7 +35,7 @@ Store = TypeVar("Store")
 
 
 def explain_fault(error: Exception, place: str) -> Exception:
-    """Gives the StoreError for a disk's or driver's error at a place; any other error comes back as it is."""
+    """Return the StoreError for a disk's or driver's error at a place; any other error comes back as it is."""
     if isinstance(error, EchoshiftError):
         return error
     remote = "://" in place
@@ -57,14 +57,14 @@ def explain_fault(error: Exception, place: str) -> Exception:
 
 
 def ask_for_options(place: str) -> str:
-    """Says where the options of a URL's driver come from."""
+    """Describe where the options of a URL's driver come from."""
     protocol = place.partition("://")[0]
     aws = "AWS_* variables (AWS_ENDPOINT_URL, AWS_PROFILE, …), " if protocol.startswith("s3") else ""
     return f"the driver of {protocol}:// takes options from {aws}FSSPEC_{protocol.upper()}_* or fsspec's config files"
 
 
 def find_errno(error: Exception) -> int | None:
-    """Finds an error's number, also where HDF5 only writes it into the text; None where there is none."""
+    """Find an error's number, also where HDF5 only writes it into the text; None where there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = re.search(r"errno = (\d+)", str(error)) if isinstance(error, OSError | RuntimeError) else None
@@ -72,7 +72,7 @@ def find_errno(error: Exception) -> int | None:
 
 
 def count_free_bytes(place: str) -> int:
-    """Counts the bytes free for us on the local disk that a place is on, existing or not."""
+    """Count the bytes free for us on the local disk that a place is on, existing or not."""
     folder = Path(place).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -81,7 +81,7 @@ def count_free_bytes(place: str) -> int:
 
 @contextmanager
 def telling_faults(place: object) -> Iterator[None]:
-    """Raises StoreError in place of a disk's or driver's error, which stays as its cause."""
+    """Raise StoreError in place of a disk's or driver's error, which stays as its cause."""
     try:
         yield
     except Exception as error:
@@ -92,7 +92,7 @@ def telling_faults(place: object) -> Iterator[None]:
 
 
 def tell_store_faults(store_class: type[Store]) -> type[Store]:
-    """Makes the methods of a FeatureStore that touch its place tell faults as StoreError."""
+    """Make the methods of a FeatureStore that touch its place tell faults as StoreError."""
     for name in GUARDED_METHODS:
         setattr(store_class, name, _guard(getattr(store_class, name)))
     return store_class

@@ -25,7 +25,7 @@ N_LARGE_PAGE_BYTES = 2 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Is what tells a file from one that has taken its place: device, inode, size, and time of the last change."""
+    """What tells a file from one that has taken its place: device, inode, size, and time of the last change."""
 
     device: int
     inode: int
@@ -35,7 +35,7 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileMap:
-    """Is a file's bytes, uint8 [n_bytes], read-only, and what the file was when it was mapped.
+    """A file's bytes, uint8 [n_bytes], read-only, and what the file was when it was mapped.
 
     As long as the map is held the system gives its inode to no other file, so that an equal FileIdentity means the
     same file. A file that a program cuts shorter while it is mapped ends the process (SIGBUS); zarr never does that,
@@ -72,7 +72,7 @@ def _map(address: int | None, n_bytes: int, flags: int, handle: int) -> int:
 
 
 class MapSpace:
-    """Is a stretch of address space cut into equal slots, each of which shows one file, or zeros.
+    """A stretch of address space cut into equal slots, each of which shows one file, or zeros.
 
     Files side by side in it can be indexed as one array, which a NumPy operation does in one go.
     `slots` is uint8 [n_slots, n_slot_bytes], read-only. Address space costs no memory. Slots of large files begin
@@ -90,7 +90,7 @@ class MapSpace:
         self.slots = np.asarray(self._mapping)[start : start + n_bytes].reshape(n_slots, self._n_slot_bytes)
 
     def show(self, slot: int, path: str) -> FileIdentity | None:
-        """Shows a file in a slot; shows zeros, and gives None, when there is none.
+        """Show a file in a slot; shows zeros, and return None, when there is none.
 
         A file of another length than that of the slot is not shown; look at the identity's `n_bytes`.
         """
@@ -108,7 +108,7 @@ class MapSpace:
             os.close(handle)
 
     def hide(self, slot: int) -> None:
-        """Shows zeros in a slot."""
+        """Show zeros in a slot."""
         _map(self._find(slot), self._n_slot_bytes, _NOTHING | _FIXED, -1)
 
     def _find(self, slot: int) -> int:
@@ -116,7 +116,7 @@ class MapSpace:
 
 
 def identify_file(path: str) -> FileIdentity | None:
-    """Looks at the file that has this name now; None when there is none."""
+    """Look at the file that has this name now; None when there is none."""
     try:
         return _make_identity(os.stat(path))  # noqa: PTH116  (a Path costs more than the look)
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def identify_file(path: str) -> FileIdentity | None:
 
 
 def is_still(identity: FileIdentity | None, path: str) -> bool:
-    """Says whether the file of this name is still that one (None: still absent), cheaper than to identify it anew."""
+    """Return whether the file of this name is still that one (None: still absent), cheaper than to identify it anew."""
     try:
         status = os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def is_still(identity: FileIdentity | None, path: str) -> bool:
 
 
 def map_file(path: str) -> FileMap | None:
-    """Maps a file; None when there is none."""
+    """Map a file; None when there is none."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -37,7 +37,7 @@ class Hdf5Rows:
     def read_rows(
         self, name: str, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None = None
     ) -> np.ndarray:
-        """Copies rows of an output, [n, clip, …], or one clip of each, [n, …].
+        """Copy rows of an output, [n, clip, …], or one clip of each, [n, …].
 
         Raises StoreError naming the first that is not done.
         """
@@ -69,7 +69,7 @@ class Hdf5Rows:
         return self._views[name]
 
     def _is_current(self) -> bool:
-        """Says whether the mapped file is still the one of that name; its time of change says nothing here."""
+        """Return whether the mapped file is still the one of that name; its time of change says nothing here."""
         now = identify_file(self._path)
         if self._file is None or now is None:
             return False

@@ -44,7 +44,7 @@ UNSEALED = 0
 def create_hdf5_store(
     path: Path, spec: FeatureSpec, layout: StoreLayout, segment_ids: Sequence[str], attributes: Mapping[str, Any]
 ) -> None:
-    """Creates an empty store at a path that must not exist; the caller renames it into place."""
+    """Create an empty store at a path that must not exist; the caller renames it into place."""
     with h5py.File(path, "w-", libver=("earliest", "v110")) as file:
         file.attrs.update(pack_attributes(attributes))
         for array in plan_arrays(spec, layout):
@@ -77,7 +77,7 @@ def _write_checksum(file: h5py.File, name: str, shard: Shard) -> None:
 
 
 def _is_sealed_right(file: h5py.File, name: str, shard: Shard) -> bool:
-    """Compares a shard of an array with its checksum; a shard that was being written when its writer died has none."""
+    """Compare a shard of an array with its checksum; a shard that was being written when its writer died has none."""
     checksum = int(file[f"checksums/{name}"][shard.index])
     rows = np.ascontiguousarray(file[name][shard.start_row : shard.stop_row])
     return checksum == UNSEALED or bool(google_crc32c.value(rows) == checksum)
@@ -85,7 +85,7 @@ def _is_sealed_right(file: h5py.File, name: str, shard: Shard) -> bool:
 
 @tell_store_faults
 class Hdf5FeatureStore:
-    """Is a FeatureStore in one HDF5 file; opened for each access, so it can be pickled and shared by processes."""
+    """A FeatureStore in one HDF5 file; opened for each access, so it can be pickled and shared by processes."""
 
     backend: Backend = "hdf5"
 
@@ -110,30 +110,30 @@ class Hdf5FeatureStore:
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        """Gives the store's attributes as written at its creation."""
+        """The store's attributes as written at its creation."""
         with self._open() as file:
             return unpack_attributes(file.attrs)
 
     @property
     def segment_ids(self) -> Sequence[str]:
-        """Gives the id of every row."""
+        """The id of every row."""
         if self._segment_ids is None:
             self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
         return self._segment_ids
 
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
-        """Reads rows of any array."""
+        """Read rows of any array."""
         with self._open() as file:
             if name not in file:
                 raise StoreError(f"{self.path} has no array {name!r}")
             return np.asarray(file[name][start_row : self.layout.n_rows if stop_row is None else stop_row])
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Reads one output of done segments, in their order; Hdf5Rows says what holds while others write."""
+        """Read one output of done segments, in their order; Hdf5Rows says what holds while others write."""
         return self._read(segment_ids, output, None)
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
-        """Reads one clip of each segment."""
+        """Read one clip of each segment."""
         require_clips(self.path, clips, self.layout.n_clips)
         return self._read(segment_ids, output, clips)
 
@@ -144,15 +144,15 @@ class Hdf5FeatureStore:
         return self._rows.read_rows(f"outputs/{output}", self._finder.find(self.path, ids), ids, clips)
 
     def read_all(self, output: str) -> np.ndarray:
-        """Reads one output of every row."""
+        """Read one output of every row."""
         return self.read_array(f"outputs/{output}")
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
-        """Says for each row whether it is pending or stale."""
+        """Describe for each row whether it is pending or stale."""
         return find_missing(self, digests)
 
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
-        """Appends rows by writing a larger file beside this one and replacing it."""
+        """Append rows by writing a larger file beside this one and replacing it."""
         if n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
             raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {n_clips}")
         ids = [*self.segment_ids, *segment_ids]
@@ -179,7 +179,7 @@ class Hdf5FeatureStore:
         self.layout, self._segment_ids, self._finder = layout, ids, None
 
     def get_output_chunks(self, name: str) -> tuple[int, int]:
-        """Gives how many rows and clips are written at a time: HDF5's own layout is contiguous."""
+        """Return how many rows and clips are written at a time: HDF5's own layout is contiguous."""
         arrays = {array.name: array for array in plan_arrays(self.spec, self.layout)}
         n_rows, n_clips = arrays[f"outputs/{name}"].chunks[:2]
         return n_rows, n_clips
@@ -187,12 +187,12 @@ class Hdf5FeatureStore:
     def read_outputs(
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
     ) -> np.ndarray:
-        """Reads some clips of some rows of one output."""
+        """Read some clips of some rows of one output."""
         with self._open() as file:
             return np.asarray(file[f"outputs/{name}"][start_row:stop_row, start_clip:stop_clip])
 
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
-        """Sets the shard's rows to pending but those kept, which are compared with their checksums first.
+        """Set the shard's rows to pending but those kept, which are compared with their checksums first.
 
         The checksums of a shard that keeps rows are 0 until it is committed: its other rows change beside them.
         """
@@ -205,7 +205,7 @@ class Hdf5FeatureStore:
                 file["state"][shard.start_row : shard.stop_row] = begun
 
     def _unseal(self, shard: Shard) -> None:
-        """Sets a shard's checksums to 0; raises StoreError where one is wrong, which would be made right otherwise."""
+        """Set a shard's checksums to 0; raises StoreError where one is wrong, which would be made right otherwise."""
         names = [array.name for array in plan_arrays(self.spec, self.layout) if array.name != "segment_id"]
         with self._open() as file:
             for name in names:
@@ -219,18 +219,18 @@ class Hdf5FeatureStore:
                 file[f"checksums/{name}"][shard.index] = UNSEALED
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
-        """Writes clips of rows of one output."""
+        """Write clips of rows of one output."""
         rows, clips = slice(start_row, start_row + values.shape[0]), slice(start_clip, start_clip + values.shape[1])
         with self._open("r+") as file:
             file[f"outputs/{name}"][rows, clips] = values
 
     def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
-        """Writes zeros."""
+        """Write zeros."""
         with self._open("r+") as file:
             file[f"outputs/{name}"][start_row:stop_row, start_clip:stop_clip] = 0
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
-        """Writes checksums of the outputs, then the shard's index, `state` last, each step flushed before the next."""
+        """Write checksums of the outputs, then the shard's index, `state` last, each step flushed before the next."""
         rows = slice(shard.start_row, shard.stop_row)
         with self._open("r+") as file:
             keeps_rows = bool((file["state"][rows] == DONE).any())
@@ -250,7 +250,7 @@ class Hdf5FeatureStore:
                 _write_checksum(file, "state", shard)
 
     def find_checksum_faults(self) -> list[VerifyFault]:
-        """Compares each shard of each array, where rows are done, with its checksum."""
+        """Compare each shard of each array, where rows are done, with its checksum."""
         faults = []
         state = self.read_array("state")
         with self._open() as file:

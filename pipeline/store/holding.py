@@ -28,7 +28,7 @@ from echoshift.pipeline.store.location import Location, Place, locate
 
 @dataclass(frozen=True, slots=True)
 class LeaseTiming:
-    """Is how often a holder counts up, and how long a counter must stand still before another may take over."""
+    """How often a holder counts up, and how long a counter must stand still before another may take over."""
 
     beat_s: float = 5.0
     takeover_s: float = 30.0
@@ -42,14 +42,14 @@ NotifyWaiting = Callable[[str], None]
 
 
 class StoreHold:
-    """Is the right to write one store, and with it the store's ledger; `hold_store` gives it."""
+    """The right to write one store, and with it the store's ledger; `hold_store` gives it."""
 
     def __init__(self, path: Location) -> None:
         self.path = path
         self.ledger = FailureLedger(path)
 
     def check(self) -> None:
-        """Raises LeaseLostError when the right is gone; on a disk it can't be, the kernel keeps it."""
+        """Raise LeaseLostError when the right is gone; on a disk it can't be, the kernel keeps it."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def hold_store(
     notify: NotifyWaiting = lambda message: None,
     timing: LeaseTiming = LEASE_TIMING,
 ) -> Iterator[StoreHold]:
-    """Holds the right to write a store until the block ends or the process dies.
+    """Hold the right to write a store until the block ends or the process dies.
 
     Args:
         place: the store, existing or not.
@@ -85,7 +85,7 @@ def hold_store(
 
 
 def describe_holder(text: str | None) -> str:
-    """Says in words who holds a store, from the text of its `.holder.json`."""
+    """Describe in words who holds a store, from the text of its `.holder.json`."""
     try:
         holder = json.loads(text or "")
         who = f"process {holder['pid']} of {holder['user']} on {holder['host']}"
@@ -131,7 +131,7 @@ def _locked(path: Location, wait_s: float | None, notify: NotifyWaiting) -> Iter
 
 
 class _Lease(StoreHold):
-    """Is a hold on a URL: the object `….holder.json`, which its holder's thread counts up."""
+    """A hold on a URL: the object `….holder.json`, which its holder's thread counts up."""
 
     def __init__(self, path: Location, timing: LeaseTiming) -> None:
         super().__init__(path)
@@ -146,7 +146,7 @@ class _Lease(StoreHold):
         self._thread: threading.Thread | None = None
 
     def acquire(self, wait_s: float | None, notify: NotifyWaiting) -> None:
-        """Takes the lease where there is none, or one that stood still while it was watched."""
+        """Take the lease where there is none, or one that stood still while it was watched."""
         started = time.monotonic()
         notified = False
         while not self._file.create_text(self._text()):
@@ -171,7 +171,7 @@ class _Lease(StoreHold):
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LeaseLostError when another process has the lease, or this one can't know for too long."""
+        """Raise LeaseLostError when another process has the lease, or this one can't know for too long."""
         if self._lost is None and time.monotonic() - self._renewed_at > 2 * self._timing.beat_s:
             self._renew()  # the thread didn't come to it: this process may have been stopped for a while
         if self._lost is not None:
@@ -181,7 +181,7 @@ class _Lease(StoreHold):
             )
 
     def release(self) -> None:
-        """Stops counting and removes the lease, if it is still ours."""
+        """Stop counting and remove the lease, if it is still ours."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -189,7 +189,7 @@ class _Lease(StoreHold):
             self._file.unlink()
 
     def _watch(self) -> tuple[str, str | None] | None:
-        """Watches another's lease: None when it is gone, (text, None) when it lives, else (text, version to replace).
+        """Watch another's lease: None when it is gone, (text, None) when it lives, else (text, version to replace).
 
         Alive it is when the counter moves; dead when it stood still for `takeover_s` of our own monotonic clock.
         """
@@ -205,7 +205,7 @@ class _Lease(StoreHold):
         return first
 
     def _is_ours_after_settling(self, version: str) -> bool:
-        """Says whether a lease that was taken over stayed ours; without conditional writes the last writer has it."""
+        """Return whether a lease that was taken over stayed ours; without conditional writes the last writer has it."""
         if not version:
             time.sleep(self._timing.beat_s)
         return self._holds(self._file.read_text())
@@ -217,7 +217,7 @@ class _Lease(StoreHold):
                 return
 
     def _renew(self) -> None:
-        """Counts up, or notes that the lease is lost: taken by another, gone, or not renewed for too long."""
+        """Count up, or notes that the lease is lost: taken by another, gone, or not renewed for too long."""
         with self._renewing:
             try:
                 found = self._file.read_version()

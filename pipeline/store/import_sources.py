@@ -24,7 +24,7 @@ _DAMAGE = (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile)
 
 @dataclass(frozen=True, slots=True)
 class ImportedSegment:
-    """Is one segment's features [clip, …] and the seconds its clips cover, [clip, 2], NaN where nothing is known."""
+    """One segment's features [clip, …] and the seconds its clips cover, [clip, 2], NaN where nothing is known."""
 
     features: np.ndarray
     times: np.ndarray
@@ -32,7 +32,7 @@ class ImportedSegment:
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
-    """Is what a source holds: its segments, in its order, and a way to read each.
+    """What a source holds: its segments, in its order, and a way to read each.
 
     Attributes:
         spec: form, content and modality.
@@ -53,7 +53,7 @@ class ImportSource:
 
 
 def open_import_source(path: Path, form: ImportForm, modality: str | None = None) -> ImportSource:
-    """Opens a source and looks at all of it; features themselves are read later, segment by segment.
+    """Open a source and look at all of it; features themselves are read later, segment by segment.
 
     - npz, a folder: SEGMENT_ID.npz with `features` [clip, …] or [D] and, if known, `times` [clip, 2]; or SEGMENT_ID.npy
       with the features alone. A `/` in an id is a folder.
@@ -152,7 +152,7 @@ def _open_export(path: Path, modality: Modality | None) -> ImportSource:
 
 
 def _map_member(path: Path, name: str) -> np.ndarray:
-    """Maps an array of an uncompressed npz into memory; a compressed one is read whole."""
+    """Map an array of an uncompressed npz into memory; a compressed one is read whole."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
         with archive.open(member) as file:

@@ -22,7 +22,7 @@ from echoshift.pipeline.store.opening import create_store, has_store, hold_store
 
 @dataclass(frozen=True, slots=True)
 class ImportSummary:
-    """Is the outcome of an import: rows done and pending in the store, rows written now, and what was left out.
+    """The outcome of an import: rows done and pending in the store, rows written now, and what was left out.
 
     `unknown_ids` are segments of the source that the manifest doesn't have.
     """
@@ -35,7 +35,7 @@ class ImportSummary:
 
 
 def make_import_spec(source: ImportSource, encoder: str, output: str) -> FeatureSpec:
-    """Makes the specification of a source's features; its fingerprint changes with every byte of the source."""
+    """Make the specification of a source's features; its fingerprint changes with every byte of the source."""
     if not encoder or set(encoder) & set("/\\ ") or encoder.startswith("."):
         raise StoreError(f"encoder {encoder!r} is part of the store's file name; use letters, digits, - and _")
     return FeatureSpec(
@@ -49,7 +49,7 @@ def make_import_spec(source: ImportSource, encoder: str, output: str) -> Feature
 
 
 def compute_import_digests(segment_ids: list[str], segments: dict[str, Segment], spec: FeatureSpec) -> np.ndarray:
-    """Computes the digests that an imported store's rows should have, uint8 [row, 16].
+    """Compute the digests that an imported store's rows should have, uint8 [row, 16].
 
     The source's content stands where the media's identity stands otherwise: a row is stale when its segment's times
     have changed in the manifest, and never because of media.
@@ -69,7 +69,7 @@ def import_features(
     allow_unknown: bool = False,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> ImportSummary:
-    """Writes a source's features as done rows of a store; the same call goes on where one was killed.
+    """Write a source's features as done rows of a store; the same call goes on where one was killed.
 
     Segments of the manifest that the source doesn't have stay pending. Raises StoreError when the source has segments
     that the manifest doesn't have, unless `allow_unknown` leaves them out, or when they have none in common.

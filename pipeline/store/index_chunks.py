@@ -18,7 +18,7 @@ from echoshift.pipeline.store.raw_chunks import N_CHECKSUM_BYTES, RawArray, read
 
 
 def read_rows(array: RawArray, start_row: int, stop_row: int) -> np.ndarray:
-    """Reads rows, [n, …], 0 where a chunk is absent; raises StoreError for a chunk of a wrong length or checksum."""
+    """Read rows, [n, …], 0 where a chunk is absent; raises StoreError for a chunk of a wrong length or checksum."""
     result = np.empty((stop_row - start_row, *array.shape[1:]), array.dtype)
     for path, rows, clips, places in _list_chunks(array, start_row, stop_row):
         chunk = _read_or_zeros(array, path)
@@ -27,7 +27,7 @@ def read_rows(array: RawArray, start_row: int, stop_row: int) -> np.ndarray:
 
 
 def write_rows(array: RawArray, start_row: int, values: np.ndarray) -> None:
-    """Writes rows, [n, …]: each chunk that they lie in is replaced in one step by a whole new one.
+    """Write rows, [n, …]: each chunk that they lie in is replaced in one step by a whole new one.
 
     A chunk that keeps rows beside them is read first, and StoreError raised if it is damaged; one all of whose rows are
     given isn't read, so that it can be put right. Nothing is flushed to the disk, as zarr doesn't either. `values` may
@@ -47,7 +47,7 @@ def write_rows(array: RawArray, start_row: int, values: np.ndarray) -> None:
 def _list_chunks(
     array: RawArray, start_row: int, stop_row: int
 ) -> Iterator[tuple[str, slice, tuple[slice, ...], tuple[slice, ...]]]:
-    """Lists the chunks rows lie in: path, which of the rows, which of their clips, and where in the chunk."""
+    """List the chunks rows lie in: path, which of the rows, which of their clips, and where in the chunk."""
     size = array.chunks[0]
     for row_chunk in range(start_row // size, math.ceil(stop_row / size)):
         first, last = max(start_row, row_chunk * size), min(stop_row, (row_chunk + 1) * size)

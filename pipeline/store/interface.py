@@ -1,4 +1,4 @@
-"""Defines the one interface of a feature store and the report by which a shard's rows are committed."""
+"""The one interface of a feature store and the report by which a shard's rows are committed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Backend = Literal["zarr", "hdf5"]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Is why a segment has no features: the exception's name, the reason in a line, and whether a retry can help."""
+    """Why a segment has no features: the exception's name, the reason in a line, and whether a retry can help."""
 
     segment_id: str
     video_id: str
@@ -27,7 +27,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """Is everything about a shard's rows but the features, each array with one entry a row of the shard.
+    """Everything about a shard's rows but the features, each array with one entry a row of the shard.
 
     Attributes:
         times: seconds each clip covers, end exclusive, float64 [n, clip, 2]; NaN where a clip doesn't exist.
@@ -53,7 +53,7 @@ class ShardIndex:
 
 @dataclass(frozen=True, slots=True)
 class VerifyFault:
-    """Is one thing wrong with a store: in which array, at which segment ("" for the whole), and what."""
+    """One thing wrong with a store: in which array, at which segment ("" for the whole), and what."""
 
     array: str
     segment_id: str
@@ -74,56 +74,56 @@ class FeatureStore(Protocol):
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        """Gives what the store said of itself at its creation (FORMAT.md, section 2)."""
+        """What the store said of itself at its creation (FORMAT.md, section 2)."""
         ...
 
     @property
     def segment_ids(self) -> Sequence[str]:
-        """Gives the id of every row, in row order."""
+        """The id of every row, in row order."""
         ...
 
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
-        """Reads rows of any array by its name in FORMAT.md, such as `state` or `outputs/pooled`."""
+        """Read rows of any array by its name in FORMAT.md, such as `state` or `outputs/pooled`."""
         ...
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Reads one output of the segments asked for, in their order, [n, clip, ...] in the store's dtype.
+        """Read one output of the segments asked for, in their order, [n, clip, ...] in the store's dtype.
 
         Raises StoreError naming the first segment that is not in the store or not done.
         """
         ...
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
-        """Reads one clip of each segment asked for, in their order, [n, ...]; `clips` are their numbers, int64 [n].
+        """Read one clip of each segment asked for, in their order, [n, ...]; `clips` are their numbers, int64 [n].
 
         Only these clips are read where the store is local. Raises as `read`, and for a clip that no row has.
         """
         ...
 
     def read_all(self, output: str) -> np.ndarray:
-        """Reads one output of every row, whatever its state, [row, clip, ...]."""
+        """Read one output of every row, whatever its state, [row, clip, ...]."""
         ...
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
-        """Says for each row whether it is pending or stale, bool [row]; `digests` are the expected, uint8 [row, 16]."""
+        """Return whether each row is pending or stale, bool [row]; `digests` are the expected, uint8 [row, 16]."""
         ...
 
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
-        """Appends rows for new segments, pending."""
+        """Append rows for new segments, pending."""
         ...
 
     def get_output_chunks(self, name: str) -> tuple[int, int]:
-        """Gives how many rows and clips one chunk of an output holds, which a store keeps when it grows."""
+        """Return how many rows and clips one chunk of an output holds, which a store keeps when it grows."""
         ...
 
     def read_outputs(
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
     ) -> np.ndarray:
-        """Reads some clips of some rows of one output, whatever their state, [row, clip, ...]."""
+        """Read some clips of some rows of one output, whatever their state, [row, clip, ...]."""
         ...
 
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
-        """Sets the shard's rows to pending, so that a run killed inside it redoes them.
+        """Set the shard's rows to pending, so that a run killed inside it redoes them.
 
         `kept_rows`, numbers of done rows of the store, stay done all the while; whoever computes the shard writes their
         values again as they are. Raises StoreError where they are damaged, as far as that is seen without reading them.
@@ -131,20 +131,20 @@ class FeatureStore(Protocol):
         ...
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
-        """Writes whole chunks of one output, values [n, k, ...] from a row and a clip on.
+        """Write whole chunks of one output, values [n, k, ...] from a row and a clip on.
 
         Rows and clips begin at a chunk's border and end at one, or where the array ends.
         """
         ...
 
     def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
-        """Makes whole chunks of one output zero; where none of their clips exists they needn't be stored at all."""
+        """Make whole chunks of one output zero; where none of their clips exists they needn't be stored at all."""
         ...
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
-        """Writes the shard's index, `state` last."""
+        """Write the shard's index, `state` last."""
         ...
 
     def find_checksum_faults(self) -> list[VerifyFault]:
-        """Reads every chunk of the shards that hold done rows and lists those absent or with a wrong checksum."""
+        """Read every chunk of the shards that hold done rows and lists those absent or with a wrong checksum."""
         ...

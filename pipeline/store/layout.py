@@ -33,7 +33,7 @@ ROW_ARRAYS = ("times", "frames", "n_valid", "has_audio", "loudness_dbfs", "diges
 
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """Is one array's name, shape, NumPy type and chunk shape; its first axis is the row."""
+    """One array's name, shape, NumPy type and chunk shape; its first axis is the row."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class ArrayLayout:
 
 @dataclass(frozen=True, slots=True)
 class StoreLayout:
-    """Is the size of a store: rows, clips a row, rows a shard, and bytes a segment id."""
+    """The size of a store: rows, clips a row, rows a shard, and bytes a segment id."""
 
     n_rows: int
     n_clips: int
@@ -52,13 +52,13 @@ class StoreLayout:
 
     @property
     def n_shards(self) -> int:
-        """Gives the number of shards; the last one may hold fewer rows."""
+        """The number of shards; the last one may hold fewer rows."""
         return math.ceil(self.n_rows / self.n_rows_per_shard)
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Is a run of rows, the unit of work, of ownership and of commit."""
+    """A run of rows, the unit of work, of ownership and of commit."""
 
     index: int
     start_row: int
@@ -66,18 +66,18 @@ class Shard:
 
     @property
     def n_rows(self) -> int:
-        """Gives the number of rows."""
+        """The number of rows."""
         return self.stop_row - self.start_row
 
 
 def plan_shards(layout: StoreLayout) -> tuple[Shard, ...]:
-    """Lists the shards in row order."""
+    """List the shards in row order."""
     size = layout.n_rows_per_shard
     return tuple(Shard(i, i * size, min((i + 1) * size, layout.n_rows)) for i in range(layout.n_shards))
 
 
 def plan_rows_per_shard(spec: FeatureSpec, n_rows: int, n_clips: int) -> int:
-    """Chooses the rows of a new store's shards: a power of two, so that a chunk of its largest output is about 8 MiB.
+    """Choose the rows of a new store's shards: a power of two, so that a chunk of its largest output is about 8 MiB.
 
     Between 16 and 4,096, and few enough for a small dataset to have several shards (n_rows / 8, but 16 at least):
     workers share shards out, and a kill costs those under way. `n_clips` is the most clips that a row has. How long a
@@ -91,7 +91,7 @@ def plan_rows_per_shard(spec: FeatureSpec, n_rows: int, n_clips: int) -> int:
 
 
 def plan_rows_per_index_chunk(n_rows: int, n_row_bytes: int) -> int:
-    """Chooses the rows a chunk of an array of the index: a power of two, not far beyond the rows, never above 2 MiB.
+    """Choose the rows a chunk of an array of the index: a power of two, not far beyond the rows, never above 2 MiB.
 
     At least 1,024 where that many fit, as stores grow; one row where a row alone is larger.
     """
@@ -105,7 +105,7 @@ def _count_clips_per_chunk(n_clips: int, *, windows: bool) -> int:
 
 
 def plan_row_blocks(layout: StoreLayout, n_row_bytes: int, n_block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cuts the rows into stretches to be read at a time: (start, stop), whole shards, or even parts of one."""
+    """Cut the rows into stretches to be read at a time: (start, stop), whole shards, or even parts of one."""
     n_rows = max(n_block_bytes // max(n_row_bytes, 1), 1)
     size = layout.n_rows_per_shard
     if n_rows >= size:
@@ -120,7 +120,7 @@ def plan_row_blocks(layout: StoreLayout, n_row_bytes: int, n_block_bytes: int) -
 def plan_output_array(
     name: str, clip_shape: tuple[int, ...], dtype: str, layout: StoreLayout, *, windows: bool
 ) -> ArrayLayout:
-    """Plans one output's array [row, clip, ...]: whole rows a chunk up to 16 MiB, dividing the shard; else one clip."""
+    """Plan one output's array [row, clip, ...]: whole rows a chunk up to 16 MiB, dividing the shard; else one clip."""
     n_clips_per_chunk = _count_clips_per_chunk(layout.n_clips, windows=windows)
     n_clip_bytes = int(np.prod(clip_shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     n_rows_per_chunk = layout.n_rows_per_shard
@@ -140,7 +140,7 @@ def plan_output_array(
 
 
 def plan_arrays(spec: FeatureSpec, layout: StoreLayout) -> tuple[ArrayLayout, ...]:
-    """Lists every array of a store (FORMAT.md, section 3)."""
+    """List every array of a store (FORMAT.md, section 3)."""
     windows = spec.clip.sampling == "windows"
     n, k = layout.n_rows, layout.n_clips
     index = [
@@ -161,13 +161,13 @@ def plan_arrays(spec: FeatureSpec, layout: StoreLayout) -> tuple[ArrayLayout, ..
 
 
 def encode_segment_ids(segment_ids: Iterable[str], n_id_bytes: int) -> np.ndarray:
-    """Packs ids as UTF-8 padded with zero bytes, uint8 [n, n_id_bytes]."""
+    """Pack ids as UTF-8 padded with zero bytes, uint8 [n, n_id_bytes]."""
     ids = [s.encode() for s in segment_ids]
     return np.array(ids, dtype=f"S{n_id_bytes}").view(np.uint8).reshape(len(ids), n_id_bytes)
 
 
 def decode_segment_ids(packed: np.ndarray) -> list[str]:
-    """Unpacks ids written by `encode_segment_ids`."""
+    """Unpack ids written by `encode_segment_ids`."""
     if not len(packed):
         return []
     flat = np.ascontiguousarray(packed).view(f"S{packed.shape[1]}")[:, 0]
@@ -175,6 +175,6 @@ def decode_segment_ids(packed: np.ndarray) -> list[str]:
 
 
 def measure_id_bytes(segment_ids: Iterable[str]) -> int:
-    """Gives the bytes an id takes in a new store: the longest, rounded up to a multiple of 64."""
+    """Return the bytes an id takes in a new store: the longest, rounded up to a multiple of 64."""
     longest = max((len(s.encode()) for s in segment_ids), default=1)
     return 64 * math.ceil(longest / 64)

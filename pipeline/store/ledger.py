@@ -13,12 +13,12 @@ from echoshift.pipeline.store.location import Location, Place, locate
 
 
 def failures_path(store_path: Place) -> Location:
-    """Gives the place of a store's failure ledger, one JSON line a failed segment."""
+    """Return the place of a store's failure ledger, one JSON line a failed segment."""
     return locate(store_path).beside(".failures.jsonl")
 
 
 def read_failures(store_path: Place) -> dict[str, Failure]:
-    """Reads the failed segments by id; none when there is no ledger."""
+    """Read the failed segments by id; none when there is no ledger."""
     path = failures_path(store_path)
     failures = {}
     for number, line in enumerate((path.read_text() or "").splitlines(), start=1):
@@ -31,7 +31,7 @@ def read_failures(store_path: Place) -> dict[str, Failure]:
 
 
 def write_failures(store_path: Place, failures: Iterable[Failure]) -> None:
-    """Replaces the ledger in one step, sorted by segment; removes it when nothing failed."""
+    """Replace the ledger in one step, sorted by segment; remove it when nothing failed."""
     path = failures_path(store_path)
     lines = [json.dumps(asdict(f), ensure_ascii=False) for f in sorted(failures, key=lambda f: f.segment_id)]
     if not lines:
@@ -41,7 +41,7 @@ def write_failures(store_path: Place, failures: Iterable[Failure]) -> None:
 
 
 def append_run(store_path: Place, record: Mapping[str, Any]) -> None:
-    """Appends one line about a run to the store's history; on an object store only its holder may."""
+    """Append one line about a run to the store's history; on an object store only its holder may."""
     locate(store_path).beside(".runs.jsonl").append_text(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -54,13 +54,13 @@ class FailureLedger:
 
     @property
     def failures(self) -> Mapping[str, Failure]:
-        """Gives the failures by segment, read from the disk the first time."""
+        """The failures by segment, read from the disk the first time."""
         if self._failures is None:
             self._failures = read_failures(self._store_path)
         return self._failures
 
     def settle(self, segment_ids: Iterable[str], failures: Iterable[Failure]) -> None:
-        """Replaces what is known of these segments; the disk is touched only if that is something new."""
+        """Replace what is known of these segments; the disk is touched only if that is something new."""
         before = self.failures
         new = {f.segment_id: f for f in failures}
         old = {s: before[s] for s in segment_ids if s in before}

@@ -43,7 +43,7 @@ class LocalRows:
     def read_rows(
         self, array: RawArray, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None = None
     ) -> np.ndarray:
-        """Copies rows of an output, [n, clip, …], or one clip of each, [n, …].
+        """Copy rows of an output, [n, clip, …], or one clip of each, [n, …].
 
         Raises StoreError naming the first that is not done.
         """

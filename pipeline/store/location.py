@@ -1,4 +1,4 @@
-"""Says where a store, or a file beside it, lies: a local path, or a URL of any file system that fsspec knows.
+"""Where a store, or a file beside it, lies: a local path, or a URL of any file system that fsspec knows.
 
 Not universal_pathlib: its paths answer from fsspec's cache of listings (a store made by another process stays unseen, a
 file that was replaced can't be read), and it has neither the atomic nor the exclusive write that a ledger and a lease
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Is a local path or a URL, as text; made by `locate`."""
+    """A local path or a URL, as text; made by `locate`."""
 
     text: str
 
@@ -55,38 +55,38 @@ class Location:
 
     @property
     def is_remote(self) -> bool:
-        """Says whether fsspec, not the operating system, reads and writes here."""
+        """Whether fsspec, not the operating system, reads and writes here."""
         return "://" in self.text
 
     @property
     def name(self) -> str:
-        """Gives the last part."""
+        """The last part."""
         return self.text.rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        """Gives the ending with its dot."""
+        """The ending with its dot."""
         return Path(self.name).suffix
 
     @property
     def parent(self) -> Location:
-        """Gives the folder, or the prefix, that this lies in."""
+        """The folder, or the prefix, that this lies in."""
         return Location(self.text.rpartition("/")[0]) if self.is_remote else Location(str(Path(self.text).parent))
 
     def absolute(self) -> Location:
-        """Gives the same place for a process with another working directory."""
+        """Return the same place for a process with another working directory."""
         return self if self.is_remote else Location(str(Path(self.text).absolute()))
 
     def beside(self, ending: str) -> Location:
-        """Gives the file beside a store whose name is the store's and an ending."""
+        """Return the file beside a store whose name is the store's and an ending."""
         return Location(f"{self.text}{ending}")
 
     def exists(self) -> bool:
-        """Says whether anything is here; on an object store also where only longer keys begin so."""
+        """Return whether anything is here; on an object store also where only longer keys begin so."""
         return self._remote(lambda fs, path: fs.exists(path)) if self.is_remote else Path(self.text).exists()
 
     def read_text(self) -> str | None:
-        """Reads a small UTF-8 file; None where there is none."""
+        """Read a small UTF-8 file; None where there is none."""
         try:
             if self.is_remote:
                 return self._remote(lambda fs, path: bytes(fs.cat_file(path)).decode())
@@ -98,7 +98,7 @@ class Location:
             raise
 
     def write_text(self, text: str) -> None:
-        """Replaces a small UTF-8 file in one step."""
+        """Replace a small UTF-8 file in one step."""
         if self.is_remote:
             self._write_bytes(text.encode())
             return
@@ -112,7 +112,7 @@ class Location:
                 raise
 
     def append_text(self, text: str) -> None:
-        """Appends to a small UTF-8 file; on an object store by writing it anew, which only a store's holder may."""
+        """Append to a small UTF-8 file; on an object store by writing it anew, which only a store's holder may."""
         if self.is_remote:
             self.write_text((self.read_text() or "") + text)
             return
@@ -120,7 +120,7 @@ class Location:
             file.write(text)
 
     def create_text(self, text: str) -> bool:
-        """Writes a small UTF-8 object where there is none, and says whether it did; URLs only."""
+        """Write a small UTF-8 object where there is none, and say whether it did; URLs only."""
         try:
             self._remote(lambda fs, path: fs.pipe_file(path, text.encode(), mode="create"))
         except StoreError as error:
@@ -130,7 +130,7 @@ class Location:
         return True
 
     def read_version(self) -> tuple[str, str] | None:
-        """Reads a small object and the mark of its version, "" where its file system has none; URLs only."""
+        """Read a small object and the mark of its version, "" where its file system has none; URLs only."""
         conditional = self.text.partition("://")[0] in CONDITIONAL_PUT_PROTOCOLS
         try:
             # The mark first: if the object changes in between, the write that follows is refused.
@@ -143,7 +143,7 @@ class Location:
         return None if text is None else (text, version)
 
     def replace_version(self, text: str, version: str) -> bool:
-        """Replaces a small object if it is still that version, and says whether it did; without a mark always."""
+        """Replace a small object if it is still that version, and say whether it did; without a mark always."""
         options = {"IfMatch": version} if version else {}
         try:
             self._remote(lambda fs, path: fs.pipe_file(path, text.encode(), **options))
@@ -157,13 +157,13 @@ class Location:
         return True
 
     def make_parent(self) -> None:
-        """Makes the folder this lies in; object stores have none."""
+        """Make the folder this lies in; object stores have none."""
         if not self.is_remote:
             with telling_faults(self):
                 Path(self.text).parent.mkdir(parents=True, exist_ok=True)
 
     def unlink(self) -> None:
-        """Removes a file, if there is one."""
+        """Remove a file, if there is one."""
         if self.is_remote:
             if self.exists():
                 self._remote(lambda fs, path: fs.rm_file(path))
@@ -172,25 +172,25 @@ class Location:
             Path(self.text).unlink(missing_ok=True)
 
     def remove_tree(self) -> None:
-        """Removes every object below a URL."""
+        """Remove every object below a URL."""
         if self.exists():
             self._remote(lambda fs, path: fs.rm(path, recursive=True))
 
     def upload(self, folder: Path, last: str) -> None:
-        """Copies a folder's files below this URL, the one named `last` after all others."""
+        """Copy a folder's files below this URL, the one named `last` after all others."""
         files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p == folder / last, p))
         for file in files:
             (self / file.relative_to(folder).as_posix())._write_bytes(file.read_bytes())
 
     def list_folders_and_files(self, pattern: str) -> list[Location]:
-        """Lists what matches a pattern of parts with `*` below here, sorted; nothing where there is no such place."""
+        """List what matches a pattern of parts with `*` below here, sorted; nothing where there is no such place."""
         if not self.is_remote:
             return [Location(str(path)) for path in sorted(Path(self.text).glob(pattern))]
         found = self._remote(lambda fs, path: [fs.unstrip_protocol(p) for p in fs.glob(f"{path}/{pattern}")])
         return [Location(str(url).rstrip("/")) for url in sorted(found)]
 
     def measure_bytes(self) -> int:
-        """Adds up the bytes of a file, or of all files below."""
+        """Add up the bytes of a file, or of all files below."""
         if self.is_remote:
             return int(self._remote(lambda fs, path: fs.du(path)))
         path = Path(self.text)
@@ -202,7 +202,7 @@ class Location:
         self._remote(lambda fs, path: fs.pipe_file(path, data))
 
     def _remote(self, act: Callable[[Any, str], T]) -> T:
-        """Acts on the URL's file system and the path in it; what its driver refuses becomes a StoreError."""
+        """Act on the URL's file system and the path in it; what its driver refuses becomes a StoreError."""
         import fsspec.core  # type: ignore[import-untyped]
 
         with telling_faults(self):
@@ -222,7 +222,7 @@ Place = str | os.PathLike[str]
 
 
 def locate(place: Place) -> Location:
-    """Makes a Location of a path or a URL; raises StoreError where a URL carries a password or lost a slash."""
+    """Make a Location of a path or a URL; raises StoreError where a URL carries a password or lost a slash."""
     if isinstance(place, Location):
         return place
     text = os.fspath(place)

@@ -27,20 +27,20 @@ ROOT_METADATA = "zarr.json"
 
 
 def name_store(cache: Place, dataset: str, spec: FeatureSpec, backend: Backend) -> Location:
-    """Gives a store's place: <cache>/<dataset>/<encoder>-<fingerprint>.zarr or .h5; .h5 on a URL is a StoreError."""
+    """Return a store's place: <cache>/<dataset>/<encoder>-<fingerprint>.zarr or .h5; .h5 on a URL is a StoreError."""
     place = locate(cache) / dataset / f"{spec.encoder}-{fingerprint(spec)}{ENDINGS[backend]}"
     _refuse_remote_hdf5(place)
     return place
 
 
 def has_store(place: Place) -> bool:
-    """Says whether a store is there; on an object store it is once its root's metadata are, which are written last."""
+    """Return whether a store is there; on an object store, once its root's metadata are, which are written last."""
     path = locate(place)
     return (path / ROOT_METADATA).exists() if path.is_remote else path.exists()
 
 
 def open_store(place: Place) -> FeatureStore:
-    """Opens a store of either backend; raises StoreError when there is none or it is not one of ours."""
+    """Open a store of either backend; raises StoreError when there is none or it is not one of ours."""
     path = locate(place)
     _refuse_remote_hdf5(path)
     if path.suffix == ENDINGS["zarr"]:
@@ -78,7 +78,7 @@ def open_store(place: Place) -> FeatureStore:
 
 
 def _suggest_store(path: Location) -> str:
-    """Says which store may have been meant: one beside the place that was named, or what lists them."""
+    """Describe which store may have been meant: one beside the place that was named, or what lists them."""
     cache = path.parent.parent
     near = find_nearest(path.name, [] if path.is_remote else [store.name for store in list_stores(cache)])
     listed_by = f"echoshift store ls --cache {cache}"
@@ -102,7 +102,7 @@ def create_store(
     n_rows_per_shard: int,
     encoder_source: str = "",
 ) -> FeatureStore:
-    """Creates an empty store so that a half-made one is never seen.
+    """Create an empty store so that a half-made one is never seen.
 
     `encoder_source` says which distribution an encoder from outside came from.
 
@@ -165,7 +165,7 @@ def _remove(path: Path) -> None:
 
 
 def list_stores(cache: Place) -> list[Location]:
-    """Lists the stores below a cache, sorted."""
+    """List the stores below a cache, sorted."""
     root = locate(cache)
     endings = [ENDINGS["zarr"]] if root.is_remote else list(ENDINGS.values())
     found = [path for ending in endings for path in root.list_folders_and_files(f"*/*{ending}")]

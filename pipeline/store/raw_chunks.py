@@ -26,7 +26,7 @@ N_READERS = 4
 
 @dataclass(frozen=True, slots=True)
 class RawArray:
-    """Is where an array's chunk files lie and how they are cut: along rows and clips, never along further axes."""
+    """Where an array's chunk files lie and how they are cut: along rows and clips, never along further axes."""
 
     folder: str
     shape: tuple[int, ...]
@@ -35,26 +35,26 @@ class RawArray:
 
     @property
     def n_chunk_bytes(self) -> int:
-        """Gives the length of a chunk file without its checksum; chunks at the border have it too."""
+        """The length of a chunk file without its checksum; chunks at the border have it too."""
         return math.prod(self.chunks) * self.dtype.itemsize
 
     @property
     def n_clip_chunks(self) -> int:
-        """Gives how many chunks lie side by side along the clips; 1 where there is no clip axis."""
+        """How many chunks lie side by side along the clips; 1 where there is no clip axis."""
         return math.ceil(self.shape[1] / self.chunks[1]) if len(self.shape) > 1 else 1
 
     def name_chunk(self, row_chunk: int, clip_chunk: int) -> str:
-        """Gives a chunk's path."""
+        """Return a chunk's path."""
         places = [str(row_chunk), str(clip_chunk), *["0"] * (len(self.shape) - 2)][: len(self.shape)]
         return "/".join([self.folder, "c", *places])
 
     def view_chunk(self, data: np.ndarray) -> np.ndarray:
-        """Sees a chunk file's bytes as its values, [row, clip, …]."""
+        """See a chunk file's bytes as its values, [row, clip, …]."""
         return data[: self.n_chunk_bytes].view(self.dtype).reshape(self.chunks)
 
 
 def describe_raw_array(array: zarr.Array) -> RawArray | None:
-    """Describes an array of a local folder; None elsewhere, or where its chunks are not the plain ones of FORMAT.md.
+    """Describe an array of a local folder; None elsewhere, or where its chunks are not the plain ones of FORMAT.md.
 
     This is the one question on which everything depends that is done with files instead of by zarr.
     """
@@ -76,7 +76,7 @@ def describe_raw_array(array: zarr.Array) -> RawArray | None:
 
 
 def map_chunk(array: RawArray, path: str) -> FileMap | None:
-    """Maps one chunk file; None when it is absent. Raises StoreError when its length is wrong."""
+    """Map one chunk file; None when it is absent. Raises StoreError when its length is wrong."""
     mapped = map_file(path)
     if mapped is not None and mapped.identity.n_bytes != array.n_chunk_bytes + N_CHECKSUM_BYTES:
         raise _wrong_length(array, path, mapped.identity.n_bytes)
@@ -84,7 +84,7 @@ def map_chunk(array: RawArray, path: str) -> FileMap | None:
 
 
 def is_whole(array: RawArray, data: np.ndarray) -> bool:
-    """Compares a chunk file's checksum with its content."""
+    """Compare a chunk file's checksum with its content."""
     stored = int.from_bytes(data[array.n_chunk_bytes :].tobytes(), "little")
     return bool(google_crc32c.value(data[: array.n_chunk_bytes]) == stored)
 
@@ -97,13 +97,13 @@ def _wrong_length(array: RawArray, path: str, n_bytes: int) -> StoreError:
 
 
 def make_checksum_error(path: str) -> StoreError:
-    """Makes the error for a chunk file whose checksum is wrong."""
+    """Make the error for a chunk file whose checksum is wrong."""
     return StoreError(f"{path}: its crc32c is not that of its content; `echoshift store verify` lists every fault")
 
 
 @dataclass(slots=True)
 class _Shown:
-    """Is which file a chunk's slot shows (None: there is none), and at which version it was last compared."""
+    """Which file a chunk's slot shows (None: there is none), and at which version it was last compared."""
 
     identity: FileIdentity | None
     version: int
@@ -140,7 +140,7 @@ class ChunkMaps:
         self._versions = np.full(n_row_chunks, -1, np.int64)
 
     def copy_rows(self, rows: np.ndarray, version: int, clips: np.ndarray | None = None) -> np.ndarray:
-        """Copies rows [n, clip, …], or one clip of each, [n, …]; 0 where a chunk is absent.
+        """Copy rows [n, clip, …], or one clip of each, [n, …]; 0 where a chunk is absent.
 
         Raises StoreError for a chunk of a wrong length.
         """
@@ -168,7 +168,7 @@ class ChunkMaps:
         return result
 
     def are_current(self, rows: np.ndarray) -> bool:
-        """Says whether the maps that rows were copied from are still those of the files."""
+        """Return whether the maps that rows were copied from are still those of the files."""
         return all(
             slot in self._shown and is_still(self._shown[slot].identity, self._name(slot))
             for slot in self._find_slots(rows // self.array.chunks[0])
@@ -179,7 +179,7 @@ class ChunkMaps:
         return [chunk * n + i for chunk in sorted(set(row_chunks.tolist())) for i in range(n)]
 
     def _make_room(self, slots: list[int]) -> None:
-        """Hides the chunks shown first, but none that is needed now."""
+        """Hide the chunks shown first, but none that is needed now."""
         n_too_many = len(self._shown) + sum(slot not in self._shown for slot in slots) - MAX_MAPS
         if n_too_many > 0:
             needed = set(slots)
@@ -208,7 +208,7 @@ class ChunkMaps:
 
 
 def read_whole(array: RawArray, n_rows: int) -> np.ndarray:
-    """Reads the first rows of an array, [n_rows, …], each chunk straight into its place, checksums compared.
+    """Read the first rows of an array, [n_rows, …], each chunk straight into its place, checksums compared.
 
     Absent chunks are 0. Raises StoreError naming the file for a wrong length or checksum.
     """
@@ -236,7 +236,7 @@ def _read_into(result: np.ndarray, array: RawArray, row_chunk: int, clip_chunk: 
 
 
 def read_chunk(array: RawArray, path: str, target: np.ndarray) -> bool:
-    """Reads a chunk file's values into `target`, uint8 [n_chunk_bytes]; False, and nothing read, when it is absent.
+    """Read a chunk file's values into `target`, uint8 [n_chunk_bytes]; False, and nothing read, when it is absent.
 
     Raises StoreError naming the file for a wrong length or checksum.
     """

@@ -16,7 +16,7 @@ N_BLOCK_BYTES = 32 * 2**20
 
 
 def index_segments(store: FeatureStore) -> dict[str, int]:
-    """Maps a segment's id to its row."""
+    """Map a segment's id to its row."""
     return {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
 
 
@@ -46,7 +46,7 @@ class RowFinder:
         return RowFinder, (self._ids,)  # another process hashes otherwise
 
     def find(self, path: str, segment_ids: Sequence[str]) -> np.ndarray:
-        """Finds the rows of segments, int64 [n]; raises StoreError naming the first that is absent from `path`."""
+        """Find the rows of segments, int64 [n]; raises StoreError naming the first that is absent from `path`."""
         if self._dict_alone:
             rows, others = np.zeros(len(segment_ids), np.int64), list(range(len(segment_ids)))
         else:
@@ -62,7 +62,7 @@ class RowFinder:
 
 
 def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> None:
-    """Raises StoreError naming the first segment that is not done; `states` are those of its row, uint8 [n]."""
+    """Raise StoreError naming the first segment that is not done; `states` are those of its row, uint8 [n]."""
     refused = states != DONE
     if refused.any():
         first = int(np.argmax(refused))
@@ -73,21 +73,21 @@ def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> N
 
 
 def require_clips(path: str, clips: np.ndarray, n_clips: int) -> None:
-    """Raises StoreError unless all clips, int64 [n], are among the `n_clips` that a row has at most."""
+    """Raise StoreError unless all clips, int64 [n], are among the `n_clips` that a row has at most."""
     outside = (clips < 0) | (clips >= n_clips)
     if outside.any():
         raise StoreError(f"clip {clips[outside][0]} is asked for, {path} holds {n_clips} a segment")
 
 
 def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
-    """Says for each row whether it is pending, or was made from something else than `digests` says, bool [row]."""
+    """Describe for each row whether it is pending, or was made from something else than `digests` says, bool [row]."""
     return np.asarray(
         (store.read_array("state") == PENDING) | (store.read_array("digest") != digests).any(axis=1), dtype=bool
     )
 
 
 def plan_begun_states(shard: Shard, states: np.ndarray, kept_rows: Sequence[int]) -> np.ndarray:
-    """Gives a shard's states when it is begun, uint8 [n_rows]: pending but for `kept_rows`, which are done and stay so.
+    """Return the states of a shard that is begun, uint8 [n_rows]: pending but for `kept_rows`, which stay done.
 
     Raises StoreError for a row that is to be kept and isn't done.
     """
@@ -102,7 +102,7 @@ def plan_begun_states(shard: Shard, states: np.ndarray, kept_rows: Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class DoneBlock:
-    """Is a stretch of a store's done rows with the facts of the index that go with them.
+    """A stretch of a store's done rows with the facts of the index that go with them.
 
     Attributes:
         rows: row numbers, int64 [n].
@@ -119,7 +119,7 @@ class DoneBlock:
 
 @dataclass(frozen=True, slots=True)
 class DoneIndex:
-    """Is what is known of every row: done or not, clips that exist, sound or not; each [row]."""
+    """What is known of every row: done or not, clips that exist, sound or not; each [row]."""
 
     done: np.ndarray
     n_valid: np.ndarray
@@ -127,14 +127,14 @@ class DoneIndex:
 
 
 def read_done_index(store: FeatureStore) -> DoneIndex:
-    """Reads a store's states, numbers of clips, and where there was sound; all True in a store of pictures."""
+    """Read a store's states, numbers of clips, and where there was sound; all True in a store of pictures."""
     done = store.read_array("state") == DONE
     has_sound = store.read_array("has_audio") == 1 if store.spec.holds_sound else np.ones(len(done), dtype=bool)
     return DoneIndex(done, store.read_array("n_valid"), has_sound)
 
 
 def read_done_block(store: FeatureStore, output: str, start: int, stop: int, index: DoneIndex) -> DoneBlock:
-    """Reads the done rows between two rows."""
+    """Read the done rows between two rows."""
     chosen = index.done[start:stop]
     values = store.read_array(f"outputs/{output}", start, stop)
     rows = start + np.flatnonzero(chosen)
@@ -143,7 +143,7 @@ def read_done_block(store: FeatureStore, output: str, start: int, stop: int, ind
 
 
 def iterate_done_blocks(store: FeatureStore, output: str, n_block_bytes: int = N_BLOCK_BYTES) -> Iterator[DoneBlock]:
-    """Reads one output of every done row, in row order, about `n_block_bytes` at a time."""
+    """Read one output of every done row, in row order, about `n_block_bytes` at a time."""
     index = read_done_index(store)
     shape = next(o.shape for o in store.spec.outputs if o.name == output)
     n_row_bytes = store.layout.n_clips * math.prod(shape) * np.dtype(store.spec.dtype).itemsize

@@ -23,7 +23,7 @@ from echoshift.pipeline.store.location import STORAGE_OPTIONS, locate
 
 @dataclass(frozen=True, slots=True)
 class IndexDamage:
-    """Is a stretch of rows of an index array that can't be read, as long as the array's chunk."""
+    """A stretch of rows of an index array that can't be read, as long as the array's chunk."""
 
     array: str
     start_row: int
@@ -33,7 +33,7 @@ class IndexDamage:
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """Is what a repair did: how many rows it set to pending, good ones of the same shards included."""
+    """What a repair did: how many rows it set to pending, good ones of the same shards included."""
 
     n_rows: int
     n_shards: int
@@ -41,7 +41,7 @@ class RepairReport:
 
 
 def find_index_damage(store: FeatureStore) -> list[IndexDamage]:
-    """Reads every chunk of the arrays beside the outputs and lists those that can't be read, or hold no state or id."""
+    """Read every chunk of the arrays beside the outputs and lists those that can't be read, or hold no state or id."""
     damages = []
     for array in plan_arrays(store.spec, store.layout):
         if array.name.startswith("outputs/"):
@@ -62,7 +62,7 @@ def find_index_damage(store: FeatureStore) -> list[IndexDamage]:
 
 
 def _find_absent_chunks(store: FeatureStore, damages: Sequence[IndexDamage]) -> list[IndexDamage]:
-    """Finds the chunks of the index that are absent: they read as zeros, and hold the rows of many shards."""
+    """Find the chunks of the index that are absent: they read as zeros, and hold the rows of many shards."""
     n_chunk_rows = {array.name: array.chunks[0] for array in plan_arrays(store.spec, store.layout)}
     row_of = {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
     known = {(damage.array, damage.start_row) for damage in damages}
@@ -79,7 +79,7 @@ def _find_absent_chunks(store: FeatureStore, damages: Sequence[IndexDamage]) -> 
 
 
 def restore_segment_ids(store: FeatureStore, segment_ids: Sequence[str]) -> None:
-    """Writes the ids of all rows anew; the caller has made sure that these are the ids the rows were planned from."""
+    """Write the ids of all rows anew; the caller has made sure that these are the ids the rows were planned from."""
     packed = encode_segment_ids(segment_ids, store.layout.n_id_bytes)
     if store.backend == "zarr":
         _write_whole_chunks(store, "segment_id", 0, packed)
@@ -95,7 +95,7 @@ def restore_segment_ids(store: FeatureStore, segment_ids: Sequence[str]) -> None
 
 
 def requeue_rows(store: FeatureStore, rows: Iterable[int], damages: Sequence[IndexDamage]) -> RepairReport:
-    """Sets the shards of rows, and of damaged stretches of the index, to pending; the caller holds the store.
+    """Set the shards of rows, and of damaged stretches of the index, to pending; the caller holds the store.
 
     Damaged stretches are wiped, so that they can be written again: a chunk is whole or it can't be read. `state` goes
     first: whatever is killed when, no row counts as done that is not whole.
@@ -118,7 +118,7 @@ def requeue_rows(store: FeatureStore, rows: Iterable[int], damages: Sequence[Ind
 
 
 def find_faulty_rows(store: FeatureStore, faults: Iterable[VerifyFault]) -> tuple[list[int], list[VerifyFault]]:
-    """Finds the rows that faults are about, and the faults that are about no row and so can't be re-queued."""
+    """Find the rows that faults are about, and the faults that are about no row and so can't be re-queued."""
     row_of = {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
     rows, others = set(), []
     for fault in faults:
@@ -137,7 +137,7 @@ def _wipe(store: FeatureStore, damage: IndexDamage) -> None:
 
 
 def _write_whole_chunks(store: FeatureStore, name: str, start_row: int, values: np.ndarray) -> None:
-    """Writes rows that fill whole chunks, which so needn't be read first."""
+    """Write rows that fill whole chunks, which so needn't be read first."""
     if store.backend == "hdf5":
         import h5py
 

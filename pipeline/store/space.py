@@ -19,14 +19,14 @@ N_CHECKSUM_BYTES = 4
 
 
 def plan_store_bytes(spec: FeatureSpec, layout: StoreLayout) -> int:
-    """Counts the bytes of all arrays of a store, chunks whole."""
+    """Count the bytes of all arrays of a store, chunks whole."""
     return sum(
         _count_chunk_bytes(array) * math.ceil(layout.n_rows / array.chunks[0]) for array in plan_arrays(spec, layout)
     )
 
 
 def count_needed_bytes(store: FeatureStore, wanted: np.ndarray) -> int:
-    """Counts the bytes that computing `wanted` (bool [row]) adds to a store; 0 where they are allocated already.
+    """Count the bytes that computing `wanted` (bool [row]) adds to a store; 0 where they are allocated already.
 
     Zarr writes whole chunks of whole shards; a shard that was committed before has its chunks, and only replaces them.
     """
@@ -49,7 +49,7 @@ def count_needed_bytes(store: FeatureStore, wanted: np.ndarray) -> int:
 
 
 def check_space(needs: Iterable[tuple[Place, int]]) -> None:
-    """Raises StoreFullError naming both numbers where stores (place, bytes to come) have no room; URLs always have."""
+    """Raise StoreFullError naming both numbers where stores (place, bytes to come) have no room; URLs always have."""
     by_disk: dict[int, list[tuple[str, int]]] = {}
     for place, n_bytes in needs:
         path = locate(place)
@@ -66,7 +66,7 @@ def check_space(needs: Iterable[tuple[Place, int]]) -> None:
 
 
 def _count_chunk_bytes(array: ArrayLayout) -> int:
-    """Counts one row of chunks: a chunk's rows, over all of the other axes, each chunk with its checksum."""
+    """Count one row of chunks: a chunk's rows, over all of the other axes, each chunk with its checksum."""
     n_chunks = math.prod(math.ceil(n / c) for n, c in zip(array.shape[1:], array.chunks[1:], strict=True))
     return n_chunks * (math.prod(array.chunks) * np.dtype(array.dtype).itemsize + N_CHECKSUM_BYTES)
 

@@ -11,7 +11,7 @@ from echoshift.pipeline.store.reading import iterate_done_blocks
 
 
 def verify_store(store: FeatureStore) -> list[VerifyFault]:
-    """Lists every fault of a store's done and failed rows; an empty list means that it can be trusted as stored."""
+    """List every fault of a store's done and failed rows; an empty list means that it can be trusted as stored."""
     faults = store.find_checksum_faults()
     broken = {fault.array for fault in faults}
     if "state" in broken:

@@ -34,7 +34,7 @@ from echoshift.pipeline.store.reading import RowFinder, find_missing, plan_begun
 def create_zarr_store(
     path: Path, spec: FeatureSpec, layout: StoreLayout, segment_ids: Sequence[str], attributes: Mapping[str, Any]
 ) -> None:
-    """Creates an empty store at a path that must not exist; the caller renames it into place."""
+    """Create an empty store at a path that must not exist; the caller renames it into place."""
     group = zarr.create_group(str(path), zarr_format=3, attributes=dict(attributes))
     for array in plan_arrays(spec, layout):
         _create_array(group, array)
@@ -62,7 +62,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
 
 @tell_store_faults
 class ZarrFeatureStore:
-    """Is a FeatureStore in a folder of Zarr v3; any zarr library reads it (FORMAT.md)."""
+    """A FeatureStore in a folder of Zarr v3; any zarr library reads it (FORMAT.md)."""
 
     backend: Backend = "zarr"
 
@@ -79,12 +79,12 @@ class ZarrFeatureStore:
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        """Gives the store's attributes as written at its creation."""
+        """The store's attributes as written at its creation."""
         return dict(self._group.attrs)
 
     @property
     def segment_ids(self) -> Sequence[str]:
-        """Gives the id of every row."""
+        """The id of every row."""
         if self._segment_ids is None:
             self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
         return self._segment_ids
@@ -98,7 +98,7 @@ class ZarrFeatureStore:
         return self._arrays[name]
 
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
-        """Reads rows of any array; raises StoreError if a chunk's checksum is wrong."""
+        """Read rows of any array; raises StoreError if a chunk's checksum is wrong."""
         stop = self.layout.n_rows if stop_row is None else stop_row
         try:
             return np.asarray(self._open_array(name)[start_row:stop])
@@ -111,11 +111,11 @@ class ZarrFeatureStore:
         )
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Reads one output of done segments, in their order; LocalRows says what holds while others write."""
+        """Read one output of done segments, in their order; LocalRows says what holds while others write."""
         return self._read(segment_ids, output, None)
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
-        """Reads one clip of each segment; on a URL whole rows are read."""
+        """Read one clip of each segment; on a URL whole rows are read."""
         require_clips(self.path, clips, self.layout.n_clips)
         return self._read(segment_ids, output, clips)
 
@@ -132,12 +132,12 @@ class ZarrFeatureStore:
         return values if clips is None else values[np.arange(len(rows)), clips]
 
     def read_all(self, output: str) -> np.ndarray:
-        """Reads one output of every row from the files as they are now, every checksum compared."""
+        """Read one output of every row from the files as they are now, every checksum compared."""
         local = self._find_local(f"outputs/{output}")
         return read_whole(local[1], self.layout.n_rows) if local is not None else self.read_array(f"outputs/{output}")
 
     def _find_local(self, name: str) -> tuple[LocalRows, RawArray] | None:
-        """Finds the files behind an output of a local store; None where zarr has to read it."""
+        """Find the files behind an output of a local store; None where zarr has to read it."""
         array = self._describe(name)
         if self._rows is None:
             state = self._describe("state")
@@ -150,7 +150,7 @@ class ZarrFeatureStore:
         return self._raw[name]
 
     def _write_rows(self, name: str, start_row: int, values: np.ndarray) -> None:
-        """Writes rows of an array of the index."""
+        """Write rows of an array of the index."""
         array = None if self._group.read_only else self._describe(name)  # zarr has the words for what it may not write
         if array is None:
             self._open_array(name)[start_row : start_row + len(values)] = values
@@ -158,11 +158,11 @@ class ZarrFeatureStore:
             write_rows(array, start_row, values)
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
-        """Says for each row whether it is pending or stale."""
+        """Describe for each row whether it is pending or stale."""
         return find_missing(self, digests)
 
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
-        """Appends rows; a kill in between leaves longer arrays that the next call puts right."""
+        """Append rows; a kill in between leaves longer arrays that the next call puts right."""
         old_rows, ids = self.layout.n_rows, [*self.segment_ids, *segment_ids]
         layout = StoreLayout(
             n_rows=len(ids),
@@ -189,19 +189,19 @@ class ZarrFeatureStore:
     def read_outputs(
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
     ) -> np.ndarray:
-        """Reads some clips of some rows of one output; raises StoreError if a chunk's checksum is wrong."""
+        """Read some clips of some rows of one output; raises StoreError if a chunk's checksum is wrong."""
         try:
             return np.asarray(self._open_array(f"outputs/{name}")[start_row:stop_row, start_clip:stop_clip])
         except ValueError as error:
             raise self._make_read_error(f"outputs/{name}", start_row, stop_row, error) from error
 
     def get_output_chunks(self, name: str) -> tuple[int, int]:
-        """Gives how many rows and clips one chunk of an output holds."""
+        """Return how many rows and clips one chunk of an output holds."""
         n_rows, n_clips = self._open_array(f"outputs/{name}").chunks[:2]
         return n_rows, n_clips
 
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
-        """Sets the shard's rows to pending but those kept, whose values each chunk that is written has again."""
+        """Set the shard's rows to pending but those kept, whose values each chunk that is written has again."""
         array, rows = self._describe("state"), (shard.start_row, shard.stop_row)
         states = self.read_array("state", *rows) if array is None else read_rows(array, *rows)
         begun = plan_begun_states(shard, states, kept_rows)
@@ -209,7 +209,7 @@ class ZarrFeatureStore:
             self._write_rows("state", shard.start_row, begun)
 
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
-        """Writes whole chunks of one output."""
+        """Write whole chunks of one output."""
         array = self._open_array(f"outputs/{name}")
         stop_row, stop_clip = start_row + values.shape[0], start_clip + values.shape[1]
         assert start_row % array.chunks[0] == 0, "rows must begin at a chunk's border"
@@ -219,18 +219,18 @@ class ZarrFeatureStore:
         array[start_row:stop_row, start_clip:stop_clip] = values
 
     def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
-        """Removes whole chunks of one output: zarr drops a chunk that holds nothing but the fill value."""
+        """Remove whole chunks of one output: zarr drops a chunk that holds nothing but the fill value."""
         array = self._open_array(f"outputs/{name}").with_config({"write_empty_chunks": False})
         array[start_row:stop_row, start_clip:stop_clip] = 0
 
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
-        """Writes the shard's index, `state` last."""
+        """Write the shard's index, `state` last."""
         for name in ROW_ARRAYS:
             values = getattr(index, name)
             if values is not None:
                 self._write_rows(name, shard.start_row, values)
 
     def find_checksum_faults(self) -> list[VerifyFault]:
-        """Reads every chunk that holds a done row."""
+        """Read every chunk that holds a done row."""
         names = [array.name for array in plan_arrays(self.spec, self.layout)]
         return find_chunk_faults(self._open_array, names, self.segment_ids)

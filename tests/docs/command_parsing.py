@@ -42,7 +42,7 @@ class CommandParser:
         self._targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.M))
 
     def check(self, words: list[str]) -> int:
-        """Checks a command, and gives how many of echoshift's it comes to; raises AssertionError or a usage error."""
+        """Check a command, and return how many of echoshift's it comes to; raises AssertionError or a usage error."""
         checks: Mapping[str, Callable[[list[str]], int]] = {
             ECHOSHIFT: self._check_echoshift,
             "make": self._check_make,
@@ -119,7 +119,7 @@ class CommandParser:
 
 
 def check_meaning(path: list[str], params: Mapping[str, Any]) -> None:
-    """Checks that encoders, recipes, grids, shifts and settings are ones that there are; raises what a run would."""
+    """Check that encoders, recipes, grids, shifts and settings are ones that there are; raises what a run would."""
     dataset = params.get("dataset")
     own = dataset in ("mine", None, "")
     if not own and dataset:
@@ -147,7 +147,7 @@ def check_meaning(path: list[str], params: Mapping[str, Any]) -> None:
 
 
 def _check_dask(words: list[str]) -> int:
-    """Checks `dask scheduler` and `dask worker` against distributed's own command lines."""
+    """Check `dask scheduler` and `dask worker` against distributed's own command lines."""
     from distributed.cli import dask_scheduler, dask_worker
 
     command = {"scheduler": dask_scheduler.main, "worker": dask_worker.main}[words[0]]
@@ -161,5 +161,5 @@ def _check_downloader(words: list[str]) -> int:
 
 
 def _clean_environment() -> dict[str, str]:
-    """Gives the environment without what an outer make hands down."""
+    """Return the environment without what an outer make hands down."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}

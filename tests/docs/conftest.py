@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def load_file(path: Path) -> ModuleType:
-    """Loads a module by its file (importlib mode puts no test folder on the path)."""
+    """Load a module by its file (importlib mode puts no test folder on the path)."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,7 +29,7 @@ BLOCKS, LISTS = load_file(HERE / "fenced_blocks.py"), load_file(HERE / "block_li
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Makes a test a block: `shell_block` and `python_block` are all of a language, the others are listed."""
+    """Make a test a block: `shell_block` and `python_block` are all of a language, the others are listed."""
     shell = {block.name: block for block in BLOCKS.read_all_blocks("sh")}
     chosen = {
         "shell_block": list(shell.values()),
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Computes with one thread: what is run here is so small that two wait for one another."""
+    """Compute with one thread: what is run here is so small that two wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,41 +53,41 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def blocks() -> ModuleType:
-    """Gives fenced_blocks.py."""
+    """Return fenced_blocks.py."""
     return BLOCKS
 
 
 @pytest.fixture(scope="session")
 def lists() -> ModuleType:
-    """Gives block_lists.py."""
+    """Return block_lists.py."""
     return LISTS
 
 
 @pytest.fixture(scope="session")
 def parsing() -> ModuleType:
-    """Gives command_parsing.py."""
+    """Return command_parsing.py."""
     return load_file(HERE / "command_parsing.py")
 
 
 @pytest.fixture(scope="session")
 def doc_checkout() -> ModuleType:
-    """Gives doc_checkout.py."""
+    """Return doc_checkout.py."""
     return load_file(HERE / "doc_checkout.py")
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset() -> ModuleType:
-    """Gives the small data set of the tests of extraction."""
+    """Return the small data set of the tests of extraction."""
     return load_file(HERE.parent / "extract" / "tiny_dataset.py")
 
 
 @pytest.fixture(scope="session")
 def tiny_shift() -> ModuleType:
-    """Gives the small data set of two domains of the tests of training."""
+    """Return the small data set of two domains of the tests of training."""
     return load_file(HERE.parent / "train" / "tiny_shift.py")
 
 
 @pytest.fixture
 def tiny(tiny_dataset: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Gives an empty data set of this test's own."""
+    """Return an empty data set of this test's own."""
     return tiny_dataset.TinyDataset(tmp_path, capsys)

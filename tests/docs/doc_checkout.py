@@ -22,18 +22,18 @@ _RUN_MAIN = "-c 'from echoshift.cli.app import main; main()'"
 
 @dataclass(frozen=True, slots=True)
 class DocCheckout:
-    """Is the folder; cache, runs, data and manifests are its own, the code is that of this checkout."""
+    """The folder; cache, runs, data and manifests are its own, the code is that of this checkout."""
 
     root: Path
 
     @property
     def site(self) -> Path:
-        """Gives where `pip install` puts what the pages install."""
+        """Where `pip install` puts what the pages install."""
         return self.root / "site"
 
     @property
     def environment(self) -> dict[str, str]:
-        """Gives the environment of a command: this code, the folder's own data, and a pip that asks nobody."""
+        """The environment of a command: this code, the folder's own data, and a pip that asks nobody."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PIP_"))}
         return kept | {
             "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{self.site}",
@@ -46,7 +46,7 @@ class DocCheckout:
         }
 
     def make(self) -> None:
-        """Makes the folder: a Makefile and cards that are copies, and a .venv whose programs are this Python."""
+        """Make the folder: a Makefile and cards that are copies, and a .venv whose programs are this Python."""
         for name in ("Makefile", "pyproject.toml", "constraints.txt"):
             (self.root / name).write_bytes((ROOT / name).read_bytes())
         (self.root / "data" / "manifests").mkdir(parents=True)
@@ -60,14 +60,14 @@ class DocCheckout:
         (programs.parent / ".installed").touch()
 
     def copy_from(self, finished: Path) -> None:
-        """Takes data, cache and runs of a checkout in which `make demo` has been run."""
+        """Take data, cache and run of a checkout in which `make demo` has been run."""
         for name in ("data/demo", "cache", "runs/demo"):
             copytree(finished / name, self.root / name)
         manifest = Path("data") / "manifests" / "demo.csv"
         (self.root / manifest).write_bytes((finished / manifest).read_bytes())
 
     def run(self, text: str) -> str:
-        """Runs shell text; raises AssertionError with the end of what it printed where it fails."""
+        """Run shell text; raises AssertionError with the end of what it printed where it fails."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text], cwd=self.root, env=self.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -77,7 +77,7 @@ class DocCheckout:
 
 
 def run_here(words: list[str]) -> tuple[int, str]:
-    """Runs `.venv/bin/echoshift …` in this process and folder, patterns first; gives exit code and output."""
+    """Run `.venv/bin/echoshift …` in this process and folder, patterns first; return exit code and output."""
     from echoshift.cli.app import main
 
     assert words[0] == ".venv/bin/echoshift", words
@@ -97,12 +97,12 @@ def run_here(words: list[str]) -> tuple[int, str]:
 
 
 def _expand(word: str) -> list[str]:
-    """Gives the files that a pattern means, as a shell does."""
+    """Return the files that a pattern means, as a shell does."""
     return sorted(map(str, Path().glob(word))) if "*" in word else [word]
 
 
 def write_distribution(site: Path, pyproject: str, files: Iterable[tuple[str, str]]) -> None:
-    """Puts a distribution where Python finds it, as installing it would: its modules, and its entry points by name."""
+    """Put a distribution where Python finds it, as installing it would: its modules, and its entry points by name."""
     described = tomllib.loads(pyproject)
     project = described["project"]
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"

@@ -14,7 +14,7 @@ _HEADING = re.compile(r"^#+ (.*)$", re.M)
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Is one fenced block.
+    """One fenced block.
 
     Attributes:
         name: page and heading, such as `docs/store.md#commands`; the second of its language there ends in -2.
@@ -29,12 +29,12 @@ class Block:
 
 
 def list_pages() -> list[Path]:
-    """Lists the pages that readers are sent to."""
+    """List the pages that readers are sent to."""
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def read_blocks(page: Path) -> list[Block]:
-    """Reads the blocks of a page; headings inside blocks (comments of shell) are none."""
+    """Read the blocks of a page; headings inside blocks (comments of shell) are none."""
     text = page.read_text(encoding="utf-8")
     blocks: list[Block] = []
     seen: dict[tuple[str, str], int] = {}
@@ -52,18 +52,18 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def read_all_blocks(language: str) -> list[Block]:
-    """Reads the blocks of one language of all pages."""
+    """Read the blocks of one language of all pages."""
     return [block for page in list_pages() for block in read_blocks(page) if block.language == language]
 
 
 def find_file(page: str, file: str) -> str:
-    """Gives the text of the file that a page tells the reader to write."""
+    """Return the text of the file that a page tells the reader to write."""
     [found] = [block.text for block in read_blocks(ROOT / page) if block.file == file]
     return found
 
 
 def split_commands(text: str) -> list[list[str]]:
-    """Splits shell text into commands, each its words; comments go, `\\` joins lines, `&&` ends a command."""
+    """Split shell text into commands, each its words; comments go, `\\` joins lines, `&&` ends a command."""
     commands = []
     for line in text.replace("\\\n", " ").splitlines():
         for part in line.split(" && "):

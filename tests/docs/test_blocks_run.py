@@ -20,7 +20,7 @@ FINISHED_DEMO = "ECHOSHIFT_FINISHED_DEMO"
 
 @pytest.fixture(scope="module")
 def little_demo(tiny_dataset: ModuleType, doc_checkout: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a checkout whose demo is two videos, one of them silent, with sound features."""
+    """Make a checkout whose demo is two videos, one of them silent, with sound features."""
     root = tmp_path_factory.mktemp("checkout")
     checkout = doc_checkout.DocCheckout(root)
     checkout.make()
@@ -41,7 +41,7 @@ def little_demo(tiny_dataset: ModuleType, doc_checkout: ModuleType, tmp_path_fac
 
 
 def write_files(blocks: ModuleType, name: str, folder: Path) -> None:
-    """Writes what the page of a block tells its reader to write, a distribution into a folder of its name."""
+    """Write what the page of a block tells its reader to write, a distribution into a folder of its name."""
     files = [block for block in blocks.read_blocks(blocks.ROOT / name.partition("#")[0]) if block.file]
     for block in files:
         if block.file == "pyproject.toml":
@@ -89,7 +89,7 @@ def test_the_import_of_ones_own_csv_is_what_was_written(
 
 @pytest.fixture(scope="module")
 def finished_demo(doc_checkout: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Makes a checkout and gives `make demo` in it, or takes over one where it has been given."""
+    """Make a checkout and return `make demo` in it, or take over one where it has been given."""
     root = tmp_path_factory.mktemp("demo")
     checkout = doc_checkout.DocCheckout(root)
     checkout.make()

@@ -21,7 +21,7 @@ def parser(
     blocks: ModuleType,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
-    """Gives a parser that knows the encoder and the method that the pages add."""
+    """Return a parser that knows the encoder and the method that the pages add."""
     root = tmp_path_factory.mktemp("checkout")
     checkout = doc_checkout.DocCheckout(root)
     checkout.make()

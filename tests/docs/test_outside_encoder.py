@@ -23,7 +23,7 @@ AS_DECODED = ("--set", "frame.short_side=72", "--set", "frame.crop=72")
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doc_checkout: ModuleType, blocks: ModuleType) -> Path:
-    """Puts the page's distribution on the path."""
+    """Put the page's distribution on the path."""
     folder = tmp_path / "site"
     pyproject = blocks.find_file(PAGE, "pyproject.toml")
     doc_checkout.write_distribution(folder, pyproject, [(MODULE, blocks.find_file(PAGE, MODULE))])

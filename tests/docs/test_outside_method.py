@@ -30,7 +30,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def extracted(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Extracts the small data set's features; nobody changes them."""
+    """Extract the small data set's features; nobody changes them."""
     root = tmp_path_factory.mktemp("method")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()
@@ -47,7 +47,7 @@ def extracted(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doc_checkout: ModuleType, blocks: ModuleType) -> Any:
-    """Gives what puts the page's distribution on the path, with its text changed, under another name if asked."""
+    """Return what puts the page's distribution on the path, with its text changed, under another name if asked."""
 
     def put(name: str = NAME, change: tuple[str, str] = ("", "")) -> Path:
         text, pyproject = blocks.find_file(PAGE, MODULE), blocks.find_file(PAGE, "pyproject.toml")
@@ -78,7 +78,7 @@ def count_trained(tiny: Any) -> int:
 
 
 def predict_by_hand(weights: dict[str, np.ndarray], visual: np.ndarray, sound: np.ndarray) -> np.ndarray:
-    """Predicts segments, visual [n, clip, C] and sound [n, C_a]: the mean over clips of softmax(visual + sound)."""
+    """Predict segments, visual [n, clip, C] and sound [n, C_a]: the mean over clips of softmax(visual + sound)."""
 
     def stream(name: str, x: np.ndarray) -> np.ndarray:
         part = {key.partition(".")[2]: value for key, value in weights.items()}

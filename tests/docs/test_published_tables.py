@@ -17,7 +17,7 @@ _NOT_ON_THE_PAGE = {"Table 3 (silent activities)", "Table 3 (audible activities)
 
 
 def read_rows() -> set[tuple[str, ...]]:
-    """Reads the rows of all tables, numbers as they are printed."""
+    """Read the rows of all tables, numbers as they are printed."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if line.startswith("| ")}
 

@@ -9,7 +9,7 @@ import pytest
 
 
 def load_beside(name: str):
-    """Loads a module that lies beside this file (importlib mode puts no test folder on the path)."""
+    """Load a module that lies beside this file (importlib mode puts no test folder on the path)."""
     path = Path(__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -19,17 +19,17 @@ def load_beside(name: str):
 
 @pytest.fixture(scope="session")
 def media_factory():
-    """Gives media_factory.py."""
+    """Return media_factory.py."""
     return load_beside("media_factory")
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset():
-    """Gives tiny_dataset.py."""
+    """Return tiny_dataset.py."""
     return load_beside("tiny_dataset")
 
 
 @pytest.fixture
 def tiny(tiny_dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Gives an empty data set of this test's own."""
+    """Return an empty data set of this test's own."""
     return tiny_dataset.TinyDataset(tmp_path, capsys)

@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def draw_frame(number, width=64, height=48):
-    """Draws a picture that tells its number by eight vertical bars, over a ramp."""
+    """Draw a picture that tells its number by eight vertical bars, over a ramp."""
     image = np.empty((height, width, 3), np.uint8)
     image[:] = np.linspace(0, 200, height, dtype=np.uint8)[:, None, None]
     for bit in range(8):
@@ -26,7 +26,7 @@ def write_video(
     sound_codec="aac", sound_rate=44100, sound_options=None, times=None, container_options=None,
     draw=draw_frame, **options,
 ):  # fmt: skip
-    """Writes a video of numbered frames, with float32 sound [C, n] if given; `times` are ticks of 1/rate."""
+    """Write a video of numbered frames, with float32 sound [C, n] if given; `times` are ticks of 1/rate."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
@@ -45,7 +45,7 @@ def write_video(
 
 
 def write_sound(path, sound, codec, rate, options=None):
-    """Writes float32 sound [C, n] alone."""
+    """Write float32 sound [C, n] alone."""
     with av.open(str(path), "w") as container:
         _encode_sound(container, _add_sound(container, codec, rate, sound, options), sound, rate)
     return path
@@ -73,7 +73,7 @@ def _encode_sound(container, stream, sound, rate):
 
 
 def decode_all(path, stream=None):
-    """Decodes a file from its start, the plainest way: (times, RGB frames) of its best picture stream, not turned."""
+    """Decode a file from its start, the plainest way: (times, RGB frames) of its best picture stream, not turned."""
     with av.open(str(path)) as container:
         video = container.streams.best("video") if stream is None else container.streams[stream]
         video.thread_type = "AUTO"
@@ -86,12 +86,12 @@ def decode_all(path, stream=None):
 
 
 def read_boxes(image):
-    """Reads the number that the files of shared/data/seek carry in 12 boxes of their top rows."""
+    """Read the number that the files of shared/data/seek carry in 12 boxes of their top rows."""
     return sum(int(image[8:32, 12 + 48 * bit : 40 + 48 * bit].mean() > 127) << bit for bit in range(12))
 
 
 def write_images(folder: Path, numbers, pattern="frame_%010d.jpg", width=20, height=10, mode="RGB"):
-    """Writes numbered images by PIL and gives what PIL reads back, by number."""
+    """Write numbered images by PIL and return what PIL reads back, by number."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, images = np.random.default_rng(0), {}
     for number in numbers:
@@ -103,7 +103,7 @@ def write_images(folder: Path, numbers, pattern="frame_%010d.jpg", width=20, hei
 
 
 def pack_tar(path, folder: Path, prefix=""):
-    """Packs a folder's files into an uncompressed tar below a prefix."""
+    """Pack a folder's files into an uncompressed tar below a prefix."""
     with tarfile.open(path, "w") as tar:
         for file in sorted(folder.rglob("*")):
             if file.is_file():

@@ -47,7 +47,7 @@ def read_pictures(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_track(path: Path) -> tuple[float, np.ndarray]:
-    """Reads when the track begins and its samples, mono."""
+    """Read when the track begins and its samples, mono."""
     import av
 
     with av.open(str(path)) as container:

@@ -54,7 +54,7 @@ echoshift.extract.shard_jobs.compute_shard_on_worker = compute
 
 @dataclass
 class Run:
-    """Is one `echoshift extract` under way, in a process group of its own."""
+    """One `echoshift extract` under way, in a process group of its own."""
 
     process: subprocess.Popen[str]
     cache: Path
@@ -63,7 +63,7 @@ class Run:
         return sum(int((open_store(path).read_array("state") == state).sum()) for path in list_stores(self.cache))
 
     def wait_for_rows(self, n_rows: int) -> None:
-        """Waits until so many rows are done, while the run goes on."""
+        """Wait until so many rows are done, while the run goes on."""
         deadline = time.monotonic() + 150
         while self.count() < n_rows:
             assert self.process.poll() is None, self.process.communicate()
@@ -72,7 +72,7 @@ class Run:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Lets the process stand still, with whatever it holds."""
+        """Let the process stand still, with whatever it holds."""
         self.process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -80,7 +80,7 @@ class Run:
             self.process.send_signal(signal.SIGCONT)
 
     def wait_for_words(self, words: str) -> None:
-        """Waits until the run says something as an error or a note."""
+        """Wait until the run says something as an error or a note."""
         assert self.process.stderr is not None
         said = ""
         while words not in said:
@@ -95,7 +95,7 @@ class Run:
         return [child for child in self.children() if "spawn_main" in " ".join(child.cmdline())]
 
     def finish(self) -> tuple[int, str]:
-        """Waits for the end; gives exit code and what was said as errors."""
+        """Wait for the end; return exit code and what was said as errors."""
         _, errors = self.process.communicate(timeout=240)
         lines = [line for line in errors.splitlines(keepends=True) if not line.startswith(("extracting: ", "looking "))]
         return self.process.returncode, "".join(lines).lstrip()
@@ -106,7 +106,7 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes videos, card and manifest once."""
+    """Write videos, card and manifest once."""
     root = tmp_path_factory.mktemp("engine")
     for i in range(N_VIDEOS):
         tiny_dataset.write_video(root / f"media/v{i}.mp4", seed=i, sound="none")
@@ -122,13 +122,13 @@ def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def media(folder: Path) -> Path:
-    """Gives the same folder, with the features of an unbroken run in one process."""
+    """Return the same folder, with the features of an unbroken run in one process."""
     assert start_run(folder, folder / "unbroken").finish()[0] == 0
     return folder
 
 
 def heed_interrupts() -> None:
-    """Undoes what a background shell does to its jobs: they inherit that SIGINT is ignored."""
+    """Undo what a background shell does to its jobs: they inherit that SIGINT is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -150,7 +150,7 @@ def start_run(root: Path, cache: Path, *options: str, code: str = COMMAND, **env
 
 @pytest.fixture
 def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts runs into a cache of the test's own, and ends what the test leaves behind."""
+    """Start runs into a cache of the test's own, and end what the test leaves behind."""
     runs = []
 
     def start(*options: str, code: str = COMMAND, **environment: str) -> Run:
@@ -166,7 +166,7 @@ def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def assert_whole(media: Path, cache: Path) -> None:
-    """Checks that a cache verifies and holds the bytes of the unbroken run."""
+    """Check that a cache verifies and holds the bytes of the unbroken run."""
     (expected_path,) = list_stores(media / "unbroken")
     (path,) = list_stores(cache)
     expected, store = open_store(expected_path), open_store(path)
@@ -269,7 +269,7 @@ def test_interrupts_end_in_one_line(start: Start, options: tuple[str, ...], sign
 
 @pytest.fixture
 def scheduler(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Starts a Dask scheduler with two workers, as people do on several machines."""
+    """Start a Dask scheduler with two workers, as people do on several machines."""
     file = tmp_path / "scheduler.json"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     dask = [sys.executable, "-m", "dask"]

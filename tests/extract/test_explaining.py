@@ -10,7 +10,7 @@ from echoshift.pipeline.store.opening import hold_store, list_stores, open_store
 
 
 def explain(tiny, segment_id: str, *arguments):
-    """Gives the explanation in the store of pictures."""
+    """Return the explanation in the store of pictures."""
     code, out, err = tiny.run("store", "explain", segment_id, *tiny.places, "--json", *arguments)
     assert code == 0, err
     return next(e for e in json.loads(out) if "slowfast_demo" in e["store"])

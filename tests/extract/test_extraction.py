@@ -33,7 +33,7 @@ N_FRAMES, RATE_HZ, SOUND_HZ = 45, 15, 16000
 
 
 class Silent:
-    """Is a progress display that shows nothing."""
+    """A progress display that shows nothing."""
 
     def start(self, what: str, n_total: int) -> None: ...
 
@@ -41,7 +41,7 @@ class Silent:
 
 
 def write_video(path: Path, *, seed: int = 0, sound: str = "noise") -> None:
-    """Writes 3 s of moving noise at 15 Hz, 96 x 72, with sound: noise, zeros, or none."""
+    """Write 3 s of moving noise at 15 Hz, 96 x 72, with sound: noise, zeros, or none."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -75,7 +75,7 @@ Extract = Callable[..., ExtractionSummary]
 
 @pytest.fixture
 def extract(tmp_path: Path) -> Extract:
-    """Extracts segments with the demo networks into a cache of this test's own."""
+    """Extract segments with the demo networks into a cache of this test's own."""
 
     def run(
         segments: tuple[Segment, ...],

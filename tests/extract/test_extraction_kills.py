@@ -29,7 +29,7 @@ def read_every_array(path: Path) -> dict[str, bytes]:
 
 
 def start_command(tiny: Any, cache: Path, backend: str, blocked: str = "") -> subprocess.Popen[str]:
-    """Starts `echoshift extract` in a process of its own, where the package `blocked` can't be imported."""
+    """Start `echoshift extract` in a process of its own, where the package `blocked` can't be imported."""
     block = f"import sys; sys.modules.update(dict.fromkeys({blocked.split()!r}))"
     command = f"{block}; from echoshift.cli.app import main; main()"
     arguments = ["extract", "tiny", "--media", str(tiny.media), "--cache", str(cache), "--manifests", str(tiny.root)]

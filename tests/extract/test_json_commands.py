@@ -14,7 +14,7 @@ ENCODER = ("--encoders", "resnet_demo")
 
 
 def ask(tiny, *arguments: object, code: int = 0) -> Any:
-    """Runs a command with --json; gives the document, once it is sure that nothing else is on stdout."""
+    """Run a command with --json; return the document, once it is sure that nothing else is on stdout."""
     found, out, err = tiny.run(*arguments, "--json")
     assert found == code, err
     (line,) = out.splitlines()
@@ -89,7 +89,7 @@ def test_the_weights_are_listed_with_their_sources(tiny) -> None:
 
 
 def make(tiny, name: str) -> list[Any]:
-    """Makes two segments of a video."""
+    """Make two segments of a video."""
     from echoshift.pipeline.segments import Segment
 
     return [Segment(f"{name}-{i}", name, 0.5 * i, 0.5 * i + 1.2, ("a",), "d", "train") for i in range(2)]

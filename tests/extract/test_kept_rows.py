@@ -17,7 +17,7 @@ SOUND_INDEX = ("has_audio", "loudness_dbfs")
 
 
 def read_rows(path: Path, segment_ids: list[str]) -> dict[str, bytes]:
-    """Reads everything that a store holds of some segments."""
+    """Read everything that a store holds of some segments."""
     store = open_store(path)
     rows = [list(store.segment_ids).index(segment_id) for segment_id in segment_ids]
     names = [*INDEX, *(f"outputs/{output.name}" for output in store.spec.outputs)]

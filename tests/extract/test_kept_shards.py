@@ -40,7 +40,7 @@ def make_toy_store(cache: Place, backend: str, clip: ClipSpec = UNIFORM, n_clips
 
 
 def make_value(name: str, row: int, entry: int, version: int) -> np.ndarray:
-    """Makes what a version of the media gives for an entry of a row."""
+    """Make what a version of the media gives for an entry of a row."""
     return np.full(SHAPES[name], 1000 * version + 100 * row + entry + 1, np.float32)
 
 
@@ -53,7 +53,7 @@ def make_segments(n_rows: int, gone: tuple[int, ...] = ()) -> list[Segment | Non
 
 
 def compute(store, task: ShardTask, version: int, n_entries, gone=(), failing=()) -> ShardReport:
-    """Computes a shard from media of a version, as process_shard does; `n_entries` gives a row's."""
+    """Compute a shard from media of a version, as process_shard does; `n_entries` gives a row's."""
     segments = make_segments(store.layout.n_rows, gone)
     work = ShardWork(task, tuple(segments), {store.path: make_digests(store.layout.n_rows, version)})
     with OutputWriter() as writer:
@@ -85,7 +85,7 @@ def plan_task(store, wanted_rows: list[int]) -> ShardTask:
 
 
 def assert_values(store, versions: dict[int, int], n_entries) -> None:
-    """Asserts that each row in `versions` holds what its version of the media gives, in every array."""
+    """Assert that each row in `versions` holds what its version of the media gives, in every array."""
     for row, version in versions.items():
         n = n_entries(row)
         for name in SHAPES:

@@ -29,7 +29,7 @@ def open_pictures(tiny):
 
 
 def check_whole(tiny) -> None:
-    """Asserts that every store verifies, has a row a segment, each settled, and zeros where it failed."""
+    """Assert that every store verifies, has a row a segment, each settled, and zeros where it failed."""
     expected = sorted(s.segment_id for s in read_manifest(tiny.root / "tiny.csv", read_dataset_card("tiny", tiny.root)))
     for path in list_stores(tiny.cache):
         assert tiny.verify(path)[0] == 0
@@ -111,7 +111,7 @@ def test_a_video_replaced_between_runs_is_computed_anew(tiny, tiny_dataset) -> N
 
 
 class ReplacingProgress:
-    """Is a progress display that runs an action when the look at the media is over and extraction begins."""
+    """A progress display that runs an action when the look at the media is over and extraction begins."""
 
     def __init__(self, action):
         self._action = action

@@ -23,7 +23,7 @@ RATE_HZ = 8000
 
 
 def write_wav(path: Path, duration_s: float) -> None:
-    """Writes silence."""
+    """Write silence."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

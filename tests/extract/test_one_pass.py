@@ -37,7 +37,7 @@ from echoshift.pipeline.store.verifying import verify_store
 
 @pytest.fixture
 def video(tmp_path, media_factory):
-    """Writes 4 s at 25 Hz, 64 x 48, with sound that begins after 2 s."""
+    """Write 4 s at 25 Hz, 64 x 48, with sound that begins after 2 s."""
     sound = np.zeros((1, 4 * 16000), np.float32)
     sound[:, 32000:] = np.random.default_rng(0).normal(0, 0.1, 32000)
     (tmp_path / "media").mkdir()
@@ -47,7 +47,7 @@ def video(tmp_path, media_factory):
 
 
 def run(tmp_path, segments, encoders, name="s", run_options=None, **spec_options):
-    """Extracts one shard into stores of its own, by encoder."""
+    """Extract one shard into stores of its own, by encoder."""
     root = tmp_path / "media"
     survey = MediaSurvey(root, MediaLayout())
     stores: dict[str, FeatureStore] = {}

@@ -13,7 +13,7 @@ from echoshift.extract.shard_inputs import PictureSource
 
 
 def draw_texture(shift_x: int, shift_y: int, size: int = 96) -> np.ndarray:
-    """Draws a smooth random texture moved by whole pixels, uint8 RGB [size, size, 3]."""
+    """Draw a smooth random texture moved by whole pixels, uint8 RGB [size, size, 3]."""
     noise = np.random.default_rng(0).integers(0, 256, (size + 32, size + 32), dtype=np.uint8)
     smooth = cv2.GaussianBlur(noise, (0, 0), 3)
     smooth = cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX)

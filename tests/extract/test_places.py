@@ -33,7 +33,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a card, a manifest and one video."""
+    """Make a card, a manifest and one video."""
     root = tmp_path_factory.mktemp("places")
     write_card(root / "tiny.toml", CARD)
     write_manifest(root / "tiny.csv", SEGMENTS)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(folder: Path) -> dict[str, bytes]:
-    """Gives the arrays of a run that nothing disturbs."""
+    """Return the arrays of a run that nothing disturbs."""
     done = run("extract", folder, folder / "unbroken")
     assert done.returncode == 0, done.stderr
     return read_every_array(folder / "unbroken")
@@ -63,7 +63,7 @@ def write_media(path: Path) -> None:
 
 
 def run(command: str, folder: Path, cache: object, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs `echoshift extract` or `echoshift store …` in this process, as the console script does."""
+    """Run `echoshift extract` or `echoshift store …` in this process, as the console script does."""
     from echoshift.cli.app import main
 
     arguments = [*command.split(), *options]
@@ -130,7 +130,7 @@ def store_shard(store, index: int):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mounts a tmpfs; a test gives it the size it needs by mounting it anew."""
+    """Mount a tmpfs; a test gives it the size it needs by mounting it anew."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
     disk = tmp_path / "disk"
@@ -175,7 +175,7 @@ def read_numbers(text: str, *phrases: str) -> list[int]:
 
 
 def count_computed(table: str) -> int:
-    """Reads the column `computed now` of the one store in a run's table."""
+    """Read the column `computed now` of the one store in a run's table."""
     encoder, _done, _silent, _failed, computed, *_ = table.splitlines()[2].split()
     assert encoder == "slowfast_demo"
     return int(computed)

@@ -23,7 +23,7 @@ def make_chirp(seconds, rate=RATE, n_channels=1):
 
 
 def make_click(at, seconds=3.0, rate=RATE):
-    """Makes a short tone burst whose middle lies at sample `at`, under a Gaussian of 1 ms."""
+    """Make a short tone burst whose middle lies at sample `at`, under a Gaussian of 1 ms."""
     t = (np.arange(round(seconds * rate)) - at) / rate
     return (0.8 * np.exp(-0.5 * (t / 1e-3) ** 2) * np.cos(2 * np.pi * 2000 * t)).astype(np.float32)[None]
 
@@ -93,7 +93,7 @@ def test_made_up_noise_does_not_depend_on_earlier_reads(tmp_path, media_factory,
 
 @pytest.fixture
 def count_openings(monkeypatch):
-    """Counts, in the list it gives, the files that the reader of sound opens."""
+    """Count, in the list it gives, the files that the reader of sound opens."""
     opened = []
 
     def open_and_note(path):

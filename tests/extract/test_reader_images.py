@@ -20,7 +20,7 @@ PATTERN = "frame_%010d.jpg"
 
 @pytest.fixture(params=["folder", "tar", "tar with prefix"])
 def open_images(request, tmp_path, media_factory):
-    """Writes frames by number, gives (images by number, reader)."""
+    """Write frames by number, return (images by number, reader)."""
 
     def make(numbers, rate_hz=60.0, n_first=1, pattern=PATTERN):
         folder = tmp_path / "P08_01"

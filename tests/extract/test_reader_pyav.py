@@ -15,7 +15,7 @@ from echoshift.pipeline.errors import DecodeError, MediaNotFoundError, SegmentOu
 
 
 def assert_reads_like(path, times, frames, n_single=4, seed=0):
-    """Asserts that single frames, a shuffled batch and windows are those of the sequential decode, bit for bit."""
+    """Assert that single frames, a shuffled batch and windows are those of the sequential decode, bit for bit."""
     rng = np.random.default_rng(seed)
     with PyAvFrameReader(path) as reader:
         np.testing.assert_allclose(reader.frame_times_s, times, atol=2e-6)

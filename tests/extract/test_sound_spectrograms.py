@@ -36,7 +36,7 @@ def reference_planamente(samples: np.ndarray) -> np.ndarray:
 
 
 def reference_chen(samples: np.ndarray) -> np.ndarray:
-    """Computes RegNet's log-mel step by step as its data preparation does: decibels, -20, +100, / 100, clipped."""
+    """Compute RegNet's log-mel step by step as its data preparation does: decibels, -20, +100, / 100, clipped."""
     import librosa
 
     tiled = np.tile(samples.astype(np.float64), math.ceil(220500 / len(samples)))[:220500]
@@ -68,7 +68,7 @@ def read_mono(path: Path, rate_hz: int) -> np.ndarray:
 
 
 def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    """Compares to 1e-4 of the value, and of one (a standard deviation, a neper) where the value is near zero."""
+    """Compare to 1e-4 of the value, and of one (a standard deviation, a neper) where the value is near zero."""
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-4)
 

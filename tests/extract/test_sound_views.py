@@ -30,7 +30,7 @@ NO_WEIGHTS = replace(resolve_weights("random:0", "resnet_demo"), sha256="0" * 64
 
 
 def augment_by_hand(spectrogram: np.ndarray, segment_id: str, view: int, window: int, seed: int = 0) -> np.ndarray:
-    """Computes [F, N] anew from hashlib and NumPy: 24-bit fractions for the noise, 53 bits for the band."""
+    """Compute [F, N] anew from hashlib and NumPy: 24-bit fractions for the noise, 53 bits for the band."""
     n_bins = len(spectrogram)
     name = f"{seed}\n{segment_id}\n{view}\n{window}\n".encode()
     numbers = np.frombuffer(hashlib.shake_128(name + b"noise").digest(4 * spectrogram.size), "<u4") // 256 / 2**24
@@ -124,7 +124,7 @@ def test_views_that_make_no_sense_are_refused(fields, message):
 
 
 def read_outputs(cache):
-    """Reads all that a store of sound holds, by array."""
+    """Read all that a store of sound holds, by array."""
     (path,) = [path for path in list_stores(cache) if "resnet_demo" in path.name]
     store = open_store(path)
     names = ["outputs/map", "outputs/pooled", "times", "frames", "n_valid", "has_audio", "loudness_dbfs"]

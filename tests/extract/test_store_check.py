@@ -44,7 +44,7 @@ def count_states(path: Path) -> list[int]:
 
 
 def repair_and_extract(tiny, path: Path, n_requeued: int, *choices: str) -> None:
-    """Asserts that repair re-queues n rows, and that extract then ends in the bytes there were before the damage."""
+    """Assert that repair re-queues n rows, and that extract then end in the bytes there were before the damage."""
     code, out, err = tiny.verify(path, "--repair")
     assert code == 1, err
     assert f"{n_requeued} rows in" in out

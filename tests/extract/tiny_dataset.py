@@ -17,7 +17,7 @@ N_FRAMES, RATE_HZ, SOUND_HZ = 45, 15, 16000
 
 
 def write_video(path: Path, *, seed=0, sound="noise"):
-    """Writes 3 s of moving noise at 15 Hz, 96 x 72, with sound: noise or none; another seed, another content."""
+    """Write 3 s of moving noise at 15 Hz, 96 x 72, with sound: noise or none; another seed, another content."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as container:
@@ -39,7 +39,7 @@ def write_video(path: Path, *, seed=0, sound="noise"):
 
 
 def make_segments(video_ids, n_each=4):
-    """Makes overlapping segments of 1.2 s, half a second apart."""
+    """Make overlapping segments of 1.2 s, half a second apart."""
     return [
         Segment(f"{video_id}-{i}", video_id, 0.5 * i, 0.5 * i + 1.2, ("a",), "d", "train")
         for video_id in video_ids
@@ -48,7 +48,7 @@ def make_segments(video_ids, n_each=4):
 
 
 class TinyDataset:
-    """Is a data set `tiny` below one folder; `run` runs a command and gives (exit code, stdout, stderr)."""
+    """A data set `tiny` below one folder; `run` runs a command and gives (exit code, stdout, stderr)."""
 
     def __init__(self, root: Path, capture):
         self.root, self.media, self.cache = root, root / "media", root / "cache"
@@ -61,18 +61,18 @@ class TinyDataset:
         write_card(root / "tiny.toml", card)
 
     def write_manifest(self, segments):
-        """Replaces the manifest."""
+        """Replace the manifest."""
         (self.root / "tiny.csv").unlink(missing_ok=True)
         write_manifest(self.root / "tiny.csv", segments)
 
     def add_videos(self, *names, n_each=4):
-        """Writes videos of different content and a manifest of their segments."""
+        """Write videos of different content and a manifest of their segments."""
         for seed, name in enumerate(names):
             write_video(self.media / f"{name}.mp4", seed=seed)
         self.write_manifest(make_segments(names, n_each))
 
     def run(self, *arguments):
-        """Runs `echoshift ARGUMENTS` as the console script does."""
+        """Run `echoshift ARGUMENTS` as the console script does."""
         from echoshift.cli.app import main
 
         before, sys.argv = sys.argv, ["echoshift", *map(str, arguments)]
@@ -88,14 +88,14 @@ class TinyDataset:
 
     @property
     def places(self):
-        """Gives the options that say where everything lies."""
+        """The options that say where everything lies."""
         return ["--media", self.media, "--cache", self.cache, "--manifests", self.root]
 
     def extract(self, *arguments):
-        """Runs `echoshift extract tiny`."""
+        """Run `echoshift extract tiny`."""
         return self.run("extract", "tiny", *self.places, "--device", "cpu", *arguments)
 
     def verify(self, store, *arguments):
-        """Runs `echoshift store verify`."""
+        """Run `echoshift store verify`."""
         places = ["--media", self.media, "--manifests", self.root, "--device", "cpu"]
         return self.run("store", "verify", store, *places, *arguments)

@@ -23,7 +23,7 @@ class Probe:
 
 
 def find_faults(n_videos: int, kind: str, n_each: int = 3) -> list[Fault]:
-    """Finds the faults of videos of n_each segments, the first segments of all videos first."""
+    """Find the faults of videos of n_each segments, the first segments of all videos first."""
     segments = [
         Segment(f"{kind}{v}-{i}", f"{kind}{v}", i, i + 1, ("open",), "D1", "train")
         for i in range(n_each)

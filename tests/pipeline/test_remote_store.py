@@ -67,7 +67,7 @@ def make_values(rows: np.ndarray) -> np.ndarray:
 
 
 def read_pooled(place: str) -> bytes:
-    """Reads in another process, or thread, all that it knows being the place."""
+    """Read in another process, or thread, all that it knows being the place."""
     return open_store(place).read_all("pooled").tobytes()
 
 

@@ -36,13 +36,13 @@ SPEC = FeatureSpec(
 
 
 def make_values(shape: tuple[int, ...], start_row: int) -> np.ndarray:
-    """Makes values that depend on the row alone."""
+    """Make values that depend on the row alone."""
     rows = [np.random.default_rng(start_row + i).standard_normal(shape[1:]).astype(np.float32) for i in range(shape[0])]
     return np.stack(rows)
 
 
 def make_index(shard: Shard, ids: list[str], failed: frozenset[int] = frozenset()) -> ShardIndex:
-    """Makes an index whose rows in `failed` (row numbers of the store) failed."""
+    """Make an index whose rows in `failed` (row numbers of the store) failed."""
     n = shard.n_rows
     rows = np.arange(shard.start_row, shard.stop_row)
     times = np.tile(np.asarray([0.0, 1.0]), (n, 3, 1)) + rows[:, None, None]
@@ -58,13 +58,13 @@ def make_index(shard: Shard, ids: list[str], failed: frozenset[int] = frozenset(
 
 
 def make_digests(rows: np.ndarray) -> np.ndarray:
-    """Makes a digest a row."""
+    """Make a digest a row."""
     return np.stack([np.random.default_rng(1000 + r).integers(0, 256, 16, dtype=np.uint8) for r in rows])
 
 
 @pytest.fixture(params=["zarr", "hdf5"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., FeatureStore]:
-    """Makes an empty store of either backend."""
+    """Make an empty store of either backend."""
 
     def make(n: int = 20, n_rows_per_shard: int = 8) -> FeatureStore:
         path = name_store(tmp_path / "cache", "toy", SPEC, request.param)

@@ -308,7 +308,7 @@ def test_rows_are_found_as_a_dict_finds_them(n: int) -> None:
 
 
 class AlikeText(str):
-    """Is text whose hash is that of all others of its kind."""
+    """Text whose hash is that of all others of its kind."""
 
     __slots__ = ()
 

@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the GPU's runs draw the numbers for dropout that a CPU's runs draw."""
+    """Have the GPU's runs draw the numbers for dropout that a CPU's runs draw."""
     from echoshift.train.cached import run_steps
 
     def fill(generator: run_steps._Generator, numbers: torch.Tensor) -> None:

@@ -14,24 +14,24 @@ from simulated_tensors import CUDA, RUNNER, AnyGenerator, DeviceMode, PythonMode
 
 
 class _Stream:
-    """Is a stream: everything runs in the order in which it is written."""
+    """A stream: everything runs in the order in which it is written."""
 
     def wait_stream(self, other: Any) -> None:
-        """Has nothing to wait for."""
+        """Have nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Wait for the device."""
         RUNNER.wait()
 
 
 class _Event:
-    """Is an event; whoever waits for it has what was copied before."""
+    """An event; whoever waits for it has what was copied before."""
 
     def record(self, stream: Any = None) -> None:
-        """Marks a place, which is the end of all that was sent."""
+        """Mark a place, which is the end of all that was sent."""
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Wait for the device."""
         RUNNER.wait()
 
 
@@ -42,13 +42,13 @@ def _capture(graph: SimulatedGraph, stream: Any = None) -> Iterator[None]:
 
 
 def _open_no_grad(mode: bool) -> AbstractContextManager[None]:
-    """Stands for inference mode, in which torch can't wrap views."""
+    """Stand for inference mode, in which torch can't wrap views."""
     return torch.no_grad() if mode else nullcontext()
 
 
 @contextmanager
 def simulate_gpu() -> Iterator[None]:
-    """Has one GPU, cuda:0, until the block ends, in every thread that begins in it."""
+    """Have one GPU, cuda:0, until the block ends, in every thread that begins in it."""
     run_thread = threading.Thread.run
 
     def run_with_modes(thread: threading.Thread) -> None:

@@ -16,14 +16,14 @@ _RUNNING = {"running_mean", "running_var"}
 
 
 class SimulatedGraph:
-    """Is a list of operations with the memory that each reads and writes."""
+    """A list of operations with the memory that each reads and writes."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self.n_replays = 0
 
     def replay(self) -> None:
-        """Runs the operations again."""
+        """Run the operations again."""
         self.n_replays += 1
         for func, args, kwargs, out in self._calls:
             given = {_find_memory(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
@@ -33,7 +33,7 @@ class SimulatedGraph:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Records what runs inside; whatever it wrote is put back at the end, since capturing runs nothing."""
+        """Record what runs inside; whatever it wrote is put back at the end, since capturing runs nothing."""
         before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
         def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: str) -> None:
@@ -68,5 +68,5 @@ class SimulatedGraph:
 
 
 def _find_memory(x: torch.Tensor) -> int:
-    """Gives where a tensor's memory begins; views have the same place as what they are views of."""
+    """Return where a tensor's memory begins; views have the same place as what they are views of."""
     return x.untyped_storage().data_ptr()

@@ -24,13 +24,13 @@ _NO_CPU_SCALARS = ("aten::cat", "aten::stack", "aten::_fused_", "aten::native_",
 
 
 class DeviceTensor(torch.Tensor):
-    """Is a tensor on the simulated GPU; `inner` holds its numbers."""
+    """A tensor on the simulated GPU; `inner` holds its numbers."""
 
     inner: torch.Tensor
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> DeviceTensor:
-        """Wraps the numbers; to torch's own code the tensor is on `meta`, which computes nothing by itself."""
+        """Wrap the numbers; to torch's own code the tensor is on `meta`, which computes nothing by itself."""
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -45,17 +45,17 @@ class DeviceTensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:
-        """Says cuda:0."""
+        """Cuda:0."""
         return CUDA
 
     @property
     def is_cuda(self) -> bool:
-        """Says yes."""
+        """Yes."""
         return True
 
     @property
     def is_meta(self) -> bool:
-        """Says no."""
+        """No."""
         return False
 
     def __repr__(self) -> str:
@@ -69,17 +69,17 @@ class DeviceTensor(torch.Tensor):
 
 
 class AnyGenerator(torch._C.Generator):
-    """Is a generator of the CPU or of the simulated GPU, as torch.Generator(device) makes one."""
+    """A generator of the CPU or of the simulated GPU, as torch.Generator(device) makes one."""
 
     def __new__(cls, device: Any = "cpu") -> AnyGenerator:
-        """Makes it; a CPU draws the numbers of both."""
+        """Make it; a CPU draws the numbers of both."""
         generator = super().__new__(cls)
         generator._place = _name_index(torch.device(device))
         return generator
 
     @property
     def device(self) -> torch.device:
-        """Says where it draws."""
+        """Where it draws."""
         return self._place
 
 
@@ -94,7 +94,7 @@ class Runner:
         self._under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs one operation."""
+        """Run one operation."""
         flat, _ = tree_flatten((args, kwargs))
         is_on_gpu = any(isinstance(x, DeviceTensor) for x in flat)
         wanted = kwargs.get("device")
@@ -136,7 +136,7 @@ class Runner:
         return out
 
     def wait(self) -> None:
-        """Lets what was copied without blocking arrive."""
+        """Let what was copied without blocking arrive."""
         under_way, self._under_way = self._under_way, []
         for target, numbers in under_way:
             target.copy_(numbers)
@@ -222,7 +222,7 @@ def _is_plain_copy(x: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _wrap_outputs(given: Any, out: Any) -> Any:
-    """Wraps results; what an operation changed in place and gives back stays the tensor that it was given."""
+    """Wrap results; what an operation changed in place and return back stays the tensor that it was given."""
     known = {id(x.inner): x for x in tree_flatten(given)[0] if isinstance(x, DeviceTensor)}
 
     def wrap(x: Any) -> Any:
@@ -252,7 +252,7 @@ def _check_devices(func: Any, args: tuple[Any, ...], flat: Sequence[Any]) -> Non
 
 
 def _check_generator(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuses numbers of one device from another's generator; operations know generators by their memory alone."""
+    """Refuse numbers of one device from another's generator; operations know generators by their memory alone."""
     generator = kwargs.get("generator")
     if generator is None:
         return

@@ -31,7 +31,7 @@ def train(jobs: Sequence[TrainingJob], device: str, stack: int = 1) -> list[Trai
 
 
 def compare(jobs: Sequence[TrainingJob], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains jobs on a CPU one after the other, and on the simulated GPU as one stack; both come to the same."""
+    """Train jobs on a CPU one after the other, and on the simulated GPU as one stack; both come to the same."""
     graphs: list[SimulatedGraph] = []
 
     class Counted(SimulatedGraph):

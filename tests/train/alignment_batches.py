@@ -27,18 +27,18 @@ NAMES = METHOD_NAMES
 
 
 def make_config(method: str, **changes: Any) -> AlignmentConfig:
-    """Makes a small configuration in which the method may stand."""
+    """Make a small configuration in which the method may stand."""
     small = {"method": method, "network": {"width": WIDTH}, "grl": {"n_hidden": 4}, "synchronisation": {"n_hidden": 4}}
     return AlignmentConfig.model_validate(merge_settings(merge_settings(small, NEEDS.get(method, {})), changes))
 
 
 def build(method: str, seed: int = 0, shapes: StreamShapes = SHAPES, **changes: Any) -> Any:
-    """Builds a small method."""
+    """Build a small method."""
     return build_method(make_config(method, **changes), shapes, N_CLASSES, seed)
 
 
 def make_batch(n: int, seed: int, n_clips: int = 2, silent: tuple[int, ...] = (1,)) -> FeatureBatch:
-    """Makes features of n segments, some of them silent."""
+    """Make features of n segments, some of them silent."""
     rng = torch.Generator().manual_seed(seed)
     has_audio = torch.ones(n, dtype=torch.bool)
     has_audio[list(silent)] = False
@@ -47,7 +47,7 @@ def make_batch(n: int, seed: int, n_clips: int = 2, silent: tuple[int, ...] = (1
 
 
 def make_step(seed: int = 0, progress: float = 0.5, *, has_target: bool = True, **batch: Any) -> StepInputs:
-    """Makes a step of seven source segments of two domains, and five of the target."""
+    """Make a step of seven source segments of two domains, and five of the target."""
     rng = torch.Generator().manual_seed(seed + 1)
     labels = torch.randint(0, N_CLASSES, (7,), generator=rng)
     domains = torch.tensor([0, 1, 1, 0, 1, 0, 0])

@@ -20,7 +20,7 @@ from echoshift.train.data_places import DataPlaces
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Computes with one thread: networks as small as these lose more by waiting for one another than they gain."""
+    """Compute with one thread: networks as small as these lose more by waiting for one another than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def load_beside(name: str) -> ModuleType:
-    """Loads a module that lies beside this file (importlib mode puts no test folder on the path)."""
+    """Load a module that lies beside this file (importlib mode puts no test folder on the path)."""
     path = Path(__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -40,31 +40,31 @@ def load_beside(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_shift() -> ModuleType:
-    """Gives tiny_shift.py."""
+    """Return tiny_shift.py."""
     return load_beside("tiny_shift")
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder() -> ModuleType:
-    """Gives tiny_encoder.py."""
+    """Return tiny_encoder.py."""
     return load_beside("tiny_encoder")
 
 
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
-    """Gives toy_method.py."""
+    """Return toy_method.py."""
     return load_beside("toy_method")
 
 
 @pytest.fixture(scope="session")
 def alignment() -> ModuleType:
-    """Gives alignment_batches.py."""
+    """Return alignment_batches.py."""
     return load_beside("alignment_batches")
 
 
 @pytest.fixture(scope="session")
 def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs Stage 1 once; nobody changes what it left."""
+    """Run Stage 1 once; nobody changes what it left."""
     root = tmp_path_factory.mktemp("stage1")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()
@@ -76,14 +76,14 @@ def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def copied(finished: Any, tmp_path: Path) -> Any:
-    """Gives the same data and cache, with a copy of the runs of this test's own."""
+    """Return the same data and cache, with a copy of the runs of this test's own."""
     shutil.copytree(finished.runs, tmp_path / "runs")
     return finished.with_runs(tmp_path / "runs")
 
 
 @pytest.fixture
 def open_tiny() -> Any:
-    """Gives what opens a tiny data set's places."""
+    """Return what opens a tiny data set's places."""
 
     def open_places(tiny: Any) -> DataPlaces:
         card = read_dataset_card("tiny", tiny.root)

@@ -33,7 +33,7 @@ class Losses(nn.Module):
 
 
 def stack_steps(steps: list[StepInputs]) -> tuple[object, ...]:
-    """Stacks each tensor of steps' source, target and progress; what no step has can't be mapped over."""
+    """Stack each tensor of steps' source, target and progress; what no step has can't be mapped over."""
 
     def stack(*parts: object) -> object:
         first = parts[0]

@@ -28,7 +28,7 @@ LABELS = np.array([0, 1, 0, 1])
 
 @pytest.fixture(scope="module")
 def aligned(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Extracts the small data set's features; nobody changes them."""
+    """Extract the small data set's features; nobody changes them."""
     root = tmp_path_factory.mktemp("alignment")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()
@@ -44,7 +44,7 @@ def aligned(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def align(tiny: Any, tiny_shift: ModuleType, method: str, *settings: str, shift: str = "s-t") -> RunRecord:
-    """Runs `echoshift align` and gives its last record."""
+    """Run `echoshift align` and return its last record."""
     chosen = [part for s in (*SETTINGS, f"alignment.method={method}", *settings) for part in ("--set", s)]
     places = ["--cache", tiny.root / "cache", "--manifests", tiny.root, "--runs", tiny.runs, "--device", "cpu"]
     code, _, err = tiny_shift.run("align", "tiny", "--shift", shift, *places, *chosen)

@@ -32,7 +32,7 @@ def _normalise(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _compute_reference(w: dict[str, Tensor], audio_map: Tensor, heard: list[bool], n_layers: int) -> dict[str, Tensor]:
-    """Computes the gates without dropout: each segment, layer and head in turn, every token a query in every layer."""
+    """Compute the gates without dropout: each segment, layer and head in turn, every token a query in every layer."""
     gates: dict[str, list[Tensor]] = {path: [] for path in PATHS}
     for segment, has_sound in zip(audio_map, heard, strict=True):
         positions = [segment[:, f, n] for f in range(segment.shape[1]) for n in range(segment.shape[2])]

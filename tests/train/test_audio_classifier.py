@@ -31,7 +31,7 @@ def build_network() -> EncoderNetwork:
 
 
 def make_maps(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Draws maps [n, 64, 4, 4] in which the channels of a segment's classes are loud."""
+    """Draw maps [n, 64, 4, 4] in which the channels of a segment's classes are loud."""
     maps = np.abs(np.random.default_rng(seed).standard_normal((len(labels), 64, 4, 4)))
     shown = labels if labels.ndim == 2 else np.eye(N_CLASSES)[labels]
     for k in range(N_CLASSES):
@@ -50,7 +50,7 @@ def write(tiny_encoder: ModuleType, path: Path, maps: np.ndarray, has_audio: np.
 
 @pytest.fixture(scope="module")
 def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SoundFeatures:
-    """Gives sounds that tell their classes."""
+    """Return sounds that tell their classes."""
     return write(tiny_encoder, tmp_path_factory.mktemp("sound"), make_maps(LABELS))
 
 

@@ -48,13 +48,13 @@ def read_results(tiny: Any) -> list[RunRecord]:
 
 
 def tell(record: RunRecord) -> dict[str, Any]:
-    """Gives what of a record isn't when and how long."""
+    """Return what of a record isn't when and how long."""
     return record.model_dump(exclude={"started", "ended", "duration_s"})
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gives the small data set, the grid, and what it came to."""
+    """Return the small data set, the grid, and what it came to."""
     root = tmp_path_factory.mktemp("both")
     made = tiny_shift.TinyShift(root, root / "runs")
     made.make()

@@ -25,7 +25,7 @@ def train(*jobs: TrainingJob, stack: int = 1) -> list[TrainedRun]:
 
 
 def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]], Any]:
-    """Trains with torch.optim and plain indexing."""
+    """Train with torch.optim and plain indexing."""
     method, data, schedule = toy.ToyMethod(job.seed).train(), job.data, job.schedule
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimiser: torch.optim.Optimizer

@@ -16,7 +16,7 @@ from echoshift.train.stage1.clustering import MIN_BEND, InteractionClusters, clu
 
 
 def _plant(n_per_group: list[int], n_dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Makes groups of unit noise around centres about 5 sqrt(2 D) apart, shuffled; gives features and groups."""
+    """Make groups of unit noise around centres about 5 sqrt(2 D) apart, shuffled; return features and groups."""
     generator = np.random.default_rng(seed)
     groups = generator.permutation(np.repeat(np.arange(len(n_per_group)), n_per_group))
     centres = 5 * generator.normal(size=(len(n_per_group), n_dimensions))
@@ -24,7 +24,7 @@ def _plant(n_per_group: list[int], n_dimensions: int, seed: int) -> tuple[np.nda
 
 
 def _cluster(features: np.ndarray, labels: np.ndarray, **changed: object) -> InteractionClusters:
-    """Clusters with sound everywhere and a warning being an error."""
+    """Cluster with sound everywhere and a warning being an error."""
     settings = {"has_audio": np.ones(len(features), bool), "class_names": ["open", "cut"], "max_clusters": 12}
     settings |= {"n_init": 4, "seed": 0} | changed
     with warnings.catch_warnings():

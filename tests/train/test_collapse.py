@@ -22,7 +22,7 @@ from echoshift.train.watching import SilentWatcher
 
 
 def make_rows(n: int, n_visual: int, n_audio: int, scale: float, n_clips: int = 2) -> FeatureRows:
-    """Makes features of which those of pictures are `scale` times as long as those of sound; every fifth is silent."""
+    """Make features of which those of pictures are `scale` times as long as those of sound; every fifth is silent."""
     rng = np.random.default_rng(0)
     has_audio = torch.from_numpy(np.arange(n) % 5 != 0)
     visual = scale * np.abs(rng.standard_normal((n, 1, n_clips, n_visual))) / n_visual**0.5
@@ -83,7 +83,7 @@ def test_a_silent_source_and_a_missing_stream_are_not_measured(alignment: Module
 
 
 def make_run(class_loss: float) -> TrainedRun:
-    """Makes a run whose last epoch had a class loss."""
+    """Make a run whose last epoch had a class loss."""
     return TrainedRun({}, ("class", "RNA"), np.array([[0.1, 0.0], [class_loss, 0.0]], np.float32), {})
 
 

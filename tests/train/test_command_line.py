@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_blocked(blocked: tuple[str, ...], *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `echoshift ARGUMENTS` in a process of its own in which some packages can't be imported."""
+    """Run `echoshift ARGUMENTS` in a process of its own in which some packages can't be imported."""
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from echoshift.cli.app import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -52,7 +52,7 @@ print(json.dumps(answers))
 
 
 def answer_shells(questions: list[dict[str, str]]) -> list[str]:
-    """Answers what shells ask, one after the other, in a process where nothing that computes can be imported."""
+    """Answer what shells ask, one after the other, in a process where nothing that computes can be imported."""
     done = subprocess.run(
         [sys.executable, "-c", MANY.replace("BLOCKED", repr(LIGHT))],
         input=json.dumps(questions),
@@ -68,7 +68,7 @@ def answer_shells(questions: list[dict[str, str]]) -> list[str]:
 
 
 def complete(lines: Iterable[str], **environment: str) -> dict[str, list[str]]:
-    """Completes the last word of each line as bash asks for it."""
+    """Complete the last word of each line as bash asks for it."""
     lines = list(lines)
     questions = [
         {

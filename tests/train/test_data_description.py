@@ -33,7 +33,7 @@ def test_many_classes_are_summed_up(n_classes: int, listed: str) -> None:
 
 
 class Part:
-    """Is a part with labels and nothing else."""
+    """A part with labels and nothing else."""
 
     def __init__(self, labels: np.ndarray) -> None:
         self.labels = labels

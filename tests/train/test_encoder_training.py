@@ -26,7 +26,7 @@ from echoshift.train.stage1.sound_features import SoundFeatures
 
 @pytest.fixture(scope="module")
 def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SoundFeatures:
-    """Gives sound of every segment, every fourth silent."""
+    """Return sound of every segment, every fourth silent."""
     given: SoundFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
     return given
 

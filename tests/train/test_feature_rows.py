@@ -33,7 +33,7 @@ def write_store(
     is_sound: bool = False,
     n_sound_views: int = 1,
 ) -> FeatureStore:
-    """Writes a store whose one output has these values [n, entries, C]."""
+    """Write a store whose one output has these values [n, entries, C]."""
     spec = FeatureSpec(
         encoder="slowfast_demo",
         weights="0" * 64,

@@ -16,7 +16,7 @@ _N_CLASSES = 5
 
 
 def build_network(name: str = "slowfast_demo") -> EncoderNetwork:
-    """Builds a network whose norms do something, from one seed."""
+    """Build a network whose norms do something, from one seed."""
     torch.manual_seed(0)
     network = find_encoder(name).build()
     for module in network.modules():
@@ -51,7 +51,7 @@ def copy_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def step_once(encoder: GatedEncoder, gates: dict[str, Tensor] | None = None) -> None:
-    """Makes one step of plain descent with weight decay, which would move any weight that it is given."""
+    """Make one step of plain descent with weight decay, which would move any weight that it is given."""
     optimiser = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
     nn.functional.cross_entropy(encoder({"clip": make_clip()}, gates), torch.tensor([1, 3])).backward()
     optimiser.step()

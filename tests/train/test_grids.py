@@ -33,7 +33,7 @@ name = "second"
 
 
 def resolve(stage, overrides):
-    """Resolves overrides as the commands do: the field must be there, and take the value."""
+    """Resolve overrides as the commands do: the field must be there, and take the value."""
     return resolve_settings(stage, read_dataset_card("epic"), "paper", None, overrides).describe()
 
 

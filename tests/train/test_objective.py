@@ -50,7 +50,7 @@ def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def compute_norms(model: Any, inputs: EncoderInputs) -> tuple[np.ndarray, np.ndarray]:
-    """Computes |f^v| and |f^a| of every segment in NumPy, from what the two networks give."""
+    """Compute |f^v| and |f^a| of every segment in NumPy, from what the two networks give."""
     tensors = {name: t.detach().numpy() for name, t in model.objective.method.streams.state_dict().items()}
     visual = model.compute_pooled(inputs).detach().numpy()
     audio = model.objective.sound.network.features({"map": inputs.audio_map})["pooled"].detach().numpy()
@@ -90,7 +90,7 @@ def test_the_alignment_alone_moves_what_trains_of_both_networks(tiny_encoder: Mo
 
 
 def _measure_slope(model: Any, inputs: EncoderInputs, weight: Tensor, step: float = 1e-2) -> float:
-    """Measures the slope of the alignment's terms by central differences; a reversed gradient has the other sign."""
+    """Measure the slope of the alignment's terms by central differences; a reversed gradient has the other sign."""
     values = []
     factor = 1.0
     for sign in (1, -1):

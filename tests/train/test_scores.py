@@ -18,7 +18,7 @@ HAS_AUDIO = np.array([True, False, True, False, False])
 
 
 def label(pairs, n_per_pair=None):
-    """Makes labelled segments of (class index, noun), each as often as n_per_pair says."""
+    """Make labelled segments of (class index, noun), each as often as n_per_pair says."""
     chosen = [pair for pair, n in zip(pairs, n_per_pair or [1] * len(pairs), strict=True) for _ in range(n)]
     segments = tuple(
         Segment(str(i), "v", 0.0, 1.0, (CLASSES[k],), "D1", "train", noun) for i, (k, noun) in enumerate(chosen)

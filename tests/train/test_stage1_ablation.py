@@ -35,7 +35,7 @@ overrides = ["training.lr=1e30"]
 
 @pytest.fixture(scope="module")
 def tiny(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gives the small data set, two grids, and what the first came to."""
+    """Return the small data set, two grids, and what the first came to."""
     root = tmp_path_factory.mktemp("ablation")
     made = tiny_shift.TinyShift(root, root / "runs")
     made.make()

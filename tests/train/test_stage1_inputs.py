@@ -23,7 +23,7 @@ TRUNK = ("visual.mode=trunk", "visual.n_views=2", "training.trainable_from=split
 
 @pytest.fixture
 def tiny(tiny_shift: ModuleType, tmp_path: Path) -> Any:
-    """Gives the small data set, made for this test."""
+    """Return the small data set, made for this test."""
     made = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
     made.make()
     return made

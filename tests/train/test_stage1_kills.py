@@ -24,7 +24,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def whole(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs Stage 1 to its end, without a kill."""
+    """Run Stage 1 to its end, without a kill."""
     root = tmp_path_factory.mktemp("kills")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()
@@ -45,7 +45,7 @@ def read_bytes(tiny: Any) -> dict[str, bytes]:
 
 
 def has(tiny: Any, pattern: str) -> Callable[[], bool]:
-    """Gives a function that says whether anything below the steps matches."""
+    """Return a function that says whether anything below the steps matches."""
     return lambda: any(tiny.steps.glob(pattern))
 
 

@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def make_segments(tiny_shift: ModuleType) -> list[Segment]:
-    """Makes segments of zero to two labels, paired across domains; half of the target's train split is labelled."""
+    """Make segments of zero to two labels, paired across domains; half of the target's train split is labelled."""
     segments = []
     for domain in ("s", "t"):
         for split, n in (("train", 8), ("test", 4)):
@@ -44,7 +44,7 @@ def make_segments(tiny_shift: ModuleType) -> list[Segment]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs Stage 1 once."""
+    """Run Stage 1 once."""
     root = tmp_path_factory.mktemp("multi")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()

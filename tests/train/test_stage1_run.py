@@ -31,7 +31,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_outputs(tiny: Any) -> dict[str, bytes]:
-    """Reads what a run hands on, and what it stands on: bytes by name."""
+    """Read what a run hands on, and what it stands on: bytes by name."""
     folder = tiny.find_step("features")
     store = open_store(next(folder.glob("*.zarr")))
     names = [f"outputs/{output.name}" for output in store.spec.outputs]
@@ -44,7 +44,7 @@ def read_outputs(tiny: Any) -> dict[str, bytes]:
 
 
 def list_fresh(tiny: Any, before: dict[str, int]) -> set[str]:
-    """Lists the names of the steps that were done since `before`."""
+    """List the names of the steps that were done since `before`."""
     now = tiny.list_records()
     return {name.rpartition("-")[0] for name, written in now.items() if before.get(name) != written}
 
@@ -191,7 +191,7 @@ def list_segments(tiny_shift: ModuleType) -> list[Segment]:
 
 
 def poison(segments: list[Segment]) -> list[Segment]:
-    """Gives every segment of the target another class, a noun and a timed label."""
+    """Return every segment of the target another class, a noun and a timed label."""
     other = {"low": "never", "high": "low"}
     poisoned = []
     for s in segments:

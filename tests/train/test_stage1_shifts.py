@@ -19,7 +19,7 @@ QUICK = ("training.n_epochs=1", "visual.test_preset=zhang-stage1-val", "training
 
 @pytest.fixture
 def tiny(tiny_shift: ModuleType, tmp_path: Path) -> Any:
-    """Gives a data set of three domains, of which `u` shows the videos of `t`."""
+    """Return a data set of three domains, of which `u` shows the videos of `t`."""
     made = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
     segments = made.make()
     again = [replace(s, segment_id=s.segment_id.replace("t-", "u-"), domain="u") for s in segments if s.domain == "t"]

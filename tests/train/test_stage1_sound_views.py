@@ -36,21 +36,21 @@ DEPENDS_ON_SOUND = {
 
 
 def draw_by_hand(name: str, seed: int, epoch: int, n_views: int) -> int:
-    """Draws a segment's view of an epoch from hashlib alone."""
+    """Draw a segment's view of an epoch from hashlib alone."""
     of_epoch = int.from_bytes(blake2b(f"{seed}\n{epoch}".encode(), digest_size=6).digest(), "big")
     drawn = blake2b(f"{of_epoch}\n{name}\n0\n0\nview of sound".encode(), digest_size=8).digest()
     return int(int.from_bytes(drawn, "big") / 2**64 * n_views)
 
 
 def write_views(tiny_encoder: ModuleType, path: Path, ids: list[str], views: np.ndarray) -> SoundFeatures:
-    """Writes maps that are drawn, the same whatever the views, beside the maps of these views."""
+    """Write maps that are drawn, the same whatever the views, beside the maps of these views."""
     path.mkdir(exist_ok=True)
     given: SoundFeatures = tiny_encoder.write_sound(path, ids, views=views)
     return given
 
 
 def remove_store(path: Path) -> None:
-    """Removes a store from the cache that tests share."""
+    """Remove a store from the cache that tests share."""
     shutil.rmtree(path)
     for beside in path.parent.glob(f"{path.name}.*"):
         beside.unlink()
@@ -98,7 +98,7 @@ def test_the_audio_classifier_learns_from_the_views_that_are_drawn(tiny_encoder:
 
 @pytest.fixture
 def poisoned(tiny_encoder: ModuleType, tmp_path: Path) -> SoundFeatures:
-    """Gives sound whose views but the clean one are no numbers."""
+    """Return sound whose views but the clean one are no numbers."""
     ids = tiny_encoder.list_ids()
     return write_views(tiny_encoder, tmp_path / "poisoned", ids, np.full((len(ids), 3, *tiny_encoder.MAP), np.nan))
 

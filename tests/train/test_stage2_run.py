@@ -25,7 +25,7 @@ HEAVY = ("av", "decord", "torchaudio", "torchvision", "timm", "pytorchvideo", "c
 
 @pytest.fixture(scope="module")
 def recognised(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs Stage 2 once on what Stage 1 left; nobody changes it."""
+    """Run Stage 2 once on what Stage 1 left; nobody changes it."""
     root = tmp_path_factory.mktemp("stage2")
     shutil.copytree(finished.runs, root / "runs")
     tiny = finished.with_runs(root / "runs")
@@ -38,7 +38,7 @@ def recognised(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def own(recognised: Any, tmp_path: Path) -> Any:
-    """Gives the same data with a copy of the runs of this test's own."""
+    """Return the same data with a copy of the runs of this test's own."""
     shutil.copytree(recognised.runs, tmp_path / "runs")
     return recognised.with_runs(tmp_path / "runs")
 

@@ -49,7 +49,7 @@ N_MB = 100
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes two videos of 3 s at 15 Hz, 96 x 72."""
+    """Write two videos of 3 s at 15 Hz, 96 x 72."""
     root = tmp_path_factory.mktemp("media")
     for seed, name in enumerate(("a", "b")):
         TINY["write_video"](root / f"{name}.mp4", seed=seed, sound="none")
@@ -75,7 +75,7 @@ def extract_store(
     spec: FeatureSpec,
     fed: dict[tuple[str, int], Tensor] | None = None,
 ) -> FeatureStore:
-    """Extracts one shard as `echoshift extract` does; with `fed` the network is not run, what it is fed is kept."""
+    """Extract one shard as `echoshift extract` does; with `fed` the network is not run, what it is fed is kept."""
     survey = MediaSurvey(media, LAYOUT)
     store = create_store(
         path / f"{spec.encoder}.zarr",
@@ -182,7 +182,7 @@ def batch_ids(segments: list[Segment], size: int = 3) -> list[list[str]]:
 
 @pytest.fixture
 def no_process_left() -> Iterator[None]:
-    """Checks that no reader process is left."""
+    """Check that no reader process is left."""
     yield
     assert [p for p in multiprocessing.active_children() if p.is_alive()] == []
 

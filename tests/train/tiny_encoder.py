@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 class TinyNetwork(EncoderNetwork):
-    """Is two convolutions with the split between them; `normed` adds batch norm, which sees a whole batch."""
+    """Two convolutions with the split between them; `normed` adds batch norm, which sees a whole batch."""
 
     trunk_names = ("trunk",)
     head_names = ("pooled", "logits")
@@ -55,25 +55,25 @@ class TinyNetwork(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels at the split."""
+        """The channels at the split."""
         return {"trunk": 4}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes the stem."""
+        """Compute the stem."""
         return {"trunk": self.stem(x)}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes the pooled features."""
+        """Compute the pooled features."""
         return {"pooled": self.top(trunk_outputs["trunk"]).float().mean(dim=(2, 3, 4))}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes features and classifier."""
+        """Compute features and classifier."""
         features = self.features(trunk_outputs)
         return {**features, "logits": self.classifier(features["pooled"])}
 
 
 class TinySound(EncoderNetwork):
-    """Is a layer on the maps that stores hold, as layer4 is of ResNet-18."""
+    """A layer on the maps that stores hold, as layer4 is of ResNet-18."""
 
     trunk_names = ("map",)
     head_names = ("pooled", "logits")
@@ -89,49 +89,49 @@ class TinySound(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """Gives the channels of a map."""
+        """The channels of a map."""
         return {"map": MAP[0]}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Computes the map."""
+        """Compute the map."""
         return {"map": self.stem(x)}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes the pooled features."""
+        """Compute the pooled features."""
         return {"pooled": self.layer4(trunk_outputs["map"]).mean(dim=(2, 3))}
 
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes features and classifier."""
+        """Compute features and classifier."""
         features = self.features(trunk_outputs)
         return {**features, "logits": self.classifier(features["pooled"])}
 
 
 class MemoryInputs:
-    """Gives clips of the shape a network wants, drawn from (segment, epoch): VisualInputs without media."""
+    """Clips of the shape a network wants, drawn from (segment, epoch): VisualInputs without media."""
 
     def __init__(self, shape: tuple[int, ...] = (3, 2, 6, 6)) -> None:
         self.shape = shape
 
     def draw(self, segment_id: str, epoch: int) -> Tensor:
-        """Draws a segment's clip of an epoch."""
+        """Draw a segment's clip of an epoch."""
         seed = int.from_bytes(f"{segment_id}/{epoch}".encode(), "big") % 2**60
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
 
     def iterate_batches(self, batches: Sequence[Sequence[str]], epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Gives batches of clips."""
+        """Return batches of clips."""
         for batch in batches:
             yield {"clip": torch.stack([self.draw(name, epoch) for name in batch])}
 
     def iterate_clips(
         self, segment_ids: Sequence[str], spec: FeatureSpec
     ) -> Iterator[tuple[str, dict[str, Tensor], ClipFacts]]:
-        """Gives two clips a segment."""
+        """Return two clips a segment."""
         for name in segment_ids:
             clips = torch.stack([self.draw(name, -1), self.draw(name, -2)])
             yield name, {"clip": clips}, ClipFacts(np.zeros((2, 2)), np.zeros((2, 2), np.int64), np.zeros(16, np.uint8))
 
     def close(self) -> None:
-        """Has nothing to end."""
+        """Have nothing to end."""
 
     def __enter__(self) -> MemoryInputs:
         return self
@@ -156,12 +156,12 @@ class Watcher:
             raise KeyboardInterrupt
 
     def describe(self, what: str) -> None:
-        """Keeps an epoch's line."""
+        """Keep an epoch's line."""
         self.said.append(what)
 
 
 def name_segments(what: str, n: int) -> list[str]:
-    """Names n segments."""
+    """Name n segments."""
     return [f"{what}{i}" for i in range(n)]
 
 
@@ -175,7 +175,7 @@ def write_sound(
     views: np.ndarray | None = None,
     encoder: str = "resnet_demo",
 ) -> SoundFeatures:
-    """Writes a store of maps [n, C, F, N] and pooled features, drawn where not given; every fourth row is silent.
+    """Write a store of maps [n, C, F, N] and pooled features, drawn where not given; every fourth row is silent.
 
     `views` are the maps of further views, [n, k, C, F, N]; their pooled features are 1e6.
     """
@@ -227,7 +227,7 @@ def write_sound(
 
 
 def make_config(*, dropout: float = 0.0, **training: Any) -> Stage1Config:
-    """Makes a configuration of a tiny attention; `dropout` is that of attention, classifier and withheld sound."""
+    """Make a configuration of a tiny attention; `dropout` is that of attention, classifier and withheld sound."""
     return Stage1Config.model_validate(
         {
             "visual": {"encoder": "slowfast_demo"},
@@ -243,13 +243,13 @@ def make_config(*, dropout: float = 0.0, **training: Any) -> Stage1Config:
 
 
 def label(ids: Sequence[str]) -> LabelledSegments:
-    """Labels segments with the classes in turn."""
+    """Label segments with the classes in turn."""
     segments = tuple(Segment(name, name, 0.0, 1.0, (CLASSES[i % 3],), "s", "train") for i, name in enumerate(ids))
     return LabelledSegments(segments, np.arange(len(ids)) % 3)
 
 
 def make_task(n_source: int = 8, n_target: int = 6, n_labelled: int = 0) -> EncoderTask:
-    """Makes a task of segments s0.., t0.., l0.. and validation v0, v1, v2."""
+    """Make a task of segments s0.., t0.., l0.. and validation v0, v1, v2."""
     source, labelled = label(name_segments("s", n_source)), label(name_segments("l", n_labelled))
     rng = np.random.default_rng(1)
     return EncoderTask(
@@ -270,12 +270,12 @@ def make_task(n_source: int = 8, n_target: int = 6, n_labelled: int = 0) -> Enco
 
 
 def list_ids() -> list[str]:
-    """Lists every segment that a task may have."""
+    """List every segment that a task may have."""
     return [name for what in "stlv" for name in name_segments(what, 12)]
 
 
 def build(config: Stage1Config, network: str = "plain", seed: int = 0) -> AudioAdaptiveEncoder:
-    """Builds the encoder on a network: `plain`, `normed`, or one by its name."""
+    """Build the encoder on a network: `plain`, `normed`, or one by its name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         own = TinyNetwork(normed=network == "normed") if network in ("plain", "normed") else None
@@ -295,7 +295,7 @@ def train(
     watcher: Watcher | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[AudioAdaptiveEncoder, list[EpochRecord]]:
-    """Trains an encoder in a folder; gives it and its epochs."""
+    """Train an encoder in a folder; return it and its epochs."""
     folder.mkdir(exist_ok=True)
     model = build(config, network)
     records = train_encoder(
@@ -316,7 +316,7 @@ def train(
 
 
 def main(out: Path, n_source: int) -> None:
-    """Trains as one of several processes, and writes what came of it, losses and tensors."""
+    """Train as one of several processes, and write what came of it, losses and tensors."""
     torch.set_num_threads(1)
     with join_ranks() as ranks:
         sound = write_sound(out / f"sound{ranks.rank}", list_ids())

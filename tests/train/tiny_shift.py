@@ -62,7 +62,7 @@ STAGE2_SETTINGS = (
 
 
 def write_video(path: Path, labels: Iterable[int], *, seed: int, has_track: bool = True) -> None:
-    """Writes one second an entry of `labels`: a picture of its own, and for 0 a low tone, for 1 a high one."""
+    """Write one second an entry of `labels`: a picture of its own, and for 0 a low tone, for 1 a high one."""
     rng = np.random.default_rng(seed)
     labels = list(labels)
     pictures = []
@@ -77,7 +77,7 @@ def write_video(path: Path, labels: Iterable[int], *, seed: int, has_track: bool
 
 
 def make_segments(domain: str, split: str, n: int, *, pairs: bool = False) -> list[Segment]:
-    """Makes n segments of a second, one after the other in one video, of the first two classes in turn."""
+    """Make n segments of a second, one after the other in one video, of the first two classes in turn."""
     return [
         Segment(
             segment_id=f"{domain}-{split}-{i}",
@@ -95,23 +95,23 @@ def make_segments(domain: str, split: str, n: int, *, pairs: bool = False) -> li
 
 @dataclass(frozen=True, slots=True)
 class TinyShift:
-    """Is the data set below one folder; `run` runs a command in this process, `start` in one of its own."""
+    """The data set below one folder; `run` runs a command in this process, `start` in one of its own."""
 
     root: Path
     runs: Path
 
     @property
     def media(self) -> Path:
-        """Gives where the videos lie."""
+        """Where the videos lie."""
         return self.root / "media"
 
     @property
     def steps(self) -> Path:
-        """Gives where steps lie."""
+        """Where steps lie."""
         return self.runs / NAME / "steps"
 
     def write_card(self, **changes: object) -> None:
-        """Writes the card; `changes` are fields that differ."""
+        """Write the card; `changes` are fields that differ."""
         fields: dict[str, object] = {
             "name": NAME,
             "title": "Tiny",
@@ -127,12 +127,12 @@ class TinyShift:
         write_card(self.root / f"{NAME}.toml", DatasetCard.model_validate(fields | changes))
 
     def write_manifest(self, segments: Iterable[Segment]) -> None:
-        """Replaces the manifest."""
+        """Replace the manifest."""
         (self.root / f"{NAME}.csv").unlink(missing_ok=True)
         write_manifest(self.root / f"{NAME}.csv", list(segments))
 
     def make(self, *, without_track: tuple[str, ...] = ()) -> list[Segment]:
-        """Writes card, manifest and a video for each domain and split; gives the segments."""
+        """Write card, manifest and a video for each domain and split; return the segments."""
         segments = []
         for i, domain in enumerate(DOMAINS):
             for j, (split, n) in enumerate((("train", N_TRAIN), ("test", N_TEST))):
@@ -146,35 +146,35 @@ class TinyShift:
         return segments
 
     def with_runs(self, runs: Path) -> TinyShift:
-        """Gives the same data with runs elsewhere."""
+        """Return the same data with runs elsewhere."""
         return replace(self, runs=runs)
 
     def list_arguments(self, command: str, *arguments: object, settings: Iterable[str] = ()) -> list[str]:
-        """Lists a command's arguments: places, small settings, and what is given."""
+        """List a command's arguments: places, small settings, and what is given."""
         places = ["--media", self.media, "--cache", self.root / "cache", "--manifests", self.root, "--runs", self.runs]
         chosen = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
         return [command, *map(str, [*places, "--device", "cpu", *chosen, *arguments])]
 
     def stage1(self, *arguments: object, settings: Iterable[str] = (), dataset: str = NAME) -> tuple[int, str, str]:
-        """Runs `echoshift stage1 tiny --shift s-t`."""
+        """Run `echoshift stage1 tiny --shift s-t`."""
         named = [dataset] if dataset else []
         return run(*self.list_arguments("stage1", *named, "--shift", "s-t", *arguments, settings=settings))
 
     def stage2(self, *arguments: object, settings: Iterable[str] = ()) -> tuple[int, str, str]:
-        """Runs `echoshift stage2 tiny --shift s-t`."""
+        """Run `echoshift stage2 tiny --shift s-t`."""
         return run(*self.list_stage2(*arguments, settings=settings))
 
     def list_stage2(self, *arguments: object, settings: Iterable[str] = ()) -> list[str]:
-        """Lists the arguments of `echoshift stage2 tiny --shift s-t`."""
+        """List the arguments of `echoshift stage2 tiny --shift s-t`."""
         chosen = (*STAGE2_SETTINGS, *settings)
         return self.list_arguments("stage2", NAME, "--shift", "s-t", *arguments, settings=chosen)
 
     def start(self, *arguments: object, settings: Iterable[str] = ()) -> subprocess.Popen[bytes]:
-        """Starts `echoshift stage1 tiny --shift s-t` in a process of its own."""
+        """Start `echoshift stage1 tiny --shift s-t` in a process of its own."""
         return self.start_command(self.list_arguments("stage1", NAME, "--shift", "s-t", *arguments, settings=settings))
 
     def start_command(self, command: Iterable[str]) -> subprocess.Popen[bytes]:
-        """Starts `echoshift COMMAND` in a process of its own."""
+        """Start `echoshift COMMAND` in a process of its own."""
         code = "from echoshift.cli.app import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", code, *command],
@@ -184,17 +184,17 @@ class TinyShift:
         )
 
     def find_step(self, name: str) -> Path:
-        """Gives the folder of the only step of a name."""
+        """Return the folder of the only step of a name."""
         (record,) = self.steps.glob(f"{name}-????????????/record.json")
         return record.parent
 
     def list_records(self) -> dict[str, int]:
-        """Lists which steps have a record, with the time it was written."""
+        """List which steps have a record, with the time it was written."""
         return {path.parent.name: path.stat().st_mtime_ns for path in sorted(self.steps.glob("*/record.json"))}
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Runs `echoshift ARGUMENTS` as the console script does; gives exit code, stdout and stderr."""
+    """Run `echoshift ARGUMENTS` as the console script does; return exit code, stdout and stderr."""
     from echoshift.cli.app import main
 
     before, sys.argv = sys.argv, ["echoshift", *map(str, arguments)]
@@ -211,7 +211,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool], timeout_s: float = 120) -> None:
-    """Kills a process with SIGKILL as soon as something is there; fails where it ends before."""
+    """Kill a process with SIGKILL as soon as something is there; fail where it ends before."""
     deadline = time.monotonic() + timeout_s
     try:
         while not is_time():

@@ -17,7 +17,7 @@ N_CLASSES, N_CLIPS, N_VISUAL, N_AUDIO = 3, 2, 5, 4
 
 
 class ToyMethod(nn.Module):
-    """Is a linear classifier of pictures and sound with BatchNorm, dropout and a term of the target."""
+    """A linear classifier of pictures and sound with BatchNorm, dropout and a term of the target."""
 
     loss_names = ("source", "target")
 
@@ -30,7 +30,7 @@ class ToyMethod(nn.Module):
             self.frozen = nn.Parameter(torch.randn(N_CLASSES), requires_grad=False)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the two terms."""
+        """Compute the two terms."""
         of_source = F.cross_entropy(self._classify(step.source.inputs, dropouts), step.source.labels)
         of_target = torch.zeros(())
         if step.target is not None:
@@ -38,7 +38,7 @@ class ToyMethod(nn.Module):
         return torch.stack([of_source, of_target.to(of_source)])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts a softmax."""
+        """Predict a softmax."""
         return self._classify(inputs, Dropouts()).softmax(dim=-1)
 
     def _classify(self, inputs: FeatureBatch, dropouts: Dropouts) -> Tensor:
@@ -47,7 +47,7 @@ class ToyMethod(nn.Module):
 
 
 def make_rows(n: int, seed: int, *, n_views: int = 2) -> FeatureRows:
-    """Makes features of n segments."""
+    """Make features of n segments."""
     rng = np.random.default_rng(seed)
     return FeatureRows(
         tuple(f"s{i}" for i in range(n)),
@@ -60,7 +60,7 @@ def make_rows(n: int, seed: int, *, n_views: int = 2) -> FeatureRows:
 def make_job(
     seed: int, n_steps: int = 12, *, n_rows: int = 30, rows: FeatureRows | None = None, **schedule: Any
 ) -> TrainingJob:
-    """Makes a job on 18 segments of the source and 12 of the target."""
+    """Make a job on 18 segments of the source and 12 of the target."""
     rows = rows or make_rows(n_rows, seed)
     rng = np.random.default_rng(seed + 1)
     data = TrainingData(

@@ -11,7 +11,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 class AdaptiveBatchNorm(nn.Module):
-    """Is the two streams with BatchNorm whose running statistics are kept a domain.
+    """The two streams with BatchNorm whose running statistics are kept a domain.
 
     The source alone trains the weights. Each step also sends the target's batch through the projections, in training
     mode and without a gradient, so that the target's statistics follow the weights as they are; a target segment is
@@ -26,7 +26,7 @@ class AdaptiveBatchNorm(nn.Module):
         self.streams = TwoStreams(config.network, shapes, n_classes, per_domain_statistics=True)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the cross-entropy, float32 [1], and moves both domains' statistics."""
+        """Compute the cross-entropy, float32 [1], and moves both domains' statistics."""
         features = self.streams.encode(step.source.inputs, "source")
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         if step.target is not None:
@@ -35,5 +35,5 @@ class AdaptiveBatchNorm(nn.Module):
         return torch.stack([self.config.class_weight * of_class])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K], with the statistics of the domain."""
+        """Predict probabilities, float32 [B, K], with the statistics of the domain."""
         return self.streams.predict(inputs, domain)

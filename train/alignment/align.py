@@ -13,7 +13,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 def alignment_loss(visual: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
-    """Computes the mean of 1 - cos(f^v, f^a) over the segments that are heard, float32 []; 0 where none is.
+    """Compute the mean of 1 - cos(f^v, f^a) over the segments that are heard, float32 []; 0 where none is.
 
     `visual` and `audio` are float [B, D], `heard` bool [B].
     """
@@ -22,7 +22,7 @@ def alignment_loss(visual: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
 
 
 class AngularAlignment(nn.Module):
-    """Is the two streams with Align on the source and, where it is seen, on the target."""
+    """The two streams with Align on the source and, where it is seen, on the target."""
 
     loss_names = ("class", "Align source", "Align target")
 
@@ -32,7 +32,7 @@ class AngularAlignment(nn.Module):
         self.streams = TwoStreams(config.network, shapes, n_classes)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [3]."""
+        """Compute the weighted terms, float32 [3]."""
         features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         of_source = alignment_loss(*features)
@@ -43,5 +43,5 @@ class AngularAlignment(nn.Module):
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

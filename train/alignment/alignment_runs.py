@@ -33,7 +33,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True, slots=True)
 class AlignmentRequest:
-    """Is one run.
+    """One run.
 
     Attributes:
         inputs: by network, the files that it reads.
@@ -58,14 +58,14 @@ class AlignmentRequest:
 
     @property
     def title(self) -> str:
-        """Names the run in a line of progress."""
+        """Name the run in a line of progress."""
         row = f", {self.row}" if self.row else ""
         return f"{self.shift.name}, seed {self.seed}{row}"
 
 
 @dataclass(frozen=True, slots=True)
 class AlignmentRun:
-    """Is one network of a run, planned (`MethodRun`).
+    """One network of a run, planned (`MethodRun`).
 
     The key of its training names what it is trained on alone, so that one source-only network serves all targets.
 
@@ -83,38 +83,38 @@ class AlignmentRun:
 
     @property
     def config(self) -> AlignmentStageConfig:
-        """Gives the network's configuration."""
+        """The network's configuration."""
         return self.request.configs[self.name]
 
     @property
     def inputs(self) -> StreamInputs:
-        """Gives the files that it reads."""
+        """The files that it reads."""
         return self.request.inputs[self.name]
 
     @property
     def title(self) -> str:
-        """Names it in a line of progress."""
+        """Name it in a line of progress."""
         several = f" {self.name}" if len(self.request.inputs) > 1 else ""
         return f"{self.request.title}{several}"
 
     @property
     def one_clip(self) -> bool:
-        """Says whether each clip is predicted by itself."""
+        """Whether each clip is predicted by itself."""
         return self.config.alignment.network.clips == "one"
 
     @property
     def over_clips(self) -> Literal["mean", "max"]:
-        """Says how predictions of clips are combined then."""
+        """How predictions of clips are combined then."""
         return "max" if self.request.card.task == "multi-label" else "mean"
 
     @property
     def domains(self) -> list[str]:
-        """Lists the domains of what is trained on with labels, in the card's order."""
+        """The domains of what is trained on with labels, in the card's order."""
         there = {segment.domain for segment in self.source.segments}
         return [domain for domain in self.request.card.domains if domain in there]
 
     def plan_step(self) -> Step:
-        """Plans the training; what decides it is in the key."""
+        """Plan the training; what decides it is in the key."""
         described = self.config.describe()
         settings: dict[str, Any] = {
             "alignment": self._describe_method(),
@@ -138,7 +138,7 @@ class AlignmentRun:
         return Step(f"{self.config.alignment.method}_{self.name}", REVISION, settings, inputs)
 
     def plan_job(self) -> TrainingJob:
-        """Makes the job that the loop trains; what is tested isn't opened for it."""
+        """Make the job that the loop trains; what is tested isn't opened for it."""
         rows = self._open_trained()
         source = rows.find([segment.segment_id for segment in self.source.segments])
         domains = self.domains
@@ -178,7 +178,7 @@ class AlignmentRun:
         )
 
     def build(self) -> nn.Module:
-        """Builds the method with the weights that the seed decides."""
+        """Build the method with the weights that the seed decides."""
         rows = self._open_trained()
         shapes = StreamShapes(
             visual={name: shape[1:] for name, shape in rows.shapes.items()},
@@ -189,7 +189,7 @@ class AlignmentRun:
         return build_method(self.config.alignment, shapes, len(self.request.card.classes), self.request.seed)
 
     def describe(self) -> dict[str, str]:
-        """Gives the facts that a checkpoint's header holds."""
+        """Return the facts that a checkpoint's header holds."""
         return {
             "echoshift": "alignment of modalities or domains",
             "classes": json.dumps(list(self.request.card.classes)),
@@ -198,7 +198,7 @@ class AlignmentRun:
         }
 
     def examine(self, run: TrainedRun) -> tuple[str, ...]:
-        """Says whether training came to nothing: a dead stream, or no class learned."""
+        """Return whether training came to nothing: a dead stream, or no class learned."""
         method, rows = self.build(), self._open_trained()
         method.load_state_dict(run.state)
         source = rows.find([segment.segment_id for segment in self.source.segments])
@@ -206,11 +206,11 @@ class AlignmentRun:
         return describe_collapse(run, shares, self.source.labels, self.config)
 
     def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Gives what decides what test segments are predicted from: nothing beside the training's own key."""
+        """Return what decides what test segments are predicted from: nothing beside the training's own key."""
         return {}, {}
 
     def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
-        """Lists what is predicted: the test splits of all domains, each as a target."""
+        """List what is predicted: the test splits of all domains, each as a target."""
         rows = _open_rows(self.inputs, self.tests, self.config.memory.max_memory_mb)
         return {"target_test": (rows, np.arange(len(self.tests)), "target")}
 
@@ -229,7 +229,7 @@ class AlignmentRun:
 def split_by_setting(
     config: AlignmentConfig, splits: ShiftSplits, target_own: LabelledSegments
 ) -> tuple[LabelledSegments, tuple[Segment, ...]]:
-    """Gives what is trained on with labels, and what without: DG, UDA or supervised (`target_own`)."""
+    """Return what is trained on with labels, and what without: DG, UDA or supervised (`target_own`)."""
     if config.setting == "supervised":
         return target_own, ()
     return splits.source_train, splits.target_train if config.setting == "uda" else ()

@@ -21,7 +21,7 @@ _N_LOOKED_AT, _N_AT_ONCE = 512, 128
 
 @torch.inference_mode()
 def measure_dead_units(method: nn.Module, rows: Rows, index: np.ndarray, *, one_clip: bool) -> dict[str, float]:
-    """Measures which share of each stream's units is the same for every segment, `pictures` and `sound`, 0..1.
+    """Measure which share of each stream's units is the same for every segment, `pictures` and `sound`, 0..1.
 
     A unit behind a ReLU is dead where its input is below 0 for all segments: no gradient reaches it again. Looks at up
     to 512 of the segments whose row numbers are `index`, int64 [n], at all their clips, or, unless `one_clip`, at their
@@ -57,7 +57,7 @@ def measure_dead_units(method: nn.Module, rows: Rows, index: np.ndarray, *, one_
 
 
 def compute_guessing_loss(labels: np.ndarray) -> float:
-    """Computes the loss of who knows only how often each class occurs in labels int64 [n], or 0 and 1 [n, K], in nats.
+    """Compute the loss of who knows only how often each class occurs in labels int64 [n], or 0 and 1 [n, K], in nats.
 
     It is the entropy of the classes, or, multi-label, the mean over classes of each one's.
     """
@@ -72,7 +72,7 @@ def compute_guessing_loss(labels: np.ndarray) -> float:
 def describe_collapse(
     run: TrainedRun, shares: Mapping[str, float], labels: np.ndarray, config: AlignmentStageConfig
 ) -> tuple[str, ...]:
-    """Says in a line each which streams are dead (`shares`, `measure_dead_units`), and that no class was learned.
+    """Describe in a line each which streams are dead (`shares`, `measure_dead_units`), and that no class was learned.
 
     That is where the last epoch's mean class loss isn't below `compute_guessing_loss` of the training's `labels`; a
     method from outside, whose terms are its own, isn't judged by it. The settings that help stand in the line.

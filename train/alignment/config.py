@@ -1,4 +1,4 @@
-"""Defines the configuration of methods that align modalities or domains: METHODS section 7, each default in one place.
+"""The configuration of methods that align modalities or domains: METHODS section 7, each default in one place.
 
 [M] is Munro and Damen's released code (MM-SADA), where Planamente et al. 2021 say nothing; [?] is a choice of ours.
 """
@@ -49,7 +49,7 @@ _OF_ONE_MODALITY = frozenset({"source_only", "adabn", "mmd", "grl"})
 
 
 class NetworkConfig(SpecModel):
-    """Says what stands on the cached features: a trainable projection a modality, then the classifier.
+    """What stands on the cached features: a trainable projection a modality, then the classifier.
 
     A projection is a linear layer of `width` and a ReLU, with BatchNorm after it where `batch_norm`. `fusion` `late`
     sums the logits of two classifiers, `mid` has one classifier of both features side by side. `clips` `one` (the
@@ -73,13 +73,13 @@ class NetworkConfig(SpecModel):
 
 
 class RelativeNormConfig(SpecModel):
-    """Says what RNA weighs; not in the paper, 1 in the family's later code (METHODS 7)."""
+    """What RNA weighs; not in the paper, 1 in the family's later code (METHODS 7)."""
 
     weight: float = Field(default=1.0, ge=0)
 
 
 class HardNormConfig(SpecModel):
-    """Says what HNA weighs [?], and the norm R: 0 is half-way between those that the first batch shows.
+    """What HNA weighs [?], and the norm R: 0 is half-way between those that the first batch shows.
 
     With SGD of lr 0.01 and momentum 0.9, a weight of 1 diverges for features of a norm above 14.
     """
@@ -89,20 +89,20 @@ class HardNormConfig(SpecModel):
 
 
 class CosineConfig(SpecModel):
-    """Says what Align, or Orth, weighs [?]."""
+    """What Align, or Orth, weighs [?]."""
 
     weight: float = Field(default=1.0, ge=0)
 
 
 class SynchronisationConfig(SpecModel):
-    """Says what SS weighs and how wide its head's hidden layer is; 5 to 1 of cross-entropy are those of [M]."""
+    """What SS weighs and how wide its head's hidden layer is; 5 to 1 of cross-entropy are those of [M]."""
 
     weight: float = Field(default=5.0, ge=0)
     n_hidden: int = Field(default=100, gt=0)
 
 
 class DiscrepancyConfig(SpecModel):
-    """Says what MMD weighs, and its kernels exp(-d^2 / gamma), gamma = `gamma` * 2^k for k from `k_first` to `k_last`.
+    """What MMD weighs, and its kernels exp(-d^2 / gamma), gamma = `gamma` * 2^k for k from `k_first` to `k_last`.
 
     In [M] the gammas divide; its k are -8, -8 + sqrt(2), ... below 8, ours every whole one (METHODS 7).
     """
@@ -120,12 +120,12 @@ class DiscrepancyConfig(SpecModel):
 
     @property
     def gammas(self) -> tuple[float, ...]:
-        """Lists the kernels' gammas."""
+        """The kernels' gammas."""
         return tuple(self.gamma * 2.0**k for k in range(self.k_first, self.k_last + 1))
 
 
 class ReversalConfig(SpecModel):
-    """Says how domains are told apart and gradients reversed: discriminators D -> n_hidden -> 2, one a modality.
+    """How domains are told apart and gradients reversed: discriminators D -> n_hidden -> 2, one a modality.
 
     The reversed gradient is (2 / (1 + exp(-10 p)) - 1) * `peak` times the discriminator's, p the share of steps done.
     """
@@ -136,7 +136,7 @@ class ReversalConfig(SpecModel):
 
 
 class AlignmentConfig(SpecModel):
-    """Is everything that decides a method's loss and network.
+    """Everything that decides a method's loss and network.
 
     `setting` is what training sees: `dg` the labelled source alone (one or several domains), `uda` the unlabelled
     target too, `supervised` the target's own labelled training split as if it were the source.
@@ -162,7 +162,7 @@ class AlignmentConfig(SpecModel):
     @model_validator(mode="before")
     @classmethod
     def _look_outside(cls, values: Any) -> Any:
-        """Completes what a method from outside needs; what a run's name is made of then holds its source."""
+        """Complete what a method from outside needs; what a run's name is made of then holds its source."""
         name = values.get("method") if isinstance(values, dict) else None
         outside = find_outside_method(name) if isinstance(name, str) else None
         if outside is None:

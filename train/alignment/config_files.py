@@ -1,4 +1,4 @@
-"""Says where the presets of alignment lie, and what the datasets need."""
+"""Where the presets of alignment lie, and what the datasets need."""
 
 from __future__ import annotations
 

@@ -15,17 +15,17 @@ _SOURCE, _TARGET = 0, 1
 
 
 def build_discriminator(width: int, n_hidden: int) -> nn.Sequential:
-    """Builds what tells domains apart, [B, width] -> [B, 2]."""
+    """Build what tells domains apart, [B, width] -> [B, 2]."""
     return nn.Sequential(nn.Linear(width, n_hidden), nn.ReLU(), nn.Linear(n_hidden, 2))
 
 
 def compute_reversal(progress: Tensor, peak: float) -> Tensor:
-    """Computes the factor of reversed gradients, (2 / (1 + exp(-10 p)) - 1) * peak, for the share p of steps done."""
+    """Compute the factor of reversed gradients, (2 / (1 + exp(-10 p)) - 1) * peak, for the share p of steps done."""
     return (2 / (1 + torch.exp(-10 * progress)) - 1) * peak
 
 
 def reverse_gradient(values: Tensor, factor: Tensor) -> Tensor:
-    """Gives the values as they are, but for rounding; their gradient is -factor times what comes back.
+    """Return the values as they are, but for rounding; their gradient is -factor times what comes back.
 
     Two terms instead of a function of autograd, which needs rules of its own under vmap.
     """
@@ -40,7 +40,7 @@ def adversarial_loss(
     target_counted: Tensor,
     factor: Tensor,
 ) -> Tensor:
-    """Computes the discriminator's cross-entropy, float32 [], whose gradient reaches the features reversed.
+    """Compute the discriminator's cross-entropy, float32 [], whose gradient reaches the features reversed.
 
     The mean over the rows that count (bool [N] and [M]) of source [N, D] and target [M, D] together.
     """
@@ -51,7 +51,7 @@ def adversarial_loss(
 
 
 class GradientReversal(nn.Module):
-    """Is the two streams with a discriminator a modality; silent segments don't count for that of sound."""
+    """The two streams with a discriminator a modality; silent segments don't count for that of sound."""
 
     loss_names = ("class", "domain visual", "domain audio")
 
@@ -63,7 +63,7 @@ class GradientReversal(nn.Module):
         self.tell_audio = build_discriminator(config.network.width, config.grl.n_hidden)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [3]."""
+        """Compute the weighted terms, float32 [3]."""
         source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         of_visual = of_audio = torch.zeros_like(of_class)
@@ -76,5 +76,5 @@ class GradientReversal(nn.Module):
         return torch.stack([self.config.class_weight * of_class, weight * of_visual, weight * of_audio])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

@@ -12,7 +12,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 def hard_norm_loss(visual: Tensor, audio: Tensor, heard: Tensor, norm: Tensor) -> Tensor:
-    """Computes (mean |f^v| - R)^2 + (mean |f^a| - R)^2, float32 [].
+    """Compute (mean |f^v| - R)^2 + (mean |f^a| - R)^2, float32 [].
 
     Means are over the batch: of `visual` [B, D], and of those rows of `audio` [B, D] that are heard, bool [B]; without
     any, the audio term is 0. `norm` is R, float [].
@@ -23,7 +23,7 @@ def hard_norm_loss(visual: Tensor, audio: Tensor, heard: Tensor, norm: Tensor) -
 
 
 def find_middle_norm(visual: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
-    """Finds the norm half-way between those of the modalities, float32 [], without a gradient.
+    """Find the norm half-way between those of the modalities, float32 [], without a gradient.
 
     Where nothing is heard it is the visual one's.
     """
@@ -32,7 +32,7 @@ def find_middle_norm(visual: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
 
 
 class HardNormAlignment(nn.Module):
-    """Is the two streams with HNA on the source and, where it is seen, on the target.
+    """The two streams with HNA on the source and, where it is seen, on the target.
 
     R is the configured norm, or half-way between the norms that the run's first source batch shows; it is a buffer, and
     stays as it is from then on.
@@ -48,7 +48,7 @@ class HardNormAlignment(nn.Module):
         self.register_buffer("norm", torch.tensor(config.hna.norm))
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [3]."""
+        """Compute the weighted terms, float32 [3]."""
         features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         if self.config.hna.norm == 0:
@@ -63,5 +63,5 @@ class HardNormAlignment(nn.Module):
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

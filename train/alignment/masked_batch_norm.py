@@ -1,4 +1,4 @@
-"""Is BatchNorm over those rows of a batch that count, with running statistics of one kind or of each domain."""
+"""BatchNorm over those rows of a batch that count, with running statistics of one kind or of each domain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(n_domains, width))
 
     def forward(self, values: Tensor, counted: Tensor, domain: Domain) -> Tensor:
-        """Normalises float [B, D] of a domain; `counted` bool [B]. Rows that don't count are normalised as well."""
+        """Normalise float [B, D] of a domain; `counted` bool [B]. Rows that don't count are normalised as well."""
         values = values.float()
         kept = 1 if domain == "target" and len(self.running_mean) > 1 else 0
         if self.training:
@@ -43,7 +43,7 @@ class MaskedBatchNorm(nn.Module):
         return (values - mean) * torch.rsqrt(var + _EPS) * self.weight + self.bias
 
     def _measure(self, values: Tensor, counted: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-        """Measures a batch, and moves the running statistics; as torch's, those are of the unbiased variance."""
+        """Measure a batch, and moves the running statistics; as torch's, those are of the unbiased variance."""
         weights = counted.float()[:, None]
         n = weights.sum()
         mean = (values * weights).sum(dim=0) / n.clamp(min=1)

@@ -47,7 +47,7 @@ METHODS: Mapping[str, Callable[[AlignmentConfig, StreamShapes, int], nn.Module]]
 
 
 def build_method(config: AlignmentConfig, shapes: StreamShapes, n_classes: int, seed: int) -> nn.Module:
-    """Builds the method that a configuration names, a `echoshift.train.cached.batches.Method`, on the CPU.
+    """Build the method that a configuration names, a `echoshift.train.cached.batches.Method`, on the CPU.
 
     The seed alone decides its weights; torch's own generator is left as it is. Streams are drawn first, so that methods
     of one seed begin with the same streams. Raises PluginError where a method from outside can't be built.

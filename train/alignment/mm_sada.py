@@ -13,7 +13,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 class MultiModalSelfSupervisedAdversarial(nn.Module):
-    """Is the two streams with SS on both domains and a discriminator a modality."""
+    """The two streams with SS on both domains and a discriminator a modality."""
 
     loss_names = ("class", "SS source", "SS target", "domain visual", "domain audio")
 
@@ -27,7 +27,7 @@ class MultiModalSelfSupervisedAdversarial(nn.Module):
         self.tell_audio = build_discriminator(width, config.grl.n_hidden)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [5]."""
+        """Compute the weighted terms, float32 [5]."""
         source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         in_source = self._judge(source, step.source.inputs)
@@ -50,7 +50,7 @@ class MultiModalSelfSupervisedAdversarial(nn.Module):
         )
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)
 
     def _judge(self, features: StreamFeatures, inputs: FeatureBatch) -> Tensor:

@@ -15,7 +15,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 def discrepancy_loss(
     source: Tensor, target: Tensor, source_counted: Tensor, target_counted: Tensor, gammas: Sequence[float]
 ) -> Tensor:
-    """Computes the squared MMD of source [N, D] and target [M, D], float32 []; 0 where either has no row that counts.
+    """Compute the squared MMD of source [N, D] and target [M, D], float32 []; 0 where either has no row that counts.
 
     The biased estimate, which is never below 0: mean k(s, s') + mean k(t, t') - 2 mean k(s, t) over the rows that count
     (bool [N] and [M]), for k the sum of exp(-|x - y|^2 / gamma) over the gammas. Written here because no kept library
@@ -34,7 +34,7 @@ def _share(counted: Tensor) -> Tensor:
 
 
 def _compute_kernel(left: Tensor, right: Tensor, gammas: Sequence[float]) -> Tensor:
-    """Computes the sum of kernels, float32 [N, M]."""
+    """Compute the sum of kernels, float32 [N, M]."""
     left, right = left.float(), right.float()
     squares = left.square().sum(dim=1)[:, None] + right.square().sum(dim=1)[None] - 2 * left @ right.T
     squares = squares.clamp(min=0)
@@ -45,7 +45,7 @@ def _compute_kernel(left: Tensor, right: Tensor, gammas: Sequence[float]) -> Ten
 
 
 class MaximumMeanDiscrepancy(nn.Module):
-    """Is the two streams with one MMD term a modality."""
+    """The two streams with one MMD term a modality."""
 
     loss_names = ("class", "MMD visual", "MMD audio")
 
@@ -55,7 +55,7 @@ class MaximumMeanDiscrepancy(nn.Module):
         self.streams = TwoStreams(config.network, shapes, n_classes)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [3]."""
+        """Compute the weighted terms, float32 [3]."""
         source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         of_visual = of_audio = torch.zeros_like(of_class)
@@ -68,5 +68,5 @@ class MaximumMeanDiscrepancy(nn.Module):
         return torch.stack([self.config.class_weight * of_class, weight * of_visual, weight * of_audio])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

@@ -20,7 +20,7 @@ _PARTS = ("loss_names", "losses", "predict")
 
 @dataclass(frozen=True, slots=True)
 class OutsideMethod:
-    """Is a method from outside the package.
+    """A method from outside the package.
 
     Attributes:
         build: makes it of (AlignmentConfig, StreamShapes, n_classes), as echoshift's own are made.
@@ -35,7 +35,7 @@ class OutsideMethod:
     source: str
 
     def fill_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Gives all its settings as JSON, defaults included; raises ValueError naming what isn't one of them."""
+        """Return all its settings as JSON, defaults included; raises ValueError naming what isn't one of them."""
         if self.settings is None:
             if given:
                 raise ValueError(f"own: the method has no settings of its own, such as {next(iter(given))!r}")
@@ -49,12 +49,12 @@ class OutsideMethod:
 
 
 def list_outside_methods() -> tuple[str, ...]:
-    """Lists the names of methods from outside; runs none of their code."""
+    """List the names of methods from outside; run none of their code."""
     return list_plugin_names(METHOD_GROUP)
 
 
 def find_outside_method(name: str) -> OutsideMethod | None:
-    """Finds a method from outside, None where no distribution has it; raises PluginError where it isn't sound."""
+    """Find a method from outside, None where no distribution has it; raises PluginError where it isn't sound."""
     plugin = load_plugin(METHOD_GROUP, name)
     if plugin is None:
         return None

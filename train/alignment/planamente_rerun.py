@@ -1,4 +1,4 @@
-"""Is Planamente et al. as Zhang et al. re-ran it (Table 4): visual features aligned, RNA, predictions summed."""
+"""Planamente et al. as Zhang et al. re-ran it (Table 4): visual features aligned, RNA, predictions summed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 class PlanamenteRerun(nn.Module):
-    """Is the two streams, summed, with a discriminator of visual features, and RNA on both domains.
+    """The two streams, summed, with a discriminator of visual features, and RNA on both domains.
 
     Unlike RNA + GRL it leaves sound alone: "an adversarial loss to first align the visual features between domains and
     fuse visual and audio features or predictions afterwards". First is upstream; all terms are trained together [?].
@@ -28,7 +28,7 @@ class PlanamenteRerun(nn.Module):
         self.tell_visual = build_discriminator(config.network.width, config.grl.n_hidden)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [4]."""
+        """Compute the weighted terms, float32 [4]."""
         source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         in_source = relative_norm_loss_by_source(source, step.source.domains, self.streams.n_sources)
@@ -49,5 +49,5 @@ class PlanamenteRerun(nn.Module):
         )
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

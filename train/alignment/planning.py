@@ -23,7 +23,7 @@ from echoshift.train.steps import StepRunner
 
 
 def plan_alignment(request: AlignmentRequest, notify: Callable[[str], None] = lambda message: None) -> PlannedTraining:
-    """Looks which segments have features, and plans a run's steps; those without are left out.
+    """Look which segments have features, and plans a run's steps; those without are left out.
 
     Raises RunError where nothing is left of a part that training needs.
     """
@@ -71,7 +71,7 @@ def plan_alignment(request: AlignmentRequest, notify: Callable[[str], None] = la
 
 
 def _find_done(inputs: StreamInputs) -> dict[str, bool]:
-    """Finds the segments of which a network has all it reads, and whether each has sound."""
+    """Find the segments of which a network has all it reads, and whether each has sound."""
     store = open_store(inputs.features)
     done = {s for s, state in zip(store.segment_ids, store.read_array("state"), strict=True) if state == DONE}
     if inputs.table is not None:

@@ -12,7 +12,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 def relative_norm_loss(visual: Tensor, audio: Tensor, heard: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Computes (mean |f^v| / mean |f^a| - 1)^2, float32 [].
+    """Compute (mean |f^v| / mean |f^a| - 1)^2, float32 [].
 
     Means are over the batch: of `visual` [B, D] over the rows that count (bool [B]; all by default), of `audio` [B, D]
     over those of them that are heard, bool [B]. 0 where no row that counts is heard, or no audio feature isn't zero.
@@ -25,14 +25,14 @@ def relative_norm_loss(visual: Tensor, audio: Tensor, heard: Tensor, counted: Te
 
 
 def relative_norm_loss_by_source(features: StreamFeatures, domains: Tensor, n_sources: int) -> Tensor:
-    """Computes the sum of one RNA term a source domain, float32 []; `domains` int64 [B] of 0 .. n_sources - 1."""
+    """Compute the sum of one RNA term a source domain, float32 []; `domains` int64 [B] of 0 .. n_sources - 1."""
     visual, audio, heard = features
     terms = [relative_norm_loss(visual, audio, heard, domains == source) for source in range(n_sources)]
     return torch.stack(terms).sum()
 
 
 class RelativeNormAlignment(nn.Module):
-    """Is the two streams with RNA on the source, one term a source domain, and, where it is seen, on the target."""
+    """The two streams with RNA on the source, one term a source domain, and, where it is seen, on the target."""
 
     loss_names = ("class", "RNA source", "RNA target")
 
@@ -42,7 +42,7 @@ class RelativeNormAlignment(nn.Module):
         self.streams = TwoStreams(config.network, shapes, n_classes)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [3]."""
+        """Compute the weighted terms, float32 [3]."""
         features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         of_source = relative_norm_loss_by_source(features, step.source.domains, self.streams.n_sources)
@@ -53,5 +53,5 @@ class RelativeNormAlignment(nn.Module):
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

@@ -13,7 +13,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 class RelativeNormAlignmentWithReversal(nn.Module):
-    """Is the two streams with RNA on both domains and a discriminator a modality."""
+    """The two streams with RNA on both domains and a discriminator a modality."""
 
     loss_names = ("class", "RNA source", "RNA target", "domain visual", "domain audio")
 
@@ -25,7 +25,7 @@ class RelativeNormAlignmentWithReversal(nn.Module):
         self.tell_audio = build_discriminator(config.network.width, config.grl.n_hidden)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [5]."""
+        """Compute the weighted terms, float32 [5]."""
         source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         in_source = relative_norm_loss_by_source(source, step.source.domains, self.streams.n_sources)
@@ -48,5 +48,5 @@ class RelativeNormAlignmentWithReversal(nn.Module):
         )
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

@@ -1,4 +1,4 @@
-"""Defines how long and by which optimiser alignment methods are trained (METHODS section 7)."""
+"""How long and by which optimiser alignment methods are trained (METHODS section 7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class AlignmentScheduleConfig(SpecModel):
-    """Says how a method is trained, by SGD: `lr` until `lr_drop_step`, then `dropped_lr`.
+    """How a method is trained, by SGD: `lr` until `lr_drop_step`, then `dropped_lr`.
 
     A batch has `n_batch` segments; where there is a target, half of them are the target's, as in Munro and Damen's
     code. The score is the mean over the last `n_checkpoints` checkpoints, which are `checkpoint_every` steps apart: the
@@ -38,12 +38,12 @@ class AlignmentScheduleConfig(SpecModel):
 
     @property
     def snapshots(self) -> tuple[int, ...]:
-        """Lists the numbers of steps after which the averaged predictions are made, but for the last."""
+        """The numbers of steps after which the averaged predictions are made, but for the last."""
         return tuple(self.n_steps - k * self.checkpoint_every for k in range(self.n_checkpoints - 1, 0, -1))
 
 
 def plan_schedule(config: AlignmentScheduleConfig, *, has_target: bool) -> Schedule:
-    """Makes what the loop is told."""
+    """Make what the loop is told."""
     from echoshift.train.cached.training import Schedule  # brings torch, which a table of what is done needn't wait for
 
     n_target = config.n_batch // 2 if has_target else 0

@@ -11,7 +11,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 class SourceOnly(nn.Module):
-    """Is the two streams with the source's cross-entropy (Planamente et al., section 5)."""
+    """The two streams with the source's cross-entropy (Planamente et al., section 5)."""
 
     loss_names = ("class",)
 
@@ -21,11 +21,11 @@ class SourceOnly(nn.Module):
         self.streams = TwoStreams(config.network, shapes, n_classes)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the cross-entropy, float32 [1]; a target isn't looked at."""
+        """Compute the cross-entropy, float32 [1]; a target isn't looked at."""
         features = self.streams.encode(step.source.inputs, "source")
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         return torch.stack([self.config.class_weight * of_class])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

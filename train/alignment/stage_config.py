@@ -1,4 +1,4 @@
-"""Defines the configuration of a run of alignment: method, length, and which features it reads."""
+"""The configuration of a run of alignment: method, length, and which features it reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from echoshift.train.stage2.config import DataConfig, StreamConfig
 
 
 class ScoringConfig(SpecModel):
-    """Says how a run is scored: `mean_last`, the mean over the last checkpoints (the paper's), and `last`."""
+    """How a run is scored: `mean_last`, the mean over the last checkpoints (the paper's), and `last`."""
 
     rules: tuple[Literal["mean_last", "last"], ...] = Field(default=("mean_last", "last"), min_length=1)
 
 
 class FeaturesConfig(SpecModel):
-    """Says which features a stream reads: `cache`, what was extracted, or `stage1`, what Stage 1 made of it.
+    """Which features a stream reads: `cache`, what was extracted, or `stage1`, what Stage 1 made of it.
 
     In the cache a stream reads the stores of Stage 1's `visual.encoder` and `sound.encoder` with `pooled` features.
     """
@@ -28,7 +28,7 @@ class FeaturesConfig(SpecModel):
 
 
 class AlignmentStageConfig(SpecModel):
-    """Is everything that decides a run's result but data and seed.
+    """Everything that decides a run's result but data and seed.
 
     `networks` are as Stage 2's `streams`: rgb, flow, …, each trained with the sound, whose probabilities are averaged.
     """
@@ -49,7 +49,7 @@ class AlignmentStageConfig(SpecModel):
         return networks
 
     def describe(self) -> dict[str, Any]:
-        """Gives as JSON everything that decides a result; how features are held isn't among it."""
+        """Return as JSON everything that decides a result; how features are held isn't among it."""
         described = self.model_dump(mode="json")
         del described["memory"]
         return described

@@ -15,12 +15,12 @@ _TOGETHER, _APART = 1, 0
 
 
 def build_synchronisation_head(width: int, n_hidden: int) -> nn.Sequential:
-    """Builds what judges a pair, [B, 2 * width] -> [B, 2]."""
+    """Build what judges a pair, [B, 2 * width] -> [B, 2]."""
     return nn.Sequential(nn.Linear(2 * width, n_hidden), nn.ReLU(), nn.Linear(n_hidden, 2))
 
 
 def find_strangers(sound: Tensor, heard: Tensor) -> Tensor:
-    """Finds the segments to which the sound before them in the batch is foreign, bool [B].
+    """Find the segments to which the sound before them in the batch is foreign, bool [B].
 
     The pair that doesn't belong together is a segment's pictures and the sound of the segment before it, the first's
     that of the last: never its own, unless the batch has the segment twice, or it has one segment alone. A batch that
@@ -34,7 +34,7 @@ def find_strangers(sound: Tensor, heard: Tensor) -> Tensor:
 def synchronisation_loss(
     head: nn.Module, visual: Tensor, audio: Tensor, heard: Tensor, are_strangers: Tensor
 ) -> Tensor:
-    """Computes the cross-entropy of judging pairs, float32 []; 0 without any pair.
+    """Compute the cross-entropy of judging pairs, float32 []; 0 without any pair.
 
     Each segment's features, `visual` and `audio` [B, D], are a pair that belongs together where it is heard (bool [B]),
     and its pictures with the sound before it are one that doesn't, where `are_strangers` (bool [B], `find_strangers`).
@@ -47,7 +47,7 @@ def synchronisation_loss(
 
 
 class Synchronisation(nn.Module):
-    """Is the two streams with SS on the source and, where it is seen, on the target."""
+    """The two streams with SS on the source and, where it is seen, on the target."""
 
     loss_names = ("class", "SS source", "SS target")
 
@@ -58,7 +58,7 @@ class Synchronisation(nn.Module):
         self.synchronised = build_synchronisation_head(config.network.width, config.synchronisation.n_hidden)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [3]."""
+        """Compute the weighted terms, float32 [3]."""
         features, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(features, step.source.labels, dropouts)
         of_source = self._judge(features, step.source.inputs)
@@ -69,7 +69,7 @@ class Synchronisation(nn.Module):
         return torch.stack([self.config.class_weight * of_class, weight * of_source, weight * of_target])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)
 
     def _judge(self, features: StreamFeatures, inputs: FeatureBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Is the network of Planamente et al., section 4, on cached features: a stream of pictures, a stream of sound."""
+"""The network of Planamente et al., section 4, on cached features: a stream of pictures, a stream of sound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echoshift.train.stage2.recogniser_losses import compute_class_loss
 
 @dataclass(frozen=True, slots=True)
 class StreamShapes:
-    """Is what the streams are built for.
+    """What the streams are built for.
 
     Attributes:
         visual: by output, the shape of a clip: (C,) of `pooled`, (n_tokens, C) of tokens.
@@ -33,7 +33,7 @@ class StreamShapes:
 
 
 class StreamFeatures(NamedTuple):
-    """Is f^v and f^a of B segments, [B, D] each, as the classifiers see them, and who has sound, bool [B].
+    """F^v and f^a of B segments, [B, D] each, as the classifiers see them, and who has sound, bool [B].
 
     A silent segment's audio feature is zero, and no loss may count it. A stream that the network hasn't is zero.
     """
@@ -70,11 +70,11 @@ class TwoStreams(nn.Module):
         self.classify_both = None if is_late else nn.Linear(2 * width, n_classes)
 
     def encode(self, inputs: FeatureBatch, domain: Domain) -> StreamFeatures:
-        """Computes the features of segments, all of one domain, source domains being one."""
+        """Compute the features of segments, all of one domain, source domains being one."""
         return self._normalise(*self._project(inputs), inputs.has_audio, domain)
 
     def encode_step(self, step: StepInputs) -> tuple[StreamFeatures, StreamFeatures | None]:
-        """Computes the features of a step's source and, where there is one, of its target.
+        """Compute the features of a step's source and, where there is one, of its target.
 
         Both go through one product a projection, whose weights and gradients are read and written once then.
         """
@@ -113,7 +113,7 @@ class TwoStreams(nn.Module):
         return StreamFeatures(visual, audio * heard[:, None], heard)
 
     def classify(self, features: StreamFeatures, dropouts: Dropouts) -> Tensor:
-        """Computes the logits, float [B, K]."""
+        """Compute the logits, float [B, K]."""
         p = self.config.dropout
         if self.classify_both is not None:
             joined: Tensor = self.classify_both(dropouts.drop(torch.cat([features.visual, features.audio], dim=-1), p))
@@ -126,17 +126,17 @@ class TwoStreams(nn.Module):
         return logits[0] if len(logits) == 1 else logits[0] + logits[1]
 
     def compute_class_loss(self, features: StreamFeatures, labels: Tensor, dropouts: Dropouts) -> Tensor:
-        """Computes the (binary) cross-entropy of segments, float32 []; of sound alone, that of sounding ones."""
+        """Compute the (binary) cross-entropy of segments, float32 []; of sound alone, that of sounding ones."""
         counted = features.heard if self.project_visual is None else None
         return compute_class_loss(self.classify(features, dropouts), labels, counted)
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]: softmax, or sigmoid where the task is multi-label."""
+        """Predict probabilities, float32 [B, K]: softmax, or sigmoid where the task is multi-label."""
         logits = self.classify(self.encode(inputs, domain), Dropouts()).float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
 
 def _summarise(visual: Mapping[str, Tensor]) -> Tensor:
-    """Gives one vector a clip, [B, n_clips, C]: the mean over tokens of each output, one after the other."""
+    """Return one vector a clip, [B, n_clips, C]: the mean over tokens of each output, one after the other."""
     means = [values if values.dim() == 3 else values.mean(dim=2) for values in visual.values()]
     return means[0] if len(means) == 1 else torch.cat(means, dim=-1)

@@ -1,4 +1,4 @@
-"""Is Yang et al. as Zhang et al. re-ran it (Table 4): visual features aligned, then fused with those of sound."""
+"""Yang et al. as Zhang et al. re-ran it (Table 4): visual features aligned, then fused with those of sound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepI
 
 
 class YangRerun(nn.Module):
-    """Is the two streams, joined before one classifier (fusion `mid`), with a discriminator of visual features.
+    """The two streams, joined before one classifier (fusion `mid`), with a discriminator of visual features.
 
     "Directly fuse the features from visual and audio modalities before classification" (Zhang et al., section 2).
     """
@@ -26,7 +26,7 @@ class YangRerun(nn.Module):
         self.tell_visual = build_discriminator(config.network.width, config.grl.n_hidden)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms, float32 [2]."""
+        """Compute the weighted terms, float32 [2]."""
         source, target = self.streams.encode_step(step)
         of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
         of_visual = torch.zeros_like(of_class)
@@ -37,5 +37,5 @@ class YangRerun(nn.Module):
         return torch.stack([self.config.class_weight * of_class, self.config.grl.weight * of_visual])
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]."""
+        """Predict probabilities, float32 [B, K]."""
         return self.streams.predict(inputs, domain)

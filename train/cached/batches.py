@@ -1,4 +1,4 @@
-"""Defines the batches of cached features that methods see, and what a method is; a target's has no label field."""
+"""The batches of cached features that methods see, and what a method is; a target's has no label field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Domain = Literal["source", "target"]
 
 
 class FeatureBatch(NamedTuple):
-    """Is the cached features of B segments; a named tuple, so that torch.func can map over it.
+    """The cached features of B segments; a named tuple, so that torch.func can map over it.
 
     Attributes:
         visual: by output name: `pooled` float32 [B, n_clips, C]; tokens [B, n_clips, n_tokens, C].
@@ -25,7 +25,7 @@ class FeatureBatch(NamedTuple):
 
 
 class SourceFeatures(NamedTuple):
-    """Is a labelled batch.
+    """A labelled batch.
 
     Attributes:
         inputs: of B segments.
@@ -39,7 +39,7 @@ class SourceFeatures(NamedTuple):
 
 
 class TargetFeatures(NamedTuple):
-    """Is an unlabelled batch of the target.
+    """An unlabelled batch of the target.
 
     `pseudo_labels` are what an earlier network takes the segments for: class indices int64 [B], -1 where it says
     nothing; multi-label, float32 [B, K] of 0 and 1, a row of NaN where it says nothing.
@@ -50,14 +50,14 @@ class TargetFeatures(NamedTuple):
 
 
 class LabelledTargetFeatures(NamedTuple):
-    """Is a batch of the target's labelled part (semi-supervised CharadesEgo)."""
+    """A batch of the target's labelled part (semi-supervised CharadesEgo)."""
 
     inputs: FeatureBatch
     labels: Tensor
 
 
 class StepInputs(NamedTuple):
-    """Is what one step of training sees; a part that a run has no segments of is None, never an empty batch."""
+    """What one step of training sees; a part that a run has no segments of is None, never an empty batch."""
 
     source: SourceFeatures
     target: TargetFeatures | None
@@ -66,7 +66,7 @@ class StepInputs(NamedTuple):
 
 
 class Dropouts:
-    """Gives the dropout masks of one step, so that a run sees the same ones alone and in a stack of runs.
+    """The dropout masks of one step, so that a run sees the same ones alone and in a stack of runs.
 
     A method asks for them in the same order in every step; each call takes the next numbers of `draws`, which are
     uniform in 0..1, float32 [n]. With draws None nothing is dropped; what was asked for is counted in `n_taken` either
@@ -78,14 +78,14 @@ class Dropouts:
         self.n_taken = 0
 
     def drop(self, values: Tensor, p: float) -> Tensor:
-        """Drops each value with probability p and scales the rest by 1 / (1 - p)."""
+        """Drop each value with probability p and scales the rest by 1 / (1 - p)."""
         if p == 0:
             return values
         keep = self.draw_keep(values.shape, p)
         return values if keep is None else values * (keep * (1 / (1 - p)))
 
     def draw_keep(self, shape: tuple[int, ...], p: float) -> Tensor | None:
-        """Gives what is kept, float of 0 and 1 of this shape, each 0 with probability p; None: keep all."""
+        """Return what is kept, float of 0 and 1 of this shape, each 0 with probability p; None: keep all."""
         n = 1
         for size in shape:
             n *= size
@@ -96,7 +96,7 @@ class Dropouts:
 
 
 class Method(Protocol):
-    """Is what is trained: an nn.Module with these two, each pure but for BatchNorm's running statistics.
+    """What is trained: an nn.Module with these two, each pure but for BatchNorm's running statistics.
 
     A method holds no state of the loop. It is built on the CPU with weights that its seed decides. Neither of the two
     may look at values (no `if` on a tensor, no `.item()`, no boolean indexing), so that runs stack under
@@ -105,13 +105,13 @@ class Method(Protocol):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Names the terms of the loss, in the order of `losses`."""
+        """Name the terms of the loss, in the order of `losses`."""
         ...
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms of the loss, float32 [n_terms]; the loss is their sum. In training mode."""
+        """Compute the weighted terms of the loss, float32 [n_terms]; the loss is their sum. In training mode."""
         ...
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities, float32 [B, K]: softmax, or sigmoid where the task is multi-label. In eval mode."""
+        """Predict probabilities, float32 [B, K]: softmax, or sigmoid where the task is multi-label. In eval mode."""
         ...

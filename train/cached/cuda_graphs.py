@@ -27,7 +27,7 @@ class StepGraph:
         self._terms: Tensor | None = None
 
     def run(self, chunk: ChunkInputs) -> Tensor:
-        """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms]."""
+        """Take a chunk's steps; return the terms of the loss, float32 [S, R, n_terms]."""
         found = []
         for step in range(len(chunk.rows)):
             of_step = ChunkInputs(*(values[step] for values in chunk))

@@ -17,17 +17,17 @@ Rows = FeatureRows | StoredRows
 
 
 class Bank(Protocol):
-    """Is where batches are looked up."""
+    """Where batches are looked up."""
 
     n_views: int
     one_clip: bool
 
     def offset_of(self, part: Rows) -> int:
-        """Gives what is added to the row numbers of a part."""
+        """Return what is added to the row numbers of a part."""
         ...
 
     def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
-        """Looks features up; rows, views and clips are int64 [..., B] on the device, the batch has the same axes first.
+        """Look features up; rows, views and clips are int64 [..., B] on the device, the batch has the same axes first.
 
         No `views`: the first. With `clips` each segment is that one of its clips, n_clips = 1, with the sound around it
         where that is known.
@@ -36,7 +36,7 @@ class Bank(Protocol):
 
 
 def make_bank(parts: Sequence[Rows], device: torch.device, *, one_clip: bool = False) -> Bank:
-    """Holds rows on the device, or, where they stay in their store, what is wanted of them at a time.
+    """Hold rows on the device, or, where they stay in their store, what is wanted of them at a time.
 
     Raises RunError where rows that stay in their store are to be held together with others.
     """
@@ -50,7 +50,7 @@ def make_bank(parts: Sequence[Rows], device: torch.device, *, one_clip: bool = F
 
 
 class FeatureBank:
-    """Holds rows of features one after the other, one tensor an output; the same FeatureRows are held once.
+    """Rows of features one after the other, one tensor an output; the same FeatureRows are held once.
 
     `one_clip` says that those who train look up single clips.
     """
@@ -82,11 +82,11 @@ class FeatureBank:
         self._clip_audio = torch.cat(of_clips).to(device) if of_clips else None
 
     def offset_of(self, part: Rows) -> int:
-        """Gives what is added to the row numbers of a part."""
+        """Return what is added to the row numbers of a part."""
         return self._offsets[id(part)]
 
     def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
-        """Looks features up as `Bank` says; it never waits for the device."""
+        """Look features up as `Bank` says; it never waits for the device."""
         flat = rows.reshape(-1)
         visual = {}
         for name, values in self._visual.items():

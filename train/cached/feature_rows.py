@@ -18,7 +18,7 @@ from echoshift.train.epoch_plan import shuffle
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureRows:
-    """Is the cached features of n segments.
+    """The cached features of n segments.
 
     Attributes:
         visual: by output, [n, n_views, n_clips, ...] in the store's dtype; views are augmented views times crops. A
@@ -40,35 +40,35 @@ class FeatureRows:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives by output what a view of a segment is, (n_clips, ...)."""
+        """By output what a view of a segment is, (n_clips, ...)."""
         return {name: tuple(values.shape[2:]) for name, values in self.visual.items()}
 
     @property
     def n_views(self) -> int:
-        """Gives how many views of each segment there are."""
+        """How many views of each segment there are."""
         return next(iter(self.visual.values())).shape[1]
 
     @property
     def n_clips(self) -> int:
-        """Gives how many clips of each segment there are."""
+        """How many clips of each segment there are."""
         return next(iter(self.visual.values())).shape[2]
 
     def find(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Finds the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
+        """Find the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
         return find_rows(self.segment_ids, segment_ids)
 
     def without_sound(self) -> FeatureRows:
-        """Gives the same rows as if none had sound."""
+        """Return the same rows as if none had sound."""
         nothing = torch.zeros_like(self.has_audio)
         return replace(self, audio=torch.zeros_like(self.audio), has_audio=nothing, clip_audio=None)
 
     def shuffle(self, rows: np.ndarray, seed: int, number: int, what: int) -> np.ndarray:
-        """Gives the order in which an epoch takes rows, int64 [n], positions in `rows`; the three numbers decide it."""
+        """Shuffle the rows of an epoch, int64 [n], positions in `rows`; the three numbers decide it."""
         return shuffle(len(rows), seed, number, what)
 
 
 def read_visual(store: FeatureStore, segment_ids: Sequence[str]) -> dict[str, Tensor]:
-    """Reads all outputs of segments, [n, n_views, n_clips, ...] in the store's dtype.
+    """Read all outputs of segments, [n, n_views, n_clips, ...] in the store's dtype.
 
     Raises StoreError naming the first segment that the store hasn't, or that isn't done.
     """
@@ -82,7 +82,7 @@ def read_visual(store: FeatureStore, segment_ids: Sequence[str]) -> dict[str, Te
 
 
 def find_rows(known: Sequence[str], segment_ids: Sequence[str]) -> np.ndarray:
-    """Finds where ids are among those known, int64 [n]; raises RunError naming the first that isn't there."""
+    """Find where ids are among those known, int64 [n]; raises RunError naming the first that isn't there."""
     row_of = {segment_id: row for row, segment_id in enumerate(known)}
     try:
         return np.array([row_of[segment_id] for segment_id in segment_ids], dtype=np.int64)
@@ -91,7 +91,7 @@ def find_rows(known: Sequence[str], segment_ids: Sequence[str]) -> np.ndarray:
 
 
 def arrange_entries(values: np.ndarray, n_views: int, n_valid: np.ndarray) -> Tensor:
-    """Arranges a store's entries, [n, n_entries, ...], clip by clip, as [n, n_views, n_clips, ...].
+    """Arrange a store's entries, [n, n_entries, ...], clip by clip, as [n, n_views, n_clips, ...].
 
     A row has the first `n_valid` (int [n]) of its clips; those that it hasn't repeat those that it has, in turn.
     """
@@ -101,7 +101,7 @@ def arrange_entries(values: np.ndarray, n_views: int, n_valid: np.ndarray) -> Te
 
 
 class Sound(NamedTuple):
-    """Is the sound of n segments, fields as in FeatureRows."""
+    """The sound of n segments, fields as in FeatureRows."""
 
     audio: Tensor
     has_audio: Tensor
@@ -109,7 +109,7 @@ class Sound(NamedTuple):
 
 
 def read_sound(store: FeatureStore, segment_ids: Sequence[str], n_clips: int = 1) -> Sound:
-    """Reads pooled features of sound, one a segment: where a store holds several clips of it, their mean.
+    """Read pooled features of sound, one a segment: where a store holds several clips of it, their mean.
 
     With as many clips as there are of pictures, `n_clips` > 1, it also gives those. Of a store with views of sound, the
     clean one of each clip. Raises StoreError as `read_visual`.
@@ -125,7 +125,7 @@ def read_sound(store: FeatureStore, segment_ids: Sequence[str], n_clips: int = 1
 
 
 def _repeat_clips(values: np.ndarray, n_valid: np.ndarray) -> None:
-    """Has clips that don't exist repeat those that do, in place; values [n, n_clips, ...], n_valid [n]."""
+    """Have clips that don't exist repeat those that do, in place; values [n, n_clips, ...], n_valid [n]."""
     n_clips = values.shape[1]
     for row in np.flatnonzero((n_valid < n_clips) & (n_valid > 0)).tolist():
         existing = int(n_valid[row])

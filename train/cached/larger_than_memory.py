@@ -26,7 +26,7 @@ _GROUPS, _WITHIN = 100, 101  # what is shuffled, beside the parts of a shift
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredRows:
-    """Is the features of n segments that stay in their store; attributes and methods as of FeatureRows.
+    """The features of n segments that stay in their store; attributes and methods as of FeatureRows.
 
     Attributes:
         rows: in the store, int64 [n].
@@ -48,30 +48,30 @@ class StoredRows:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Gives by output what a view of a segment is, (n_clips, ...)."""
+        """By output what a view of a segment is, (n_clips, ...)."""
         return {output.name: (self.n_clips, *output.shape) for output in self.store.spec.outputs}
 
     @property
     def n_views(self) -> int:
-        """Gives how many views of each segment there are."""
+        """How many views of each segment there are."""
         return self.store.spec.n_entries_per_clip
 
     @property
     def n_clips(self) -> int:
-        """Gives how many clips of each segment there are."""
+        """How many clips of each segment there are."""
         return self.store.layout.n_clips // self.n_views
 
     def find(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Finds the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
+        """Find the rows of segments, int64 [n]; raises RunError naming the first that isn't there."""
         return find_rows(self.segment_ids, segment_ids)
 
     def without_sound(self) -> StoredRows:
-        """Gives the same rows as if none had sound."""
+        """Return the same rows as if none had sound."""
         nothing = torch.zeros_like(self.has_audio)
         return replace(self, audio=torch.zeros_like(self.audio), has_audio=nothing, clip_audio=None)
 
     def shuffle(self, rows: np.ndarray, seed: int, number: int, what: int) -> np.ndarray:
-        """Gives the order in which an epoch takes rows, int64 [n], positions in `rows`; the three numbers decide it.
+        """Return the order in which an epoch takes rows, int64 [n], positions in `rows`; the three numbers decide it.
 
         Shards come in groups, drawn anew each time, of as many as fit into this part's share of the memory; the rows of
         a group are shuffled. So every row comes once, and neighbours are of shards that are held together.
@@ -87,7 +87,7 @@ class StoredRows:
 
 
 def count_row_bytes(store: FeatureStore) -> int:
-    """Counts the bytes that a segment's outputs take in memory."""
+    """Count the bytes that a segment's outputs take in memory."""
     n_values = sum(int(np.prod(output.shape)) for output in store.spec.outputs)
     return store.layout.n_clips * n_values * np.dtype(store.spec.dtype).itemsize
 
@@ -100,7 +100,7 @@ def open_rows(
     max_bytes: int,
     clip_audio: Tensor | None = None,
 ) -> StoredRows:
-    """Opens segments' features for reading shard by shard, of which at most `max_bytes` are held.
+    """Open segments' features for reading shard by shard, of which at most `max_bytes` are held.
 
     Raises StoreError as `store.read`, and RunError where so few bytes can't hold a shard of each part of a shift.
     """
@@ -115,7 +115,7 @@ def open_rows(
 
 
 def plan_slots(store: FeatureStore, max_bytes: int) -> int:
-    """Counts the shards that are kept in `max_bytes`, beside what reading one takes; raises RunError if too few."""
+    """Count the shards that are kept in `max_bytes`, beside what reading one takes; raises RunError if too few."""
     n_shard_bytes = store.layout.n_rows_per_shard * count_row_bytes(store)
     n_slots = max_bytes // n_shard_bytes - _N_IN_READING
     if n_slots < _N_ORDERS:
@@ -128,7 +128,7 @@ def plan_slots(store: FeatureStore, max_bytes: int) -> int:
 
 
 class HeldShards:
-    """Holds some shards of a store in places that are allocated once; the one not used for longest makes room.
+    """Some shards of a store in places that are allocated once; the one not used for longest makes room.
 
     Freed and allocated one by one, shards of some MB leave holes that the system never gets back. `n_bytes` says how
     much memory the places are, `n_reads` how often a shard was read.
@@ -147,11 +147,11 @@ class HeldShards:
 
     @property
     def n_bytes(self) -> int:
-        """Gives the bytes of all places."""
+        """The bytes of all places."""
         return sum(values.nbytes for values in self.values.values())
 
     def hold(self, numbers: Sequence[int]) -> list[int]:
-        """Sees to it that these shards, at most n_slots, are held; gives the place of each."""
+        """See to it that these shards, at most n_slots, are held; return the place of each."""
         for number in numbers:  # none of them may make room for another
             if number in self._slot_of:
                 self._slot_of.move_to_end(number)
@@ -173,14 +173,14 @@ class HeldShards:
 
 
 class SharedShards:
-    """Gives all who look up rows of one store the same HeldShards, which go when the last of them does."""
+    """All who look up rows of one store the same HeldShards, which go when the last of them does."""
 
     def __init__(self, store: FeatureStore, n_valid: np.ndarray, n_slots: int) -> None:
         self._store, self._n_valid, self.n_slots = store, n_valid, n_slots
         self._held: weakref.ref[HeldShards] | None = None
 
     def open(self) -> HeldShards:
-        """Gives what is held, or begins to hold."""
+        """Return what is held, or begin to hold."""
         held = None if self._held is None else self._held()
         if held is None:
             held = HeldShards(self._store, self._n_valid, self.n_slots)
@@ -196,11 +196,11 @@ class StoredBank:
         self.n_views, self.held = rows.n_views, rows.shards.open()
 
     def offset_of(self, part: FeatureRows | StoredRows) -> int:
-        """Gives what is added to the row numbers of the one part."""
+        """Return what is added to the row numbers of the one part."""
         return 0
 
     def gather(self, rows: Tensor, views: Tensor | None = None, clips: Tensor | None = None) -> FeatureBatch:
-        """Looks features up as `FeatureBank.gather`, reading the shards that aren't held."""
+        """Look features up as `FeatureBank.gather`, reading the shards that aren't held."""
         flat = rows.reshape(-1).cpu()
         of_view = torch.zeros_like(flat) if views is None else views.reshape(-1).cpu()
         of_clip = None if clips is None else clips.reshape(-1).cpu()

@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 
 class TrainedModels(Protocol):
-    """Is R methods that are trained together."""
+    """R methods that are trained together."""
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         ...
 
     def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
-        """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms], on the device."""
+        """Take a chunk's steps; return the terms of the loss, float32 [S, R, n_terms], on the device."""
         ...
 
     def load(self, run: int) -> nn.Module:
-        """Gives the method of one run as it is now; good until the next step."""
+        """Return the method of one run as it is now; good until the next step."""
         ...
 
     def keep(self, n_runs: int) -> None:
-        """Goes on with the first `n_runs` runs alone."""
+        """Go on with the first `n_runs` runs alone."""
         ...
 
 
 def make_models(methods: Sequence[nn.Module], schedule: Schedule, device: torch.device) -> TrainedModels:
-    """Makes what trains methods: a single one by itself, several of equal shape as one stacked model."""
+    """Make what trains methods: a single one by itself, several of equal shape as one stacked model."""
     if len(methods) == 1 and device.type != "cuda":
         return SingleModel(methods[0], schedule, device)
     from echoshift.train.cached.stacking import StackedModels
@@ -57,11 +57,11 @@ class SingleModel:
         self._optimiser = make_optimiser([p for p in method.parameters() if p.requires_grad], schedule, device)
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         self._optimiser.set_lr(lr)
 
     def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
-        """Takes a chunk's steps; gives the terms of the loss, float32 [S, 1, n_terms]."""
+        """Take a chunk's steps; return the terms of the loss, float32 [S, 1, n_terms]."""
         losses = []
         method = cast(Method, self._method)
         for step in range(len(chunk.rows)):
@@ -74,15 +74,15 @@ class SingleModel:
         return torch.stack(losses)[:, None]
 
     def load(self, run: int) -> nn.Module:
-        """Gives the method."""
+        """Return the method."""
         return self._method
 
     def keep(self, n_runs: int) -> None:
-        """Has nothing to do: the one run is kept, or done."""
+        """Have nothing to do: the one run is kept, or done."""
 
 
 def count_draws(method: nn.Module, source: StepSource) -> int:
-    """Counts the numbers for dropout that a step takes, by a pass of a copy of the method over a first batch.
+    """Count the numbers for dropout that a step takes, by a pass of a copy of the method over a first batch.
 
     Raises RunError where the method doesn't compute as many terms as it names.
     """

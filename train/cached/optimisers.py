@@ -22,20 +22,20 @@ class Optimiser(Protocol):
     """Moves weights against their gradients."""
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the steps to come, in place on a GPU, where a captured graph reads it."""
+        """Set the learning rate of the steps to come, in place on a GPU, where a captured graph reads it."""
         ...
 
     def step(self) -> None:
-        """Takes a step and forgets the gradients."""
+        """Take a step and forget the gradients."""
         ...
 
     def keep(self, parameters: Sequence[Tensor], n_runs: int) -> Optimiser:
-        """Gives the optimiser of the first `n_runs` of stacked runs, whose weights these are, as it is now."""
+        """Return the optimiser of the first `n_runs` of stacked runs, whose weights these are, as it is now."""
         ...
 
 
 def make_optimiser(parameters: Sequence[Tensor], schedule: Schedule, device: torch.device) -> Optimiser:
-    """Makes the optimiser that a schedule names."""
+    """Make the optimiser that a schedule names."""
     lr: float | Tensor = torch.tensor(schedule.lr, device=device) if device.type == "cuda" else schedule.lr
     if schedule.optimiser == "adam":
         return FusedAdam(parameters, lr, schedule.weight_decay)
@@ -43,7 +43,7 @@ def make_optimiser(parameters: Sequence[Tensor], schedule: Schedule, device: tor
 
 
 class FusedAdam:
-    """Is Adam with weight decay in the gradient, as torch.optim.Adam."""
+    """Adam with weight decay in the gradient, as torch.optim.Adam."""
 
     def __init__(self, parameters: Sequence[Tensor], lr: float | Tensor, weight_decay: float) -> None:
         self._parameters, self._lr, self._weight_decay = list(parameters), lr, weight_decay
@@ -52,12 +52,12 @@ class FusedAdam:
         self._steps = [torch.zeros((), device=p.device) for p in parameters]
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         self._lr = _set(self._lr, lr)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Takes a step and forgets the gradients."""
+        """Take a step and forget the gradients."""
         used = _find_used(self._parameters)
         steps = [self._steps[i] for i in used]
         torch._foreach_add_(steps, 1)
@@ -79,7 +79,7 @@ class FusedAdam:
         _forget_gradients(self._parameters)
 
     def keep(self, parameters: Sequence[Tensor], n_runs: int) -> FusedAdam:
-        """Gives the optimiser of the first `n_runs` of stacked runs, as it is now."""
+        """Return the optimiser of the first `n_runs` of stacked runs, as it is now."""
         kept = FusedAdam(parameters, self._lr, self._weight_decay)
         kept._means = [mean[:n_runs].clone() for mean in self._means]
         kept._squares = [square[:n_runs].clone() for square in self._squares]
@@ -88,7 +88,7 @@ class FusedAdam:
 
 
 class FusedSgd:
-    """Is SGD with momentum, and weight decay in the gradient, as torch.optim.SGD."""
+    """SGD with momentum, and weight decay in the gradient, as torch.optim.SGD."""
 
     def __init__(self, parameters: Sequence[Tensor], lr: float | Tensor, weight_decay: float, momentum: float) -> None:
         self._parameters, self._lr = list(parameters), lr
@@ -96,12 +96,12 @@ class FusedSgd:
         self._velocities = [torch.zeros_like(p) for p in parameters]
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         self._lr = _set(self._lr, lr)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Takes a step and forgets the gradients."""
+        """Take a step and forget the gradients."""
         used = _find_used(self._parameters)
         torch._fused_sgd_(
             [self._parameters[i] for i in used],
@@ -118,7 +118,7 @@ class FusedSgd:
         _forget_gradients(self._parameters)
 
     def keep(self, parameters: Sequence[Tensor], n_runs: int) -> FusedSgd:
-        """Gives the optimiser of the first `n_runs` of stacked runs, as it is now."""
+        """Return the optimiser of the first `n_runs` of stacked runs, as it is now."""
         kept = FusedSgd(parameters, self._lr, self._weight_decay, self._momentum)
         kept._velocities = [velocity[:n_runs].clone() for velocity in self._velocities]
         return kept
@@ -129,7 +129,7 @@ def _set(before: float | Tensor, lr: float) -> float | Tensor:
 
 
 def _find_used(parameters: Sequence[Tensor]) -> list[int]:
-    """Finds the weights that the loss depends on; the others stay as they are, weight decay or not."""
+    """Find the weights that the loss depends on; the others stay as they are, weight decay or not."""
     return [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
 
 

@@ -25,7 +25,7 @@ def predict_rows(
     one_clip: bool = False,
     over_clips: Literal["mean", "max"] = "mean",
 ) -> np.ndarray:
-    """Predicts the segments whose row numbers are `index`, int64 [n]; gives probabilities float32 [n, K].
+    """Predict the segments whose row numbers are `index`, int64 [n]; return probabilities float32 [n, K].
 
     The mean over views. With `one_clip` each clip is predicted by itself, and `over_clips` combines them (METHODS 6:
     the maximum for CharadesEgo). The method is in eval mode, on the device.

@@ -27,7 +27,7 @@ _VIEWS, _DRAWS = 3, 4  # what is random, beside the three kinds of shuffles (epo
 
 
 class PlannedSteps(NamedTuple):
-    """Is what S steps of one run see, as NumPy arrays; B = n_source + n_target + n_labelled.
+    """What S steps of one run see, as NumPy arrays; B = n_source + n_target + n_labelled.
 
     Rows, views and clips are int64 [S, B], labels of the three parts [S, n, ...], domains int64 [S, n_source].
     """
@@ -42,7 +42,7 @@ class PlannedSteps(NamedTuple):
 
 
 class ChunkInputs(NamedTuple):
-    """Is what S steps of R runs see, on the device: as PlannedSteps, with the runs' axis second.
+    """What S steps of R runs see, on the device: as PlannedSteps, with the runs' axis second.
 
     `draws` float32 [S, R, n_draws]; `progress` float32 [S, R], the share of the steps that are done.
     """
@@ -74,7 +74,7 @@ class RunSteps:
         self._at = 0
 
     def take(self, n_steps: int) -> PlannedSteps:
-        """Takes the next steps."""
+        """Take the next steps."""
         n_planned = sum(len(part.rows) for part in self._planned) - self._at
         while n_planned < n_steps:
             self._planned.append(next(self._epochs))
@@ -125,7 +125,7 @@ class StepSource:
         self._draws = torch.empty(0, device=device)
 
     def peek(self) -> StepInputs:
-        """Gives the first run's first step, without its numbers for dropout, and takes nothing."""
+        """Return the first run's first step, without its numbers for dropout, and take nothing."""
         run = self.runs[0]
         planned = RunSteps(run.data, run.schedule, run.seed).take(1)
         moved = [torch.from_numpy(values[0]).to(self._device) for values in planned]
@@ -134,7 +134,7 @@ class StepSource:
         return make_step_inputs(ChunkInputs(*(*moved, nothing, nothing)), self.bank)
 
     def take(self, start: int, stop: int, n_runs: int) -> ChunkInputs:
-        """Takes the steps from `start` to `stop` of the first `n_runs` runs."""
+        """Take the steps from `start` to `stop` of the first `n_runs` runs."""
         n_steps = stop - start
         planned = [run.take(n_steps) for run in self.runs[:n_runs]]
         arrays = [np.stack(parts, axis=1) for parts in zip(*planned, strict=True)]
@@ -148,7 +148,7 @@ class StepSource:
         return ChunkInputs(*moved)
 
     def _draw(self, n_steps: int, n_runs: int) -> Tensor:
-        """Draws a chunk's numbers, float32 [n_steps, n_runs, n_draws], into memory that the next chunk takes again."""
+        """Draw a chunk's numbers, float32 [n_steps, n_runs, n_draws], into memory that the next chunk takes again."""
         n = n_steps * n_runs * self.n_draws
         if len(self._draws) < n:
             self._draws = torch.empty(n, device=self._device)
@@ -172,7 +172,7 @@ class _Generator:
             self._torch.manual_seed(int(state >> np.uint64(1)))
 
     def fill(self, numbers: Tensor) -> None:
-        """Fills a contiguous tensor with the next numbers."""
+        """Fill a contiguous tensor with the next numbers."""
         if self._torch is None:
             self._numpy.random(dtype=np.float32, out=numbers.numpy())
         else:
@@ -180,13 +180,13 @@ class _Generator:
 
 
 def make_step_inputs(of_step: ChunkInputs, bank: Bank) -> StepInputs:
-    """Looks up what one run's step sees; the fields have neither the axis of steps nor that of runs."""
+    """Look up what one run's step sees; the fields have neither the axis of steps nor that of runs."""
     batch = bank.gather(of_step.rows, of_step.views, of_step.clips if bank.one_clip else None)
     return cut_batch(batch, of_step)
 
 
 def cut_batch(batch: FeatureBatch, of_step: ChunkInputs) -> StepInputs:
-    """Cuts a step's features, [B, ...] with the three parts side by side, and puts its labels to them."""
+    """Cut a step's features, [B, ...] with the three parts side by side, and put its labels to them."""
     n_source, n_target = of_step.source_labels.shape[0], of_step.pseudo_labels.shape[0]
     n_labelled = of_step.labelled_labels.shape[0]
 

@@ -28,7 +28,7 @@ class _Losses(nn.Module):
         self.method = method
 
     def forward(self, batch: FeatureBatch, of_step: ChunkInputs) -> Tensor:
-        """Gives the terms of the loss of one run's step."""
+        """Return the terms of the loss of one run's step."""
         return cast(Method, self.method).losses(cut_batch(batch, of_step), Dropouts(of_step.draws))
 
 
@@ -49,11 +49,11 @@ class StackedModels:
         self._graph: StepGraph | None = None
 
     def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of the steps to come."""
+        """Set the learning rate of the steps to come."""
         self._optimiser.set_lr(lr)
 
     def train(self, chunk: ChunkInputs, bank: Bank) -> Tensor:
-        """Takes a chunk's steps; gives the terms of the loss, float32 [S, R, n_terms]."""
+        """Take a chunk's steps; return the terms of the loss, float32 [S, R, n_terms]."""
 
         def take_step(of_step: ChunkInputs) -> Tensor:
             return self._take_step(of_step, bank)
@@ -65,14 +65,14 @@ class StackedModels:
         return torch.stack([take_step(ChunkInputs(*(values[s] for values in chunk))) for s in range(len(chunk.rows))])
 
     def load(self, run: int) -> nn.Module:
-        """Gives a method with the weights of one run; good until the next call."""
+        """Return a method with the weights of one run; good until the next call."""
         state = {**self._parameters, **self._constants, **self._buffers}
         own = {name.removeprefix("method."): value[run].detach() for name, value in state.items()}
         self._loaded.load_state_dict(own)
         return self._loaded
 
     def keep(self, n_runs: int) -> None:
-        """Goes on with the first `n_runs` runs: weights, statistics and the optimiser's moments."""
+        """Go on with the first `n_runs` runs: weights, statistics and the optimiser's moments."""
         if not n_runs:
             return
         self._parameters = {k: v[:n_runs].detach().clone().requires_grad_() for k, v in self._parameters.items()}
@@ -82,7 +82,7 @@ class StackedModels:
         self._graph = None
 
     def _take_step(self, of_step: ChunkInputs, bank: Bank) -> Tensor:
-        """Takes one step of all runs; gives the terms of the loss, float32 [R, n_terms]."""
+        """Take one step of all runs; return the terms of the loss, float32 [R, n_terms]."""
         batch = bank.gather(of_step.rows, of_step.views, of_step.clips if bank.one_clip else None)
 
         def compute(

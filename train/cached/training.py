@@ -26,7 +26,7 @@ _N_DRAWS_BYTES, _N_CPU_DRAWS_BYTES = 256 * 2**20, 4 * 2**20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingData:
-    """Is what one run trains on.
+    """What one run trains on.
 
     Attributes:
         train: features; the row numbers are of these.
@@ -49,7 +49,7 @@ class TrainingData:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Says how long and by which optimiser a run is trained.
+    """How long and by which optimiser a run is trained.
 
     Attributes:
         n_source, n_target, n_labelled: segments of a batch.
@@ -70,13 +70,13 @@ class Schedule:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def find_lr(self, step: int) -> float:
-        """Gives the learning rate of a step."""
+        """Return the learning rate of a step."""
         return next((lr for start, lr in reversed(self.lr_drops) if step >= start), self.lr)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingJob:
-    """Is one run to train.
+    """One run to train.
 
     Attributes:
         title: names it in errors and in lines of progress.
@@ -103,7 +103,7 @@ class TrainingJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainedRun:
-    """Is what came of a job.
+    """What came of a job.
 
     Attributes:
         state: the state_dict, on the CPU.
@@ -123,7 +123,7 @@ class TrainedRun:
 def train_jobs(
     jobs: Sequence[TrainingJob], device: torch.device, watcher: EpochWatcher, *, stack: int = 1
 ) -> list[TrainedRun]:
-    """Trains jobs, those with the same signature in stacks of at most `stack`; 0: as many as there are.
+    """Train jobs, those with the same signature in stacks of at most `stack`; 0: as many as there are.
 
     A run comes to the same alone and in a stack, but for rounding. Raises RunError where a loss is no number any more.
     """
@@ -145,7 +145,7 @@ def train_jobs(
 
 
 def _train_stack(jobs: Sequence[TrainingJob], device: torch.device, watcher: EpochWatcher) -> list[TrainedRun]:
-    """Trains jobs of one signature together, the longest first; the shortest leaves the stack when it is done."""
+    """Train jobs of one signature together, the longest first; the shortest leaves the stack when it is done."""
     bank = make_bank([job.data.train for job in jobs], device, one_clip=jobs[0].data.one_clip)
     methods = [job.build() for job in jobs]
     loss_names = cast(Method, methods[0]).loss_names
@@ -220,7 +220,7 @@ def _limit_chunk(n_draws: int, n_runs: int, device: torch.device) -> int:
 
 
 def _find_stop(jobs: Sequence[TrainingJob], step: int, n_most: int) -> int:
-    """Finds where the next chunk of steps ends: before anything happens to a run."""
+    """Find where the next chunk of steps ends: before anything happens to a run."""
     events = [step + n_most]
     for job in jobs:
         schedule = job.schedule

@@ -15,7 +15,7 @@ _OPACITY = 0.65
 
 
 def overlay_map(pictures: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Lays a map over pictures, uint8 [T, H, W, 3]: the more it says, the less of the picture's own colour is left.
+    """Lay a map over pictures, uint8 [T, H, W, 3]: the more it says, the less of the picture's own colour is left.
 
     The largest value of the clip is the end of the scale; a map of zeros leaves the pictures as they are.
     """
@@ -32,7 +32,7 @@ def overlay_map(pictures: np.ndarray, values: np.ndarray) -> np.ndarray:
 def draw_activation_maps(
     maps: Sequence[ActivationMap], sound: SegmentSound | None, what: str, n_shown: int = N_SHOWN
 ) -> Picture:
-    """Draws the clip's frames, its sound beneath, and one row of maps a run; `what` names the data set."""
+    """Draw the clip's frames, its sound beneath, and one row of maps a run; `what` names the data set."""
     first = maps[0]
     n_frames = len(first.pictures)
     shown = np.unique(np.linspace(0, n_frames - 1, min(n_shown, n_frames)).round().astype(int))

@@ -40,7 +40,7 @@ Classify = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationMap:
-    """Is where in a clip a network sees a class (Selvaraju et al., ICCV 2017).
+    """Where in a clip a network sees a class (Selvaraju et al., ICCV 2017).
 
     Attributes:
         run: names the run.
@@ -97,7 +97,7 @@ class ActivationMapper:
         self._model.eval()
 
     def map(self, media: OpenMedia, segment: Segment, class_name: str = "") -> ActivationMap:
-        """Maps a class over the middle clip of a segment; "" is the class that the clip makes most probable.
+        """Map a class over the middle clip of a segment; "" is the class that the clip makes most probable.
 
         Raises MediaError naming what can't be read, RunError for an unknown class.
         """
@@ -127,7 +127,7 @@ class ActivationMapper:
         )
 
     def _make_classifier(self, segment: Segment) -> Classify:
-        """Makes what gives logits [1, K] of a clip [1, C, T, H, W] of a segment, whose sound is given."""
+        """Make what gives logits [1, K] of a clip [1, C, T, H, W] of a segment, whose sound is given."""
         model, gates = self._model, None
         if self._sound is None:
             return lambda clip: model.gated({CLIP: clip})
@@ -148,7 +148,7 @@ class ActivationMapper:
         return classify
 
     def _plan_times(self, media: OpenMedia, segment: Segment, entry: int) -> np.ndarray:
-        """Plans when the pictures of an entry are shown, as reading it does."""
+        """Plan when the pictures of an entry are shown, as reading it does."""
         spec = self._spec
         assert spec.frame is not None, "the visual encoder sees"
         reader = media.open_pictures(segment, spec.frame.source, spec.decoder)
@@ -167,7 +167,7 @@ class ActivationMapper:
 def compute_activation_map(
     network: EncoderNetwork, classify: Classify, clip: Tensor, target: int
 ) -> tuple[np.ndarray, str]:
-    """Computes Grad-CAM of class `target` for one clip, float32 [1, C, T, H, W]; gives [T, H, W] and the layer's name.
+    """Compute Grad-CAM of class `target` for one clip, float32 [1, C, T, H, W]; return [T, H, W] and the layer's name.
 
     `classify` runs the network and gives logits [1, K]. Activations of the network's last block are weighed by the mean
     gradient of the class's logit, summed over channels, what is below zero cut off, and interpolated (trilinear) to the
@@ -186,7 +186,7 @@ def compute_activation_map(
 
 
 def find_last_block(network: EncoderNetwork, run: Callable[[], Tensor]) -> tuple[str, nn.Module]:
-    """Finds the first module, outermost first, of the last stage before the classifier that gives [B, C, T, H, W].
+    """Find the first module, outermost first, of the last stage before the classifier that gives [B, C, T, H, W].
 
     `run` runs the network once, which tells what modules give. Raises RunError where none gives that.
     """
@@ -216,12 +216,12 @@ def find_last_block(network: EncoderNetwork, run: Callable[[], Tensor]) -> tuple
 
 
 def _is_within(network: EncoderNetwork, stage: str, name: str) -> bool:
-    """Says whether a module is one of a stage's, or within one."""
+    """Return whether a module is one of a stage's, or within one."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in network.stages[stage])
 
 
 def restore_pictures(clip: Tensor, spec: FrameSpec) -> np.ndarray:
-    """Restores the pictures of a network's input, float32 [C, T, H, W], uint8 [T, H, W, 3]; of flow its two as grey."""
+    """Restore the pictures of a network's input, float32 [C, T, H, W], uint8 [T, H, W, 3]; of flow its two as grey."""
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (spec.mean, spec.std))
     pictures = (clip * std + mean).clamp(0, 255).round().byte().permute(1, 2, 3, 0).numpy()
     if pictures.shape[-1] == 3:

@@ -25,7 +25,7 @@ from echoshift.train.steps import RECORD
 def embed_adaptation(
     places: DataPlaces, runs_dir: Path, record: RunRecord, *, seed: int = 0, max_points: int = MAX_POINTS
 ) -> tuple[EmbeddedFeatures, EmbeddedFeatures]:
-    """Embeds the test segments of a shift's domains as the cache has them, and as a run of Stage 1 does.
+    """Embed the test segments of a shift's domains as the cache has them, and as a run of Stage 1 does.
 
     Before are the pooled features of the same encoder in the cache; raises RunError where the cache has none, or the
     run exported none.
@@ -46,7 +46,7 @@ def embed_adaptation(
 def embed_alignment(
     places: DataPlaces, runs_dir: Path, record: RunRecord, *, seed: int = 0, max_points: int = MAX_POINTS
 ) -> tuple[EmbeddedFeatures, EmbeddedFeatures]:
-    """Embeds the test segments of a shift's domains as a run of alignment was given them, and as it projects them.
+    """Embed the test segments of a shift's domains as a run of alignment was given them, and as it projects them.
 
     The features of both modalities side by side, each the mean over clips; zeros where there is no sound.
     """
@@ -67,20 +67,20 @@ def embed_alignment(
 
 
 def join_modalities(features: ModalityFeatures) -> np.ndarray:
-    """Joins the mean over clips of both modalities, float32 [n, D_v + D_a]; zeros where there is no sound."""
+    """Join the mean over clips of both modalities, float32 [n, D_v + D_a]; zeros where there is no sound."""
     audio = np.where(features.heard[:, None], features.audio.mean(axis=1), 0)
     return np.concatenate([features.visual.mean(axis=1), audio], axis=1).astype(np.float32)
 
 
 def embed_store(store: FeatureStore, title: str, segments: list[Segment], n_all: int, seed: int) -> EmbeddedFeatures:
-    """Embeds the features of a store's segments: outputs side by side, each the mean over views, clips and tokens."""
+    """Embed the features of a store's segments: outputs side by side, each the mean over views, clips and tokens."""
     found = read_visual(store, [segment.segment_id for segment in segments])
     means = [values.float().flatten(1, -2).mean(dim=1).numpy() for values in found.values()]
     return EmbeddedFeatures(title, tuple(segments), embed(np.concatenate(means, axis=1), seed), n_all)
 
 
 def open_adapted_store(runs_dir: Path, record: RunRecord) -> FeatureStore:
-    """Opens the features that a run of Stage 1 exported; raises RunError where it has none."""
+    """Open the features that a run of Stage 1 exported; raises RunError where it has none."""
     folder = runs_dir / "steps" / f"features-{record.steps.get('features', 'none')}"
     try:
         name = json.loads((folder / RECORD).read_text(encoding="utf-8"))["outcome"]["store"]
@@ -90,7 +90,7 @@ def open_adapted_store(runs_dir: Path, record: RunRecord) -> FeatureStore:
 
 
 def find_cached_store(places: DataPlaces, record: RunRecord, adapted: FeatureStore) -> FeatureStore:
-    """Finds the pooled features of a run's visual encoder in the cache; raises RunError where there are none.
+    """Find the pooled features of a run's visual encoder in the cache; raises RunError where there are none.
 
     Of several stores it is that of the same clips as the adapted features, if there is one, and else the longest.
     """

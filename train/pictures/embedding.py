@@ -18,7 +18,7 @@ _MIN_POINTS = 5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedFeatures:
-    """Is features of n segments in the plane.
+    """Features of n segments in the plane.
 
     Attributes:
         points: float32 [n, 2].
@@ -32,7 +32,7 @@ class EmbeddedFeatures:
 
 
 def choose_segments(segments: Sequence[Segment], max_points: int, seed: int) -> list[int]:
-    """Chooses at most `max_points` segments evenly at random, the seed decides which; their numbers, ascending."""
+    """Choose at most `max_points` segments evenly at random, the seed decides which; their numbers, ascending."""
     if len(segments) <= max_points:
         return list(range(len(segments)))
     drawn = np.random.default_rng(seed).choice(len(segments), max_points, replace=False)
@@ -40,7 +40,7 @@ def choose_segments(segments: Sequence[Segment], max_points: int, seed: int) -> 
 
 
 def embed(values: np.ndarray, seed: int) -> np.ndarray:
-    """Embeds features, float [n, D], in the plane by scikit-learn's t-SNE, float32 [n, 2]; begins with their PCA.
+    """Embed features, float [n, D], in the plane by scikit-learn's t-SNE, float32 [n, 2]; begin with their PCA.
 
     Perplexity 30, or a third of n - 1 where that is less. Raises RunError for fewer than five segments.
     """
@@ -55,7 +55,7 @@ def embed(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def draw_embedding(parts: Sequence[EmbeddedFeatures], classes: Sequence[str], what: str, seed: int) -> Picture:
-    """Draws each part twice, by domain and by class of the first label; `what` names data and shift.
+    """Draw each part twice, by domain and by class of the first label; `what` names data and shift.
 
     Labels of the target colour points here, and nothing is learned from them (analysis).
     """
@@ -88,7 +88,7 @@ def draw_embedding(parts: Sequence[EmbeddedFeatures], classes: Sequence[str], wh
 
 
 def _scatter(axis: object, part: EmbeddedFeatures, values: Sequence[str], names: Sequence[str]) -> None:
-    """Draws points of up to 64 kinds, by colour and marker; more share theirs."""
+    """Draw points of up to 64 kinds, by colour and marker; more share theirs."""
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes), "subplots gives axes"

@@ -37,7 +37,7 @@ _STYLE: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """Is a figure with what it says.
+    """A figure with what it says.
 
     Attributes:
         numbers: by name, what is drawn; JSON, but for NumPy's arrays.
@@ -51,7 +51,7 @@ class Picture:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draws what is drawn in the block in the style of the house, and changes nothing outside of it."""
+    """Draw what is drawn in the block in the style of the house, and changes nothing outside of it."""
     from matplotlib import rc_context
 
     style: Any = dict(_STYLE)  # its stubs list every name there is
@@ -60,14 +60,14 @@ def house_style() -> Iterator[None]:
 
 
 def make_figure(width_in: float, height_in: float) -> Figure:
-    """Makes an empty figure that belongs to no window; call it within `house_style`."""
+    """Make an empty figure that belongs to no window; call it within `house_style`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
 def render_svg(figure: Figure) -> str:
-    """Renders a figure as SVG whose text is text; the same figure gives the same bytes."""
+    """Render a figure as SVG whose text is text; the same figure gives the same bytes."""
     file = io.StringIO()
     with house_style():
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -75,7 +75,7 @@ def render_svg(figure: Figure) -> str:
 
 
 def render_png(figure: Figure) -> bytes:
-    """Renders a figure as PNG."""
+    """Render a figure as PNG."""
     file = io.BytesIO()
     with house_style():
         figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
@@ -83,7 +83,7 @@ def render_png(figure: Figure) -> bytes:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as .png or .svg in one step, and makes the folder; raises RunError for another ending."""
+    """Write a figure as .png or .svg in one step, and make the folder; raises RunError for another ending."""
     ending = path.suffix.lower()
     if ending not in (".png", ".svg"):
         raise RunError(f"{path}: a picture is written as .png or .svg; name it so")

@@ -23,7 +23,7 @@ SOURCE_ONLY = "source_only"
 
 
 def make_norm_histograms(places: DataPlaces, runs_dir: Path, choice: RunChoice) -> Picture:
-    """Draws feature norms before and after a run of alignment (Planamente et al., Figure 6).
+    """Draw feature norms before and after a run of alignment (Planamente et al., Figure 6).
 
     Before is the source_only run of the same shift, seed and network, and, whether there is one or not, the cached
     features that both were trained on. Raises RunError where no run fits.
@@ -35,7 +35,7 @@ def make_norm_histograms(places: DataPlaces, runs_dir: Path, choice: RunChoice) 
 
 
 def make_norm_shares(places: DataPlaces, runs_dir: Path, choice: RunChoice, n_top: int = N_TOP) -> Picture:
-    """Draws what the modalities weigh with and without alignment (Planamente et al., Figure 7).
+    """Draw what the modalities weigh with and without alignment (Planamente et al., Figure 7).
 
     Without is the source_only run of the same shift, seed and network; where there is none, the run stands alone.
     Raises RunError where no run fits, and for a dataset of several labels a segment.
@@ -54,7 +54,7 @@ def make_norm_shares(places: DataPlaces, runs_dir: Path, choice: RunChoice, n_to
 def make_embedding(
     places: DataPlaces, runs_dir: Path, choice: RunChoice, *, tsne_seed: int = 0, max_points: int = MAX_POINTS
 ) -> Picture:
-    """Draws features before and after adaptation in the plane.
+    """Draw features before and after adaptation in the plane.
 
     Visual ones of Stage 1, or, where the choice names a method of alignment, those of both modalities. Raises RunError
     where no run fits, or Stage 1 exported none.
@@ -73,7 +73,7 @@ def make_embedding(
 def make_activation_maps(
     places: DataPlaces, runs_dir: Path, choice: RunChoice, segment_id: str, rows: Sequence[str] = (), target: str = ""
 ) -> Picture:
-    """Draws class activation maps of a segment's middle clip (Planamente et al., Figure 6).
+    """Draw class activation maps of a segment's middle clip (Planamente et al., Figure 6).
 
     `rows` are those of a grid whose runs are drawn one below the other; none: the last run that fits, and above it,
     where the choice names a method that Stage 1 was trained by end to end, the last one of the same shift and seed by
@@ -111,7 +111,7 @@ def _find_end_to_end_source_only(runs_dir: Path, record: RunRecord) -> list[RunR
 
 
 def describe_data(places: DataPlaces, record: RunRecord) -> str:
-    """Names data, shift and seed for a title, and says where the data are synthetic."""
+    """Name data, shift and seed for a title, and say where the data are synthetic."""
     return f"{_name_dataset(places)}, {record.shift}, seed {record.seed}, test segments of its domains"
 
 
@@ -120,6 +120,6 @@ def _name_dataset(places: DataPlaces) -> str:
 
 
 def _list_compared(runs_dir: Path, record: RunRecord) -> list[RunRecord]:
-    """Lists the runs that are drawn: the one without alignment, where it is done, and the one with it."""
+    """List the runs that are drawn: the one without alignment, where it is done, and the one with it."""
     without = find_source_only(runs_dir, record) if find_method(record) != "source_only" else None
     return [record] if without is None else [without, record]

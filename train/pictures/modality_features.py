@@ -31,7 +31,7 @@ _MAX_BYTES = 2**33
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Classifier:
-    """Is the linear classifier of one modality: logits = features @ weight.T + bias.
+    """The linear classifier of one modality: logits = features @ weight.T + bias.
 
     Attributes:
         weight: float32 [K, D].
@@ -44,7 +44,7 @@ class Classifier:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModalityFeatures:
-    """Is the features of n segments, as one network, or the cache, has them.
+    """The features of n segments, as one network, or the cache, has them.
 
     Attributes:
         title: says whose they are.
@@ -64,7 +64,7 @@ class ModalityFeatures:
 
 
 def read_cached_features(places: DataPlaces, runs_dir: Path, record: RunRecord, network: int = 0) -> ModalityFeatures:
-    """Reads the features that a run of alignment was trained on, of every test segment of its shift."""
+    """Read the features that a run of alignment was trained on, of every test segment of its shift."""
     rows, segments = _open_rows(places, runs_dir, record, network)
     index = rows.find([segment.segment_id for segment in segments])
     visual, audio = [], []
@@ -79,7 +79,7 @@ def read_cached_features(places: DataPlaces, runs_dir: Path, record: RunRecord, 
 def read_projected_features(
     places: DataPlaces, runs_dir: Path, record: RunRecord, network: int = 0
 ) -> ModalityFeatures:
-    """Computes f^v and f^a, what a run's classifiers see, of every test segment of its shift.
+    """Compute f^v and f^a, what a run's classifiers see, of every test segment of its shift.
 
     Of several views the first is projected. With `network.clips` `one` each clip has features of its own. Raises
     RunError where the run's checkpoint is gone, or the features that it was trained on.
@@ -115,7 +115,7 @@ def read_projected_features(
 def _encode(
     streams: TwoStreams, batch: FeatureBatch, is_target: np.ndarray, domain: Domain
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes a batch as segments of a domain; statistics of a domain's own make the difference (AdaBN)."""
+    """Encode a batch as segments of a domain; statistics of a domain's own make the difference (AdaBN)."""
     found = [
         streams.encode(
             FeatureBatch(
@@ -163,7 +163,7 @@ def _get_classifiers(streams: TwoStreams) -> tuple[Classifier | None, Classifier
 
 
 def _iterate_clips(rows: Rows, index: np.ndarray, *, one_clip: bool) -> list[FeatureBatch]:
-    """Gives batches of the first view of segments: one a clip, or a single one of all clips."""
+    """Return batches of the first view of segments: one a clip, or a single one of all clips."""
     from echoshift.train.cached.feature_bank import make_bank
 
     bank = make_bank([rows], torch.device("cpu"))
@@ -174,13 +174,13 @@ def _iterate_clips(rows: Rows, index: np.ndarray, *, one_clip: bool) -> list[Fea
 
 
 def _join_outputs(batch: FeatureBatch) -> torch.Tensor:
-    """Gives one vector a segment: outputs side by side, each the mean over its clips and tokens."""
+    """Return one vector a segment: outputs side by side, each the mean over its clips and tokens."""
     means = [values.float().flatten(1, -2).mean(dim=1) for values in batch.visual.values()]
     return torch.cat(means, dim=-1)
 
 
 def _open_rows(places: DataPlaces, runs_dir: Path, record: RunRecord, network: int) -> tuple[Rows, tuple[Segment, ...]]:
-    """Opens the features of the test segments of a shift's domains, those that have any."""
+    """Open the features of the test segments of a shift's domains, those that have any."""
     inputs = _find_inputs(places, runs_dir, record, network)
     segments = _list_test_segments(places, inputs, record)
     if not segments:
@@ -208,7 +208,7 @@ def _list_done(path: Path) -> set[str]:
 
 
 def _find_inputs(places: DataPlaces, runs_dir: Path, record: RunRecord, network: int) -> StreamInputs:
-    """Finds what a network was trained on, by what its record says."""
+    """Find what a network was trained on, by what its record says."""
     stage1 = record.config["streams"][network]["stage1"]
     if stage1 is None:
         raise RunError(

@@ -16,7 +16,7 @@ _N_BINS = 30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModalityNorms:
-    """Is the feature norms of segments of one network.
+    """The feature norms of segments of one network.
 
     Attributes:
         visual: float64 [n]: of each segment the mean over its clips of the L2 norm, h(x^v) of RNA.
@@ -31,12 +31,12 @@ class ModalityNorms:
 
     @property
     def ratio(self) -> float:
-        """Gives mean h(x^v) / mean h(x^a), which RNA brings to 1."""
+        """Mean h(x^v) / mean h(x^a), which RNA brings to 1."""
         return float(self.visual.mean() / self.audio.mean())
 
 
 def compute_norms(features: ModalityFeatures) -> ModalityNorms:
-    """Computes the norms of both modalities; raises RunError where no segment has sound or its features are zero."""
+    """Compute the norms of both modalities; raises RunError where no segment has sound or its features are zero."""
     visual, audio = measure_norms(features.visual), measure_norms(features.audio)
     if not audio[features.heard].any():
         raise RunError(
@@ -53,13 +53,13 @@ def compute_norms(features: ModalityFeatures) -> ModalityNorms:
 
 
 def measure_norms(values: np.ndarray) -> np.ndarray:
-    """Measures of each segment the mean over clips of the L2 norm, float64 [n], of [n, n_clips, D]."""
+    """Measure of each segment the mean over clips of the L2 norm, float64 [n], of [n, n_clips, D]."""
     norms: np.ndarray = np.sqrt(np.square(values, dtype=np.float64).sum(axis=2)).mean(axis=1)
     return norms
 
 
 def draw_norm_histograms(norms: Sequence[ModalityNorms], what: str) -> Picture:
-    """Draws one histogram a network, on a common axis; `what` names data and shift in the title."""
+    """Draw one histogram a network, on a common axis; `what` names data and shift in the title."""
     top = max(max(each.visual.max(), each.audio.max()) for each in norms)
     edges = np.linspace(0, float(top) * 1.02 or 1.0, _N_BINS + 1)
     numbers: dict[str, object] = {"edges": edges}

@@ -24,7 +24,7 @@ PARTS = ("pictures", "sound", "both")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModalityShares:
-    """Is what one network's modalities weigh.
+    """What one network's modalities weigh.
 
     Attributes:
         n_top: by modality, how many features were taken; half of them where there are fewer than twice N_TOP.
@@ -44,7 +44,7 @@ class ModalityShares:
 
 
 def compute_shares(features: ModalityFeatures, labels: np.ndarray, n_top: int = N_TOP) -> ModalityShares:
-    """Computes the shares; `labels` int64 [n] are of the segments.
+    """Compute the shares; `labels` int64 [n] are of the segments.
 
     The paper doesn't say how the most relevant features are found [?]: here by the L2 norm of a feature's weights in
     the classifier. Raises RunError where a modality has no classifier, or no segment has sound.
@@ -76,7 +76,7 @@ def compute_shares(features: ModalityFeatures, labels: np.ndarray, n_top: int = 
 
 
 def share_norm(values: np.ndarray, classifier: Classifier, n_top: int) -> float:
-    """Computes the share of the squared norm in the `n_top` features of largest weights; values [n, n_clips, D].
+    """Compute the share of the squared norm in the `n_top` features of largest weights; values [n, n_clips, D].
 
     The mean over segments and clips; those whose feature is zero don't count.
     """
@@ -89,7 +89,7 @@ def share_norm(values: np.ndarray, classifier: Classifier, n_top: int) -> float:
 
 
 def draw_shares(shares: Sequence[ModalityShares], what: str) -> Picture:
-    """Draws accuracy, balance and shares of the norm of networks side by side; `what` names data and shift."""
+    """Draw accuracy, balance and shares of the norm of networks side by side; `what` names data and shift."""
     numbers = {
         each.title: {
             "accuracy": dict(each.accuracy),
@@ -125,7 +125,7 @@ def draw_shares(shares: Sequence[ModalityShares], what: str) -> Picture:
 
 
 def _classify(values: np.ndarray, classifier: Classifier) -> np.ndarray:
-    """Computes logits, float64 [n, K], the mean over clips."""
+    """Compute logits, float64 [n, K], the mean over clips."""
     logits: np.ndarray = (values.astype(np.float64) @ classifier.weight.T + classifier.bias).mean(axis=1)
     return logits
 

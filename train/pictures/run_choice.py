@@ -14,7 +14,7 @@ from echoshift.train.stage1.encoder_steps import CHECKPOINT as ENCODER
 
 @dataclass(frozen=True, slots=True)
 class RunChoice:
-    """Says which runs a picture may be of; what is "" or None is left open, and the last run that fits is taken."""
+    """Which runs a picture may be of; what is "" or None is left open, and the last run that fits is taken."""
 
     shift: str = ""
     seed: int | None = None
@@ -22,7 +22,7 @@ class RunChoice:
     method: str = ""
 
     def fits(self, record: RunRecord) -> bool:
-        """Says whether a run fits."""
+        """Return whether a run fits."""
         return (
             self.shift in ("", record.shift)
             and self.seed in (None, record.seed)
@@ -31,7 +31,7 @@ class RunChoice:
         )
 
     def describe(self) -> str:
-        """Says in words what is asked for."""
+        """Describe in words what is asked for."""
         parts = [part for part in (self.method, self.shift) if part]
         parts += [] if self.seed is None else [f"seed {self.seed}"]
         parts += [] if self.row is None else [f"row {self.row!r}"]
@@ -39,7 +39,7 @@ class RunChoice:
 
 
 def choose_alignment_run(runs_dir: Path, choice: RunChoice) -> RunRecord:
-    """Chooses the last run of alignment that fits and isn't source_only, unless that is asked for."""
+    """Choose the last run of alignment that fits and isn't source_only, unless that is asked for."""
 
     def fits(record: RunRecord) -> bool:
         method = find_method(record)
@@ -51,7 +51,7 @@ def choose_alignment_run(runs_dir: Path, choice: RunChoice) -> RunRecord:
 
 
 def find_source_only(runs_dir: Path, record: RunRecord) -> RunRecord | None:
-    """Finds the source_only run that a run of alignment is compared with: of its shift, seed and network."""
+    """Find the source_only run that a run of alignment is compared with: of its shift, seed and network."""
 
     def fits(other: RunRecord) -> bool:
         return (
@@ -65,7 +65,7 @@ def find_source_only(runs_dir: Path, record: RunRecord) -> RunRecord | None:
 
 
 def choose_stage1_run(runs_dir: Path, choice: RunChoice, *, with_features: bool = False) -> RunRecord:
-    """Chooses the last run of Stage 1 that fits and whose checkpoint, or exported features, are there."""
+    """Choose the last run of Stage 1 that fits and whose checkpoint, or exported features, are there."""
 
     def fits(record: RunRecord) -> bool:
         if record.stage != "stage1" or not choice.fits(record):

@@ -34,7 +34,7 @@ _MAX_CLASSES = 12
 
 
 def draw_segment(view: SegmentView) -> Figure:
-    """Draws a view; a part that isn't there is its sentence. Of more than 40 predictions the first 40 are drawn."""
+    """Draw a view; a part that isn't there is its sentence. Of more than 40 predictions the first 40 are drawn."""
     shown = view.predictions[:_MAX_ROWS]
     of_sound_in = [1.75 if view.spectrogram else _SENTENCE_IN, 1.15 if view.sound else _SENTENCE_IN]
     heights = [
@@ -129,7 +129,7 @@ def _draw_gates(part: Any, view: SegmentView) -> None:
 
 
 def _draw_predictions(axis: Any, view: SegmentView, shown: tuple[SegmentPrediction, ...]) -> None:
-    """Draws one row a prediction and one column a class: the darker, the more probable; a frame marks the label."""
+    """Draw one row a prediction and one column a class: the darker, the more probable; a frame marks the label."""
     if not shown:
         _say(axis, view, "predictions")
         return
@@ -165,7 +165,7 @@ def _draw_predictions(axis: Any, view: SegmentView, shown: tuple[SegmentPredicti
 
 
 def choose_classes(view: SegmentView, shown: Sequence[SegmentPrediction]) -> list[int]:
-    """Chooses the classes that are drawn, in index order: the segment's own, and those that predictions say most."""
+    """Choose the classes that are drawn, in index order: the segment's own, and those that predictions say most."""
     if len(view.classes) <= _MAX_CLASSES:
         return list(range(len(view.classes)))
     own = [i for i, name in enumerate(view.classes) if name in view.segment.labels][:_MAX_CLASSES]
@@ -175,7 +175,7 @@ def choose_classes(view: SegmentView, shown: Sequence[SegmentPrediction]) -> lis
 
 
 def _say(axis: Any, view: SegmentView, part: Part) -> None:
-    """Writes the sentence that says why a part isn't there."""
+    """Write the sentence that says why a part isn't there."""
     sentence = textwrap.fill(f"{part}: {view.missing.get(part, 'not read.')}", 130)
     axis.text(0, 0.5, sentence, transform=axis.transAxes, va="center", fontsize=8.5, color=QUIET_COLOUR)
     axis.set_axis_off()

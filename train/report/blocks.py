@@ -1,4 +1,4 @@
-"""Defines what sections of the page are made of, as nouns that the templates know how to show."""
+"""What sections of the page are made of, as nouns that the templates know how to show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Is one cell of a table: its words, the number it is sorted by, and the length of a bar in it, 0 to 1."""
+    """One cell of a table: its words, the number it is sorted by, and the length of a bar in it, 0 to 1."""
 
     text: str
     value: float | None = None
@@ -19,7 +19,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Is a table's column; numbers stand to the right."""
+    """A table's column; numbers stand to the right."""
 
     name: str
     is_number: bool = True
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class TableBlock:
-    """Is a table that sorts and filters; the first cell of a row is its header."""
+    """A table that sorts and filters; the first cell of a row is its header."""
 
     kind: ClassVar[str] = "table"
     id: str
@@ -39,7 +39,7 @@ class TableBlock:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Is a chart as an `<svg>` element, whose text alternative is inside, with its caption."""
+    """A chart as an `<svg>` element, whose text alternative is inside, with its caption."""
 
     caption: str
     svg: Markup
@@ -47,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class FiguresBlock:
-    """Is charts side by side, as many as there is room for; `wide` ones take a row of their own."""
+    """Charts side by side, as many as there is room for; `wide` ones take a row of their own."""
 
     kind: ClassVar[str] = "figures"
     figures: tuple[Figure, ...]
@@ -56,7 +56,7 @@ class FiguresBlock:
 
 @dataclass(frozen=True, slots=True)
 class TextBlock:
-    """Is a paragraph; `analysis` marks what reads the target's labels, which no training sees."""
+    """A paragraph; `analysis` marks what reads the target's labels, which no training sees."""
 
     kind: ClassVar[str] = "text"
     text: str
@@ -65,7 +65,7 @@ class TextBlock:
 
 @dataclass(frozen=True, slots=True)
 class HeadingBlock:
-    """Is a heading below a section's."""
+    """A heading below a section's."""
 
     kind: ClassVar[str] = "heading"
     text: str
@@ -74,7 +74,7 @@ class HeadingBlock:
 
 @dataclass(frozen=True, slots=True)
 class MissingBlock:
-    """Is a sentence that says what isn't there, with the command that makes it."""
+    """A sentence that says what isn't there, with the command that makes it."""
 
     kind: ClassVar[str] = "missing"
     text: str
@@ -83,7 +83,7 @@ class MissingBlock:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Is one bar, in percent of the track: its mean, and the span from lowest to highest; None where there is none."""
+    """One bar, in percent of the track: its mean, and the span from lowest to highest; None where there is none."""
 
     name: str
     mean: float | None
@@ -94,7 +94,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class BarsBlock:
-    """Is bars below each other, each with its number in words."""
+    """Bars below each other, each with its number in words."""
 
     kind: ClassVar[str] = "bars"
     caption: str
@@ -103,7 +103,7 @@ class BarsBlock:
 
 @dataclass(frozen=True, slots=True)
 class ConfusionBlock:
-    """Is a confusion matrix: counts, rows are labels, columns predictions."""
+    """A confusion matrix: counts, rows are labels, columns predictions."""
 
     kind: ClassVar[str] = "confusion"
     caption: str
@@ -113,7 +113,7 @@ class ConfusionBlock:
 
 @dataclass(frozen=True, slots=True)
 class ProbabilityLine:
-    """Is one prediction of a segment: who says it, and the likeliest classes with their probabilities."""
+    """One prediction of a segment: who says it, and the likeliest classes with their probabilities."""
 
     who: str
     classes: tuple[tuple[str, float, bool], ...]
@@ -121,7 +121,7 @@ class ProbabilityLine:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Is an image as a data URL, with its text alternative and what stands below it."""
+    """An image as a data URL, with its text alternative and what stands below it."""
 
     url: str
     alternative: str
@@ -130,7 +130,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class SegmentCard:
-    """Is one segment: what it looks like, sounds like, and what is made of it; `sentences` say what is missing."""
+    """One segment: what it looks like, sounds like, and what is made of it; `sentences` say what is missing."""
 
     segment_id: str
     facts: str
@@ -146,7 +146,7 @@ class SegmentCard:
 
 @dataclass(frozen=True, slots=True)
 class SegmentsBlock:
-    """Is segments as cards, which filter together."""
+    """Segments as cards, which filter together."""
 
     kind: ClassVar[str] = "segments"
     cards: tuple[SegmentCard, ...]
@@ -154,7 +154,7 @@ class SegmentsBlock:
 
 @dataclass(frozen=True, slots=True)
 class DetailsBlock:
-    """Is what is folded away until it is asked for."""
+    """What is folded away until it is asked for."""
 
     kind: ClassVar[str] = "details"
     summary: str
@@ -164,7 +164,7 @@ class DetailsBlock:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceBlock:
-    """Is several panels of which one is shown, by name."""
+    """Several panels of which one is shown, by name."""
 
     kind: ClassVar[str] = "choice"
     id: str
@@ -188,7 +188,7 @@ Block = (
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Is one number at the head of the page: what it is, and a line about it."""
+    """One number at the head of the page: what it is, and a line about it."""
 
     name: str
     number: str
@@ -197,7 +197,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Is a part of the page with an entry of its own in the table of contents."""
+    """A part of the page with an entry of its own in the table of contents."""
 
     id: str
     title: str
@@ -207,7 +207,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Is the whole page."""
+    """The whole page."""
 
     dataset: str
     title: str
@@ -219,15 +219,15 @@ class Page:
 
 
 def number(value: float | None, digits: int = 1) -> Cell:
-    """Makes a cell of a number, sorted by its full precision; a dash where there is none."""
+    """Make a cell of a number, sorted by its full precision; a dash where there is none."""
     return Cell("–", None) if value is None else Cell(f"{value:,.{digits}f}", value)
 
 
 def count(value: int) -> Cell:
-    """Makes a cell of a count."""
+    """Make a cell of a count."""
     return Cell(f"{value:,}", value)
 
 
 def percent(share: float | None, digits: int = 1) -> Cell:
-    """Makes a cell of a share 0..1, shown and sorted in percent; a dash where there is none."""
+    """Make a cell of a share 0..1, shown and sorted in percent; a dash where there is none."""
     return number(None if share is None else 100 * share, digits)

@@ -20,7 +20,7 @@ OTHERS = "all others"
 
 @dataclass(frozen=True, slots=True)
 class ClassBar:
-    """Is what one class, or part of the test set, scores, in percent: mean, lowest and highest over seeds.
+    """What one class, or part of the test set, scores, in percent: mean, lowest and highest over seeds.
 
     `n` test segments are of it.
     """
@@ -34,7 +34,7 @@ class ClassBar:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Is what the runs of one row scored in one shift, class by class.
+    """What the runs of one row scored in one shift, class by class.
 
     Attributes:
         seeds: of the runs that are done.
@@ -57,7 +57,7 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class LooseRuns:
-    """Is runs of one configuration, shift and selection rule that are in no grid's table, over their seeds.
+    """Runs of one configuration, shift and selection rule that are in no grid's table, over their seeds.
 
     `interval` is of their main score, in percent; None where no run has one.
     """
@@ -72,7 +72,7 @@ class LooseRuns:
 def break_down(
     planned: Sequence[PlannedRun], latest: Mapping[RunKey, RunRecord], rule: SelectionRule, manifest_sha256: str
 ) -> list[Breakdown]:
-    """Breaks down by class what planned runs scored, row by row and shift by shift, without those that have no run."""
+    """Break down by class what planned runs scored, row by row and shift by shift, without those that have no run."""
     grouped: dict[tuple[str, str], list[RunRecord]] = {}
     for run in planned:
         record = latest.get((run.stage, run.config_hash, run.shift, run.seed, rule))
@@ -114,7 +114,7 @@ def _break_down(row: str, shift: str, records: Sequence[RunRecord]) -> Breakdown
 
 
 def fold_confusion(counts: np.ndarray, kept: Sequence[int]) -> np.ndarray:
-    """Keeps the rows and columns of some classes, and adds up those of all others, int64 [k + 1, k + 1] from [K, K].
+    """Keep the rows and columns of some classes, and add up those of all others, int64 [k + 1, k + 1] from [K, K].
 
     All classes kept is the matrix itself.
     """
@@ -126,7 +126,7 @@ def fold_confusion(counts: np.ndarray, kept: Sequence[int]) -> np.ndarray:
 
 
 def _find_largest(bars: Sequence[ClassBar], n: int) -> list[int]:
-    """Finds the n classes with the most test segments, in the card's order."""
+    """Find the n classes with the most test segments, in the card's order."""
     return sorted(sorted(range(len(bars)), key=lambda k: (-bars[k].n, k))[:n])
 
 
@@ -139,7 +139,7 @@ def _average(name: str, values: Sequence[float | None], n: int) -> ClassBar:
 def gather_loose(
     records: Iterable[RunRecord], shown: frozenset[RunKey], manifest_sha256: str
 ) -> tuple[list[LooseRuns], int]:
-    """Gathers the runs that aren't `shown` in a grid's table, and counts those of another manifest, left out.
+    """Gather the runs that aren't `shown` in a grid's table, and counts those of another manifest, left out.
 
     A configuration is called by the row that first asked for it, or by its hash.
     """

@@ -14,7 +14,7 @@ _MAX_LEGEND = 24
 
 
 def draw_losses(name: str, title: str, runs: Sequence[Mapping[str, Sequence[float | None]]], y_label: str) -> str:
-    """Draws losses by epoch: each run (a seed) a thin line, their mean a thick one, a colour a loss.
+    """Draw losses by epoch: each run (a seed) a thin line, their mean a thick one, a colour a loss.
 
     `runs` map a loss's name to its values by epoch; None leaves a gap. Gives an `<svg>`.
     """
@@ -61,7 +61,7 @@ def draw_histogram(
     is_logarithmic: bool = False,
     size: tuple[float, float] = (4.4, 2.4),
 ) -> str:
-    """Draws counts in bins as steps, a colour a group; `edges` are one more than each group's counts."""
+    """Draw counts in bins as steps, a colour a group; `edges` are one more than each group's counts."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -90,7 +90,7 @@ def draw_histogram(
 
 
 def draw_scatter(name: str, title: str, points: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> str:
-    """Draws points [n, 2] of groups, each a colour and a marker, in the order of their names; gives an `<svg>`.
+    """Draw points [n, 2] of groups, each a colour and a marker, in the order of their names; return an `<svg>`.
 
     Up to 24 groups are named in a legend. Axes of an embedding mean nothing and have no numbers.
     """

@@ -17,7 +17,7 @@ TRAIN = "train"
 
 @dataclass(frozen=True, slots=True)
 class PartFacts:
-    """Is one split of one domain.
+    """One split of one domain.
 
     Attributes:
         n_per_class: in the card's order; a segment of several classes counts in each.
@@ -41,14 +41,14 @@ class PartFacts:
 
     @property
     def silent_share(self) -> float | None:
-        """Gives the share of silent segments among those of which it is known; None where of none."""
+        """The share of silent segments among those of which it is known; None where of none."""
         n_known = self.n_heard + self.n_silent
         return self.n_silent / n_known if n_known else None
 
 
 @dataclass(frozen=True, slots=True)
 class LabelShift:
-    """Is how far the label distributions of two train splits lie apart, 0 (the same) to 1 (no class in common).
+    """How far the label distributions of two train splits lie apart, 0 (the same) to 1 (no class in common).
 
     `distance` is the total variation distance, half the sum over classes of |p - q|. `largest` names the class whose
     share differs most, `source_share` and `target_share` are its shares. It reads the target's labels: analysis alone.
@@ -64,7 +64,7 @@ class LabelShift:
 
 @dataclass(frozen=True, slots=True)
 class DatasetFacts:
-    """Is a dataset in numbers; `parts` without segments are left out, `duration_bins` are edges in seconds.
+    """A dataset in numbers; `parts` without segments are left out, `duration_bins` are edges in seconds.
 
     `durations` counts, by domain, segments in each bin. `sound_store` names the store that knows what is silent, ""
     where none does.
@@ -87,7 +87,7 @@ N_DURATION_BINS = 24
 def count_dataset(
     manifest: Manifest, card: DatasetCard, has_audio: Mapping[str, bool], sound_store: str = ""
 ) -> DatasetFacts:
-    """Counts a dataset; `has_audio` says of segments, by id, whether there is sound, as far as it is known."""
+    """Count a dataset; `has_audio` says of segments, by id, whether there is sound, as far as it is known."""
     segments = tuple(manifest)
     members: dict[tuple[str, str], list[Segment]] = {}
     for segment in segments:
@@ -130,7 +130,7 @@ def count_dataset(
 
 
 def compare_labels(segments: Sequence[Segment], card: DatasetCard) -> tuple[LabelShift, ...]:
-    """Compares the label distributions of the train splits of each pair of domains that the card names as a shift.
+    """Compare the label distributions of the train splits of each pair of domains that the card names as a shift.
 
     Multi-label: the distribution over all labels given. A pair is left out where a side has no label.
     """
@@ -167,7 +167,7 @@ def _share(counts: Counter[str], classes: Sequence[str]) -> np.ndarray | None:
 def _count_durations(
     segments: Sequence[Segment], domains: Sequence[str]
 ) -> tuple[tuple[float, ...], dict[str, tuple[int, ...]]]:
-    """Counts durations in bins of equal ratio, because segments last from a fraction of a second to minutes."""
+    """Count durations in bins of equal ratio, because segments last from a fraction of a second to minutes."""
     durations = np.array([segment.duration_s for segment in segments])
     if not len(durations):
         return (), {}

@@ -27,7 +27,7 @@ TEXT = False  # of a column: it holds no numbers
 
 
 def make_dataset_section(facts: DatasetFacts, card: DatasetCard) -> Section:
-    """Makes the section."""
+    """Make the section."""
     blocks: list[Block] = [_make_parts_table(facts)]
     if not facts.sound_store:
         blocks.append(

@@ -46,7 +46,7 @@ def make_feature_section(
     start: Callable[[int], None] = lambda n: None,
     advance: Callable[[], None] = lambda: None,
 ) -> Section:
-    """Makes the section of the last run of each stage in the first MAX_SHIFTS shifts that have one.
+    """Make the section of the last run of each stage in the first MAX_SHIFTS shifts that have one.
 
     What a run has no features for any more is said. `start` is told how many runs are read, `advance` of each.
     """
@@ -80,7 +80,7 @@ def make_feature_section(
 
 
 def _tell_faults(show: Callable[[], list[Block]]) -> list[Block]:
-    """Shows something, or says why it can't be."""
+    """Show something, or say why it can't be."""
     try:
         return show()
     except EchoshiftError as error:
@@ -130,7 +130,7 @@ def _draw_parts(
 
 
 def _draw_adapted_norms(name: str, shift: str, output: str, before: FeatureStore, after: FeatureStore) -> Figure:
-    """Draws norms of one output as extracted and as adapted, over the same bins."""
+    """Draw norms of one output as extracted and as adapted, over the same bins."""
     norms = {}
     for title, store in (("as extracted", before), ("adapted", after)):
         shape = next(o.shape for o in store.spec.outputs if o.name == output)
@@ -165,7 +165,7 @@ def _show_alignment(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> l
 
 
 def _show_activation(i: int, shift: str, places: DataPlaces, runs_dir: Path) -> list[Block]:
-    """Shows where a clip's class is seen: the target's first test segment by its id."""
+    """Show where a clip's class is seen: the target's first test segment by its id."""
     target = find_shift(places.card, shift).target
     segment_id = min((s.segment_id for s in places.manifest if s.domain == target and s.split == TEST), default="")
     if not segment_id:

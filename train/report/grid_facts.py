@@ -25,7 +25,7 @@ Resolve = Callable[[str, Stage, tuple[str, ...]], Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class GridFacts:
-    """Is one grid under one preset and selection rule.
+    """One grid under one preset and selection rule.
 
     Attributes:
         breakdowns: of each row and shift with a run, at most MAX_BREAKDOWNS of `n_breakdowns`.
@@ -44,13 +44,13 @@ class GridFacts:
 
     @property
     def n_rows_done(self) -> int:
-        """Gives how many rows have a run."""
+        """How many rows have a run."""
         return sum(row.n_done > 0 for row in self.table.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class GridsFacts:
-    """Is all grids: those with runs, those of the dataset's task without (name and title), and which runs they show.
+    """All grids: those with runs, those of the dataset's task without (name and title), and which runs they show.
 
     `loose` are the runs that no grid shows, without `n_other_manifest` of them that are of another manifest.
     """
@@ -74,7 +74,7 @@ def gather_grids(
     more: Sequence[str] = (),
     notify: Callable[[], None] = lambda: None,
 ) -> GridsFacts:
-    """Gathers what `echoshift table` prints of every grid, under every preset and rule of which there are runs.
+    """Gather what `echoshift table` prints of every grid, under every preset and rule of which there are runs.
 
     `resolve` makes the configuration of a preset, stage and overrides; `more` are grid files of one's own.
     """
@@ -108,7 +108,7 @@ def gather_grids(
 
 
 def _order(grid: GridFacts) -> tuple[float, int]:
-    """Puts the grids first of which most rows have runs, then the larger ones."""
+    """Put the grids first of which most rows have runs, then the larger ones."""
     return -grid.n_rows_done / len(grid.table.rows), -grid.n_rows_done
 
 
@@ -120,7 +120,7 @@ def _gather_grid(
     resolve: Resolve,
     presets: Sequence[str],
 ) -> list[tuple[str, list[PlannedRun]]]:
-    """Plans a grid under each preset, and keeps the shifts and seeds of which there are runs."""
+    """Plan a grid under each preset, and keep the shifts and seeds of which there are runs."""
     admitted = [shift for shift in (grid.shifts or list_shifts(grid, card)) if shift in present_shifts]
     found: list[tuple[str, list[PlannedRun]]] = []
     shown: set[RunKey] = set()

@@ -34,7 +34,7 @@ MAX_RUNS = 2000
 
 
 def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: DatasetCard) -> Section:
-    """Makes the section; `runs` are the latest of each configuration, shift, seed and rule."""
+    """Make the section; `runs` are the latest of each configuration, shift, seed and rule."""
     blocks: list[Block] = []
     whole = [grid for grid in facts.done if grid.n_rows_done == len(grid.table.rows)]
     for i, grid in enumerate(whole):
@@ -68,7 +68,7 @@ def make_grid_section(facts: GridsFacts, runs: Sequence[RunRecord], card: Datase
 
 
 def make_run_section(runs: Sequence[RunRecord], shown: frozenset[RunKey], dataset: str) -> Section:
-    """Makes the section that lists every run, whatever grid it is of; the last MAX_RUNS of them."""
+    """Make the section that lists every run, whatever grid it is of; the last MAX_RUNS of them."""
     if not runs:
         missing = MissingBlock("No run has come to its end yet.", f"make stage1 DATASET={dataset}")
         return Section("runs", "All runs", "", (missing,))
@@ -141,7 +141,7 @@ def _make_grid_blocks(i: int, grid: GridFacts) -> list[Block]:
 
 
 def _make_loose_blocks(facts: GridsFacts) -> list[Block]:
-    """Shows runs that are in no table: a line each configuration and shift, and the same breakdowns."""
+    """Show runs that are in no table: a line each configuration and shift, and the same breakdowns."""
     if not facts.loose:
         return []
     text = (
@@ -196,7 +196,7 @@ def _make_loose_table(found: Sequence[LooseRuns], n_other_manifest: int) -> Tabl
 
 
 def make_score_bars(table: Table) -> BarsBlock:
-    """Makes bars of a table's main column: the mean over shifts, or the one shift; spans are the intervals."""
+    """Make bars of a table's main column: the mean over shifts, or the one shift; spans are the intervals."""
     column = "mean" if "mean" in table.columns else table.columns[0]
     bars = []
     for row in table.rows:
@@ -230,7 +230,7 @@ def _make_table_block(id_: str, table: Table, grid: GridFacts) -> TableBlock:
 
 
 def _find_value(table: Table, row: TableRow, column: str) -> float | None:
-    """Finds the number that a cell is sorted by, in full precision."""
+    """Find the number that a cell is sorted by, in full precision."""
     if column in row.cells:
         interval = row.cells[column].interval
         return interval.mean if interval else None

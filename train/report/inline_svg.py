@@ -25,7 +25,7 @@ _VARIABLES = {
 
 @contextmanager
 def page_style() -> Iterator[None]:
-    """Draws in the page's colours and fonts while the block runs, and leaves text as text."""
+    """Draw in the page's colours and fonts while the block runs, and leave text as text."""
     import matplotlib as mpl
     from cycler import cycler
 
@@ -61,7 +61,7 @@ def page_style() -> Iterator[None]:
 
 
 def inline_figure(figure: Figure, name: str, alternative: str) -> str:
-    """Gives a figure as one `<svg>` element with a text alternative; `name` is unique in the page.
+    """Return a figure as one `<svg>` element with a text alternative; `name` is unique in the page.
 
     Sizes are left to the page's style: the element has a view box and grows to the width it is given. Ids are prefixed
     with the name, because figures number their parts alike.
@@ -75,7 +75,7 @@ def inline_figure(figure: Figure, name: str, alternative: str) -> str:
 
 
 def adapt_svg(svg: str, name: str, alternative: str) -> str:
-    """Makes matplotlib's SVG document an element of a page (`inline_figure`)."""
+    """Make matplotlib's SVG document an element of a page (`inline_figure`)."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)

@@ -33,7 +33,7 @@ PAGE = "index.html"
 
 @dataclass(frozen=True, slots=True)
 class ReportRequest:
-    """Is what a report is made of.
+    """What a report is made of.
 
     Attributes:
         runs_dir: where steps and results lie, `runs/DATASET`.
@@ -55,7 +55,7 @@ class ReportRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReportOutcome:
-    """Is the page that was written: where, how large, and of how many runs and stores."""
+    """The page that was written: where, how large, and of how many runs and stores."""
 
     path: Path
     n_bytes: int
@@ -64,7 +64,7 @@ class ReportOutcome:
 
 
 def make_report(request: ReportRequest, path: Path, watcher: EpochWatcher) -> ReportOutcome:
-    """Gathers everything and writes the page to `path`.
+    """Gather everything and write the page to `path`.
 
     Raises what reading manifests, stores and results raises; what isn't there yet is said in the page instead.
     """
@@ -129,7 +129,7 @@ def make_report(request: ReportRequest, path: Path, watcher: EpochWatcher) -> Re
 def make_tiles(
     dataset: DatasetFacts, stores: Sequence[StoreFacts], runs: Sequence[RunRecord], grids: GridsFacts
 ) -> tuple[Tile, ...]:
-    """Makes the numbers at the head of the page."""
+    """Make the numbers at the head of the page."""
     n_known = sum(part.n_heard + part.n_silent for part in dataset.parts)
     n_silent = sum(part.n_silent for part in dataset.parts)
     silent = f"{100 * n_silent / n_known:.1f} % of them silent" if n_known else "silence not known yet"

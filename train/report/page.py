@@ -13,7 +13,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def render_page(page: Page) -> str:
-    """Renders the page as HTML; whatever words it is made of are escaped."""
+    """Render the page as HTML; whatever words it is made of are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -30,7 +30,7 @@ def render_page(page: Page) -> str:
 
 
 def write_page(path: Path, page: Page) -> int:
-    """Writes the page in one step, and gives its size in bytes."""
+    """Write the page in one step, and return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = render_page(page).encode("utf-8")
     fresh = path.with_name(f"{path.name}.partial")
@@ -40,7 +40,7 @@ def write_page(path: Path, page: Page) -> int:
 
 
 def mark_code(text: str) -> Markup:
-    """Escapes words and sets what stands between backticks as code."""
+    """Escape words and set what stands between backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 

@@ -12,7 +12,7 @@ from echoshift.pipeline.segments import Manifest, Segment
 
 
 def choose_segments(manifest: Manifest, n_per_split: int, named: Sequence[str] = ()) -> list[Segment]:
-    """Chooses up to `n_per_split` segments of each domain's split, and those that are named, in the manifest's order.
+    """Choose up to `n_per_split` segments of each domain's split, and those that are named, in the manifest's order.
 
     Within a split one of each class comes before a second of any (by a segment's first label); among equals the hash of
     the id decides, so that the choice depends neither on the order of the file nor on chance. Raises RunError for a

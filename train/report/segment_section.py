@@ -39,7 +39,7 @@ def make_segment_section(
     start: Callable[[int], None] = lambda n: None,
     advance: Callable[[], None] = lambda: None,
 ) -> Section:
-    """Makes the section; `start` is told how many segments are read, `advance` of each."""
+    """Make the section; `start` is told how many segments are read, `advance` of each."""
     title = "Segments"
     chosen = choose_segments(places.manifest, n_per_split, named)
     if not chosen:
@@ -61,7 +61,7 @@ def make_segment_section(
 
 
 def make_segment_card(view: SegmentView) -> SegmentCard:
-    """Lays out what is known of one segment; what isn't there is the view's own sentence."""
+    """Lay out what is known of one segment; what isn't there is the view's own sentence."""
     segment = view.segment
     spectrogram = None
     if view.spectrogram is not None:
@@ -109,12 +109,12 @@ def make_segment_card(view: SegmentView) -> SegmentCard:
 
 
 def make_data_url(kind: str, data: bytes) -> str:
-    """Makes a data URL of bytes, such as those of an image."""
+    """Make a data URL of bytes, such as those of an image."""
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _choose_predictions(predictions: Sequence[SegmentPrediction]) -> list[SegmentPrediction]:
-    """Keeps the first seed of each variant, and no more than MAX_PREDICTIONS."""
+    """Keep the first seed of each variant, and no more than MAX_PREDICTIONS."""
     first: dict[tuple[str, ...], SegmentPrediction] = {}
     for said in sorted(predictions, key=lambda said: said.seed):
         first.setdefault((said.stage, said.row, said.shift, said.speaker, said.selection), said)
@@ -123,7 +123,7 @@ def _choose_predictions(predictions: Sequence[SegmentPrediction]) -> list[Segmen
 
 
 def _make_gate_bars(gate: SegmentGate) -> tuple[Bar, ...]:
-    """Makes a bar a path: the mean of its channels' gates, the span one standard deviation to either side."""
+    """Make a bar a path: the mean of its channels' gates, the span one standard deviation to either side."""
     return tuple(
         Bar(
             group.name,

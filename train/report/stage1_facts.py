@@ -22,7 +22,7 @@ STAGE1 = "stage1"
 
 @dataclass(frozen=True, slots=True)
 class LossCurve:
-    """Is a loss by epoch; `values` of epochs without one are None."""
+    """A loss by epoch; `values` of epochs without one are None."""
 
     name: str
     values: tuple[float | None, ...]
@@ -30,7 +30,7 @@ class LossCurve:
 
 @dataclass(frozen=True, slots=True)
 class ClusteredClass:
-    """Is how a class's sounds were grouped: sizes of its clusters, the largest first, and segments without sound."""
+    """How a class's sounds were grouped: sizes of its clusters, the largest first, and segments without sound."""
 
     name: str
     n_samples: int
@@ -41,7 +41,7 @@ class ClusteredClass:
 
 @dataclass(frozen=True, slots=True)
 class AbsentClass:
-    """Is how often a class was marked absent, and how often rightly: the segment's labels lack it.
+    """How often a class was marked absent, and how often rightly: the segment's labels lack it.
 
     `n_lacking` of all segments lack it: the share that marks at random would have right.
     """
@@ -54,7 +54,7 @@ class AbsentClass:
 
 @dataclass(frozen=True, slots=True)
 class AbsentFacts:
-    """Is what was marked absent in the target's train split, held against its labels: analysis, no training reads it.
+    """What was marked absent in the target's train split, held against its labels: analysis, no training reads it.
 
     `fault` says why `classes` is empty, "" where it isn't.
     """
@@ -65,14 +65,14 @@ class AbsentFacts:
 
     @property
     def accuracy(self) -> float | None:
-        """Gives the share of marks that are right; None where there is no mark."""
+        """The share of marks that are right; None where there is no mark."""
         n_marks = sum(found.n_marks for found in self.classes)
         return sum(found.n_right for found in self.classes) / n_marks if n_marks else None
 
 
 @dataclass(frozen=True, slots=True)
 class Stage1Facts:
-    """Is one run of Stage 1; what the run had no use for is empty or None, `lost` names steps whose folder is gone."""
+    """One run of Stage 1; what the run had no use for is empty or None, `lost` names steps whose folder is gone."""
 
     row: str
     shift: str
@@ -90,14 +90,14 @@ class Stage1Facts:
 
     @property
     def variant(self) -> tuple[str, str]:
-        """Gives what seeds of the same runs have in common: configuration and shift."""
+        """What seeds of the same runs have in common: configuration and shift."""
         return self.config_hash, self.shift
 
 
 def read_stage1_facts(
     records: Iterable[RunRecord], runs_dir: Path, manifest: Manifest, card: DatasetCard
 ) -> list[Stage1Facts]:
-    """Reads the facts of each run of Stage 1 among the records, in their order; trains and computes nothing anew."""
+    """Read the facts of each run of Stage 1 among the records, in their order; train and compute nothing anew."""
     return [_read_facts(record, runs_dir, manifest, card) for record in records if record.stage == STAGE1]
 
 
@@ -136,7 +136,7 @@ def _read_facts(record: RunRecord, runs_dir: Path, manifest: Manifest, card: Dat
 
 
 def _read_outcome(runs_dir: Path, name: str, key: str) -> Mapping[str, Any] | None:
-    """Reads what a step's record says of its outcome; None where the folder is gone."""
+    """Read what a step's record says of its outcome; None where the folder is gone."""
     path = runs_dir / "steps" / f"{name}-{key}" / RECORD
     try:
         outcome = json.loads(path.read_text(encoding="utf-8"))["outcome"]
@@ -163,7 +163,7 @@ def _read_absent(record: RunRecord, runs_dir: Path, manifest: Manifest, card: Da
 
 
 def count_right_marks(marks: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> tuple[AbsentClass, ...]:
-    """Counts, class by class, the marks and those that are right.
+    """Count, class by class, the marks and those that are right.
 
     `marks` bool [n, K]; `labels` int64 [n] or 0 and 1 [n, K]. A mark is right where the segment lacks the class.
     """
@@ -176,7 +176,7 @@ def count_right_marks(marks: np.ndarray, labels: np.ndarray, classes: Sequence[s
 
 
 def _list_marked(record: RunRecord, steps: Path, manifest: Manifest, card: DatasetCard) -> list[str]:
-    """Lists the segments that the marks are of: the target's unlabelled train split as far as the run had features."""
+    """List the segments that the marks are of: the target's unlabelled train split as far as the run had features."""
     chosen = record.config.get("target_labels", {})
     splits = split_for_shift(
         manifest,

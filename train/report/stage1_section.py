@@ -33,7 +33,7 @@ MAX_CLUSTERINGS = 6
 
 
 def make_stage1_section(runs: Sequence[Stage1Facts], dataset: str) -> Section:
-    """Makes the section."""
+    """Make the section."""
     title = "Stage 1: the audio-adaptive encoder"
     if not runs:
         missing = MissingBlock("No run of Stage 1 has come to its end yet.", f"make stage1 DATASET={dataset}")
@@ -47,7 +47,7 @@ def make_stage1_section(runs: Sequence[Stage1Facts], dataset: str) -> Section:
 
 
 def name_variants(runs: Sequence[Stage1Facts]) -> dict[tuple[str, str], str]:
-    """Names each configuration by the grid's row that asked for it, or by its hash where none did, with its shift."""
+    """Name each configuration by the grid's row that asked for it, or by its hash where none did, with its shift."""
     rows: dict[str, str] = {}
     for run in runs:
         if run.row:
@@ -127,7 +127,7 @@ def _make_charts(runs: Sequence[Stage1Facts], names: Mapping[tuple[str, str], st
 
 
 def _list_curves(run: Stage1Facts) -> dict[str, tuple[float | None, ...]]:
-    """Lists the losses that are worth a line: none that is 0 throughout, and no total of a single one."""
+    """List the losses that are worth a line: none that is 0 throughout, and no total of a single one."""
     curves = {curve.name: curve.values for curve in run.losses if any(curve.values)}
     return {"total": curves["total"]} if len(curves) == 2 and "total" in curves else curves
 
@@ -192,7 +192,7 @@ def _make_absent(runs: Sequence[Stage1Facts], dataset: str) -> list[Block]:
 
 
 def _make_absent_table(i: int, shift: str, found: Sequence[AbsentFacts]) -> list[Block]:
-    """Sums marks over seeds."""
+    """Sum marks over seeds."""
     rows, bars = [], []
     for per_seed in zip(*(absent.classes for absent in found), strict=True):
         n_marks, n_right = sum(c.n_marks for c in per_seed), sum(c.n_right for c in per_seed)

@@ -25,7 +25,7 @@ N_SHOWN_FAILURES = 20
 
 @dataclass(frozen=True, slots=True)
 class OutputNorms:
-    """Is a histogram of Euclidean norms of one output's vectors, a vector being one clip's features, flattened.
+    """A histogram of Euclidean norms of one output's vectors, a vector being one clip's features, flattened.
 
     `n_rows` are the rows that were looked at, spread evenly over the `n_done` that are done and have sound where the
     store is of sound; `n_nonfinite` vectors hold NaN or infinity and are counted nowhere else.
@@ -44,7 +44,7 @@ class OutputNorms:
 
 @dataclass(frozen=True, slots=True)
 class FailureReason:
-    """Is one kind of failure: how many segments, and the first of them with its reason in words."""
+    """One kind of failure: how many segments, and the first of them with its reason in words."""
 
     exception: str
     n: int
@@ -54,7 +54,7 @@ class FailureReason:
 
 @dataclass(frozen=True, slots=True)
 class StoreFacts:
-    """Is one store.
+    """One store.
 
     Attributes:
         place: where it lies below the cache.
@@ -85,19 +85,19 @@ class StoreFacts:
 
     @property
     def coverage(self) -> float:
-        """Gives the share of the manifest's segments that are done."""
+        """The share of the manifest's segments that are done."""
         return self.n_done / self.n_segments if self.n_segments else 0.0
 
 
 def list_dataset_stores(cache: Place, dataset: str) -> list[FeatureStore]:
-    """Opens the stores of a dataset, by path."""
+    """Open the stores of a dataset, by path."""
     return [open_store(path) for path in list_stores(cache) if str(path).rstrip("/").split("/")[-2] == dataset]
 
 
 def describe_store(
     store: FeatureStore, manifest: Manifest, n_bytes: int, notify: Callable[[], None] = lambda: None
 ) -> StoreFacts:
-    """Describes one store against a manifest; of its features a sample of rows is read."""
+    """Describe one store against a manifest; of its features a sample of rows is read."""
     state = np.asarray(store.read_array("state"))
     row_of = {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
     rows = [row_of.get(segment.segment_id) for segment in manifest]
@@ -131,7 +131,7 @@ def describe_store(
 
 
 def read_silence(stores: Sequence[FeatureStore]) -> tuple[dict[str, bool], str]:
-    """Reads, by segment, whether there is sound, from the store of sound with the most done rows, and names it.
+    """Read, by segment, whether there is sound, from the store of sound with the most done rows, and names it.
 
     ({}, "") where the dataset has no store of sound.
     """
@@ -152,7 +152,7 @@ def read_silence(stores: Sequence[FeatureStore]) -> tuple[dict[str, bool], str]:
 
 
 def describe_spec(spec: FeatureSpec) -> tuple[tuple[str, str], ...]:
-    """Lists a specification's settings as names and words; None and what doesn't apply is left out."""
+    """List a specification's settings as names and words; None and what doesn't apply is left out."""
     lines: list[tuple[str, str]] = []
     for part in ("clip", "frame", "audio", "imported"):
         value = getattr(spec, part)
@@ -184,7 +184,7 @@ def _count_failures(store: FeatureStore) -> tuple[FailureReason, ...]:
 def _measure_norms(
     store: FeatureStore, output: str, shape: tuple[int, ...], state: np.ndarray, has_sound: np.ndarray | None
 ) -> OutputNorms | None:
-    """Measures the norms of a sample of rows; None where no row is done."""
+    """Measure the norms of a sample of rows; None where no row is done."""
     usable = np.flatnonzero((state == DONE) & (True if has_sound is None else has_sound))
     if not len(usable):
         return None
@@ -205,7 +205,7 @@ def _measure_norms(
 
 
 def sample_norms(store: FeatureStore, output: str, shape: tuple[int, ...], rows: np.ndarray) -> tuple[np.ndarray, int]:
-    """Computes the Euclidean norms of the clips of up to N_NORM_ROWS of the rows, spread evenly, float64 [n_clips].
+    """Compute the Euclidean norms of the clips of up to N_NORM_ROWS of the rows, spread evenly, float64 [n_clips].
 
     Gives how many rows they are of. No more than N_NORM_BYTES are read; `rows` are done.
     """

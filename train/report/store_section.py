@@ -27,7 +27,7 @@ TEXT = False  # of a column: it holds no numbers
 
 
 def make_store_section(stores: Sequence[StoreFacts], dataset: str) -> Section:
-    """Makes the section."""
+    """Make the section."""
     if not stores:
         missing = MissingBlock(
             "No feature store of this dataset is in the cache yet.", f"make extract DATASET={dataset}"

@@ -18,7 +18,7 @@ SPEAKERS = {
 
 
 def make_view_json(view: SegmentView) -> dict[str, Any]:
-    """Makes JSON of a view: everything but the pictures, the samples and the values of the spectrogram."""
+    """Make JSON of a view: everything but the pictures, the samples and the values of the spectrogram."""
     segment, sound, spectrogram, gate = view.segment, view.sound, view.spectrogram, view.gate
     return {
         "dataset": view.dataset,
@@ -70,7 +70,7 @@ def make_view_json(view: SegmentView) -> dict[str, Any]:
 
 
 def list_facts(view: SegmentView) -> list[str]:
-    """Lists what a segment is, and what of it can be seen and heard, a line each."""
+    """List what a segment is, and what of it can be seen and heard, a line each."""
     segment = view.segment
     labels = ", ".join(segment.labels) or "none"
     lines = [
@@ -94,7 +94,7 @@ def list_facts(view: SegmentView) -> list[str]:
 
 
 def list_gates(view: SegmentView) -> list[str]:
-    """Lists the gates of a view's attention by path, a line each, or why there are none."""
+    """List the gates of a view's attention by path, a line each, or why there are none."""
     if view.gate is None:
         return [view.missing["gate"]] if "gate" in view.missing else []
     lines = [f"gates of {view.gate.run}" + ("" if view.gate.hears else ", those of every segment without sound")]
@@ -110,7 +110,7 @@ def list_gates(view: SegmentView) -> list[str]:
 
 
 def describe_hearer(view: SegmentView) -> str:
-    """Says whose input the spectrogram is, and how much of it isn't the segment's own."""
+    """Describe whose input the spectrogram is, and how much of it isn't the segment's own."""
     spectrogram = view.spectrogram
     assert spectrogram is not None, "asked for where there is one"
     whose = f"as {spectrogram.encoder} hears it" if spectrogram.encoder else f"recipe {spectrogram.recipe}"
@@ -122,12 +122,12 @@ def describe_hearer(view: SegmentView) -> str:
 
 
 def write_score(score: ClassScore) -> str:
-    """Writes a class with its probability in percent; a star marks the true one."""
+    """Write a class with its probability in percent; a star marks the true one."""
     return f"{score.name}{'*' if score.is_true else ''} {100 * score.probability:.1f}"
 
 
 def draw_loudness(samples: np.ndarray, n_columns: int = 32) -> str:
-    """Draws the level over time in characters: 60 dB below the loudest column is the lowest."""
+    """Draw the level over time in characters: 60 dB below the loudest column is the lowest."""
     parts = np.array_split(np.asarray(samples, dtype=np.float64), n_columns)
     power = np.array([np.mean(part**2) if len(part) else 0.0 for part in parts])
     level_db = 10 * np.log10(np.maximum(power / max(power.max(), 1e-30), 1e-6))
@@ -135,7 +135,7 @@ def draw_loudness(samples: np.ndarray, n_columns: int = 32) -> str:
 
 
 def draw_histogram(values: np.ndarray, n_bins: int = 16) -> str:
-    """Draws a histogram of values between 0 and 1 in characters; a blank is an empty bin."""
+    """Draw a histogram of values between 0 and 1 in characters; a blank is an empty bin."""
     counts, _ = np.histogram(values, bins=n_bins, range=(0, 1))
     top = max(int(counts.max()), 1)
     return "".join(" " if n == 0 else _BLOCKS[round(n / top * (len(_BLOCKS) - 1))] for n in counts)

@@ -23,7 +23,7 @@ _ATTENTION = "attention."
 
 
 class CheckpointGates:
-    """Holds the attention of one checkpoint and the store of sound whose maps it hears.
+    """The attention of one checkpoint and the store of sound whose maps it hears.
 
     Raises WeightsError for a file that is no checkpoint of Stage 1 or has changed, or has no attention.
     """
@@ -50,7 +50,7 @@ class CheckpointGates:
 
     @torch.inference_mode()
     def compute(self, segment_id: str) -> tuple[bool, Mapping[str, np.ndarray]]:
-        """Gives whether the segment is heard, and its gates by path, float32 [n_channels].
+        """Return whether the segment is heard, and its gates by path, float32 [n_channels].
 
         Raises StoreError for a segment that the store of sound hasn't, or whose row isn't done.
         """
@@ -60,7 +60,7 @@ class CheckpointGates:
 
 
 def read_facts(path: Path) -> CheckpointFacts:
-    """Reads what a checkpoint says of itself; raises WeightsError where it is none."""
+    """Read what a checkpoint says of itself; raises WeightsError where it is none."""
     header = read_header(path)
     try:
         return CheckpointFacts(
@@ -76,7 +76,7 @@ def read_facts(path: Path) -> CheckpointFacts:
 
 
 def summarise_gates(name: str, values: np.ndarray) -> GateGroup:
-    """Summarises the gates of one path, float [n_channels]: mean, spread, and the N_EXTREME channels at either end.
+    """Summarise the gates of one path, float [n_channels]: mean, spread, and the N_EXTREME channels at either end.
 
     Of equal gates the channel of the lower number comes first.
     """

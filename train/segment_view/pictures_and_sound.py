@@ -21,7 +21,7 @@ _JPEG_QUALITY = 82
 
 
 def read_shown_frames(media: OpenMedia, segment: Segment, n_frames: int) -> tuple[ShownFrame, ...]:
-    """Reads the pictures in the middle of each of `n_frames` equal parts of a segment; fewer where it has fewer.
+    """Read the pictures in the middle of each of `n_frames` equal parts of a segment; fewer where it has fewer.
 
     Raises MediaError naming what can't be read.
     """
@@ -43,7 +43,7 @@ def read_shown_frames(media: OpenMedia, segment: Segment, n_frames: int) -> tupl
 
 
 def encode_picture(picture: np.ndarray, time_s: float, number: int) -> ShownFrame:
-    """Encodes a picture, uint8 [H, W, 3], as a JPEG no wider than MAX_WIDTH_PX."""
+    """Encode a picture, uint8 [H, W, 3], as a JPEG no wider than MAX_WIDTH_PX."""
     from PIL import Image
 
     image = Image.fromarray(picture)
@@ -56,7 +56,7 @@ def encode_picture(picture: np.ndarray, time_s: float, number: int) -> ShownFram
 
 
 def read_segment_sound(media: OpenMedia, segment: Segment, rate_hz: int) -> SegmentSound:
-    """Reads the first MAX_SOUND_S of a segment's sound at `rate_hz`.
+    """Read the first MAX_SOUND_S of a segment's sound at `rate_hz`.
 
     Raises MediaNotFoundError where there is none to hear, saying which: no track, or one of zeros alone.
     """
@@ -86,7 +86,7 @@ def read_segment_sound(media: OpenMedia, segment: Segment, rate_hz: int) -> Segm
 
 
 def encode_wav(samples: np.ndarray, rate_hz: int) -> bytes:
-    """Encodes samples, float [n], as mono 16-bit WAV; what is beyond full scale is clipped."""
+    """Encode samples, float [n], as mono 16-bit WAV; what is beyond full scale is clipped."""
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setnchannels(1)
@@ -97,7 +97,7 @@ def encode_wav(samples: np.ndarray, rate_hz: int) -> bytes:
 
 
 def read_spectrogram(media: OpenMedia, segment: Segment, spec: FeatureSpec, *, is_stored: bool) -> SegmentSpectrogram:
-    """Computes the log spectrogram that the encoder of `spec` sees; of one window a clip, that of the middle clip.
+    """Compute the log spectrogram that the encoder of `spec` sees; of one window a clip, that of the middle clip.
 
     Raises MediaNotFoundError for a segment without sound.
     """
@@ -138,7 +138,7 @@ def read_spectrogram(media: OpenMedia, segment: Segment, spec: FeatureSpec, *, i
 
 
 def encode_spectrogram(values: np.ndarray) -> bytes:
-    """Encodes a spectrogram, float [n_bands, n_frames], as a PNG of a palette of 256 colours, low bands at the bottom.
+    """Encode a spectrogram, float [n_bands, n_frames], as a PNG of a palette of 256 colours, low bands at the bottom.
 
     The range is that from the 1st to the 99.5th percentile, so that single values don't take the contrast.
     """

@@ -33,7 +33,7 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True, slots=True)
 class ViewOptions:
-    """Says what is shown.
+    """What is shown.
 
     Attributes:
         n_frames: pictures a segment.
@@ -56,7 +56,7 @@ class SegmentViews:
     """
 
     def __init__(self, places: DataPlaces, runs_dir: Path, options: ViewOptions | None = None) -> None:
-        """Makes it for the runs of `runs_dir`, which is `runs/DATASET`."""
+        """Make it for the runs of `runs_dir`, which is `runs/DATASET`."""
         self._places, self._runs_dir, self._options = places, runs_dir, options or ViewOptions()
         self._media = OpenMedia(places.media_root, places.card.media)
         self._segments = {segment.segment_id: segment for segment in places.manifest}
@@ -73,7 +73,7 @@ class SegmentViews:
         self._media.__exit__(kind, error, trace)
 
     def read(self, segment_id: str) -> SegmentView:
-        """Reads the view of a segment; raises ManifestError with the nearest ids for one that isn't in the manifest."""
+        """Read the view of a segment; raises ManifestError with the nearest ids for one that isn't in the manifest."""
         segment = find_segment(self._segments, segment_id, self._places.card.name)
         missing: dict[Part, str] = {}
         frames, sound, spectrogram = None, None, None
@@ -105,7 +105,7 @@ class SegmentViews:
         )
 
     def _try(self, part: Part, missing: dict[Part, str], read: Callable[[], _Read]) -> _Read | None:
-        """Reads a part; what can't be read is a sentence."""
+        """Read a part; what can't be read is a sentence."""
         try:
             return read()
         except EchoshiftError as error:
@@ -114,7 +114,7 @@ class SegmentViews:
 
     @cached_property
     def _stores(self) -> dict[str, FeatureStore]:
-        """Gives the stores of the dataset that lie in the cache, by fingerprint."""
+        """The stores of the dataset that lie in the cache, by fingerprint."""
         stores = [open_store(path) for path in list_stores(self._places.cache_dir)]
         own = [store for store in stores if store.attributes["dataset"] == self._places.card.name]
         return {fingerprint(store.spec): store for store in own}
@@ -125,7 +125,7 @@ class SegmentViews:
 
     @cached_property
     def _records(self) -> tuple[RunRecord, ...]:
-        """Gives the latest record of each run that the options ask for, Stage 1 first, then by shift and seed."""
+        """The latest record of each run that the options ask for, Stage 1 first, then by shift and seed."""
         stages = ("stage1", "stage2", "alignment")
         chosen = [
             record
@@ -135,7 +135,7 @@ class SegmentViews:
         return tuple(sorted(chosen, key=lambda record: (stages.index(record.stage), record.shift, record.seed)))
 
     def _iterate_records(self, segment: Segment) -> Iterator[tuple[RunRecord, str]]:
-        """Gives the runs whose shift has the segment's domain, each with what the segment is to it."""
+        """Return the runs whose shift has the segment's domain, each with what the segment is to it."""
         shifts = {shift.name: shift for shift in self._places.card.shifts}
         for record in self._records:
             shift = shifts.get(record.shift)
@@ -147,7 +147,7 @@ class SegmentViews:
                 yield record, f"source {segment.split}"
 
     def _read_gate(self, segment: Segment) -> SegmentGate:
-        """Reads the gate of the last run of Stage 1 with attention, of those that the segment is a target to first."""
+        """Read the gate of the last run of Stage 1 with attention, of those that the segment is a target to first."""
         found = [
             (role.startswith("target"), "table" in record.steps, record.ended, record)
             for record, role in self._iterate_records(segment)
@@ -178,7 +178,7 @@ class SegmentViews:
         return CheckpointGates(path, self._stores[name])
 
     def _read_run(self, record_number: int) -> tuple[tuple[StoredPredictions, ...], str]:
-        """Reads a run's predictions, or says why they can't be."""
+        """Read a run's predictions, or say why they can't be."""
         record = self._records[record_number]
         if record.manifest_sha256 != self._places.manifest.sha256:
             return (), f"{describe_run(record)}: made of another manifest"
@@ -236,7 +236,7 @@ class SegmentViews:
 def read_segment_view(
     places: DataPlaces, runs_dir: Path, segment_id: str, options: ViewOptions | None = None
 ) -> SegmentView:
-    """Reads what is shown of one segment; `runs_dir` is `runs/DATASET`. For several, use SegmentViews.
+    """Read what is shown of one segment; `runs_dir` is `runs/DATASET`. For several, use SegmentViews.
 
     Raises ManifestError with the nearest ids for a segment that isn't in the manifest.
     """
@@ -245,7 +245,7 @@ def read_segment_view(
 
 
 def find_segment(segments: dict[str, Segment], segment_id: str, dataset: str) -> Segment:
-    """Finds a segment by its id; raises ManifestError with the nearest ids."""
+    """Find a segment by its id; raises ManifestError with the nearest ids."""
     if segment_id in segments:
         return segments[segment_id]
     near = difflib.get_close_matches(segment_id, segments, n=3, cutoff=0.5)
@@ -256,12 +256,12 @@ def find_segment(segments: dict[str, Segment], segment_id: str, dataset: str) ->
 def rank_classes(
     probabilities: np.ndarray, classes: tuple[str, ...], labels: tuple[str, ...], n_top: int
 ) -> tuple[ClassScore, ...]:
-    """Ranks the `n_top` classes of highest probability, float [K]; of equal ones the first of the card comes first."""
+    """Rank the `n_top` classes of highest probability, float [K]; of equal ones the first of the card comes first."""
     order = np.argsort(-probabilities, kind="stable")[:n_top]
     return tuple(ClassScore(classes[i], float(probabilities[i]), classes[i] in labels) for i in order.tolist())
 
 
 def make_sentence(reason: str) -> str:
-    """Makes a sentence of an error's words."""
+    """Make a sentence of an error's words."""
     words = " ".join(reason.split()).rstrip(".")
     return f"{words[:1].upper()}{words[1:]}."

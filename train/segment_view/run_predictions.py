@@ -25,7 +25,7 @@ _TABLE, _PREDICTIONS = "table.parquet", "predictions.npz"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredPredictions:
-    """Is what one network, or the mean of a run's networks, says of n segments.
+    """What one network, or the mean of a run's networks, says of n segments.
 
     Attributes:
         probabilities: float32 [n, K].
@@ -49,7 +49,7 @@ class PredictionReader:
         self._read_table = lru_cache(maxsize=None)(read_prediction_table)
 
     def read(self, record: RunRecord) -> tuple[StoredPredictions, ...]:
-        """Reads a run's; raises RunError where its steps were deleted or don't say whose predictions they are."""
+        """Read a run's; raises RunError where its steps were deleted or don't say whose predictions they are."""
         if record.stage == "stage1":
             return tuple(self._read_stage1(record))
         return (self._read_networks(record),)
@@ -90,13 +90,13 @@ class PredictionReader:
         return StoredPredictions(speaker, _number(ids), mean.astype(np.float32))
 
     def _find(self, record: RunRecord, name: str) -> Path | None:
-        """Finds the predictions of a step by its key, whatever the step is called."""
+        """Find the predictions of a step by its key, whatever the step is called."""
         key = record.steps.get(name)
         folders = [] if key is None else sorted(self._steps.glob(f"*-{key}"))
         return next((folder / _PREDICTIONS for folder in folders if (folder / _PREDICTIONS).is_file()), None)
 
     def _identify(self, record: RunRecord, folder: Path) -> list[str] | None:
-        """Finds the ids of a run's test segments, in order: those whose hash the step of predictions was named by."""
+        """Find the ids of a run's test segments, in order: those whose hash the step of predictions was named by."""
         try:
             wanted = json.loads((folder / RECORD).read_text(encoding="utf-8"))["inputs"]["test"]
         except (OSError, ValueError, KeyError) as error:
@@ -111,7 +111,7 @@ class PredictionReader:
 
 
 def describe_run(record: RunRecord) -> str:
-    """Names a run for people: stage, method (unless Stage 1's own), shift, seed, row, and the rule unless `last`."""
+    """Name a run for people: stage, method (unless Stage 1's own), shift, seed, row, and the rule unless `last`."""
     method = find_method(record) or find_objective(record)
     stage = f"{record.stage} {method}" if method else record.stage
     row = f", {record.row}" if record.row else ""
@@ -120,13 +120,13 @@ def describe_run(record: RunRecord) -> str:
 
 
 def find_method(record: RunRecord) -> str:
-    """Gives the method of a run of alignment, "" of another stage's."""
+    """Return the method of a run of alignment, "" of another stage's."""
     alignment = record.config.get("alignment", {}) if record.stage == "alignment" else {}
     return str(alignment.get("alignment", {}).get("method", ""))
 
 
 def find_objective(record: RunRecord) -> str:
-    """Gives the method by which a run of Stage 1 was trained end to end, "" where it is Stage 1's own."""
+    """Return the method by which a run of Stage 1 was trained end to end, "" where it is Stage 1's own."""
     objective = record.config.get("objective", {}) if record.stage == "stage1" else {}
     return str(objective.get("method", "")) if objective.get("enabled") else ""
 

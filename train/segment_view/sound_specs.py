@@ -11,7 +11,7 @@ from echoshift.pipeline.specs import ClipSpec, FeatureSpec, OutputSpec
 
 
 def choose_sound_spec(card: DatasetCard, stored: Sequence[FeatureSpec]) -> tuple[FeatureSpec, bool]:
-    """Gives the specification of an encoder of sound, and whether something was extracted by it.
+    """Return the specification of an encoder of sound, and whether something was extracted by it.
 
     Of several stores the one of the encoder that the card names first. Where nothing of sound was extracted it is the
     recipe of Zhang et al. (METHODS section 3), of no encoder.

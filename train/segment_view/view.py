@@ -1,4 +1,4 @@
-"""Defines what is shown of a segment; whatever isn't there is a sentence, never a value."""
+"""What is shown of a segment; whatever isn't there is a sentence, never a value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Speaker = Literal["sound", "pictures", "recogniser", "alignment"]
 
 @dataclass(frozen=True, slots=True)
 class ShownFrame:
-    """Is one picture of the segment as a JPEG of at most 320 pixels in width.
+    """One picture of the segment as a JPEG of at most 320 pixels in width.
 
     Attributes:
         time_s: when it is first shown, in seconds from the start of the video.
@@ -33,7 +33,7 @@ class ShownFrame:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentSound:
-    """Is the first 10 s at most of the segment's sound, mono.
+    """The first 10 s at most of the segment's sound, mono.
 
     Attributes:
         wav: 16-bit PCM.
@@ -52,7 +52,7 @@ class SegmentSound:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentSpectrogram:
-    """Is the log spectrogram that an audio encoder sees.
+    """The log spectrogram that an audio encoder sees.
 
     Attributes:
         values: float32 [n_bands, n_frames], lowest band first, exactly the network's input.
@@ -77,7 +77,7 @@ class SegmentSpectrogram:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """Is one channel's number and its gate."""
+    """One channel's number and its gate."""
 
     number: int
     value: float
@@ -85,7 +85,7 @@ class Channel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GateGroup:
-    """Is the gates of one path's channels, such as `trunk_slow`.
+    """The gates of one path's channels, such as `trunk_slow`.
 
     Attributes:
         values: float32 [n_channels], 0 closed, 1 open.
@@ -103,7 +103,7 @@ class GateGroup:
 
 @dataclass(frozen=True, slots=True)
 class SegmentGate:
-    """Is what the audio-based attention of one checkpoint makes of the segment's sound.
+    """What the audio-based attention of one checkpoint makes of the segment's sound.
 
     Attributes:
         run: names the run, such as `stage1 studio-workshop, seed 0`.
@@ -118,7 +118,7 @@ class SegmentGate:
 
 @dataclass(frozen=True, slots=True)
 class ClassScore:
-    """Is one class with its probability, and whether the manifest says that it is in the segment."""
+    """One class with its probability, and whether the manifest says that it is in the segment."""
 
     name: str
     probability: float
@@ -127,7 +127,7 @@ class ClassScore:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentPrediction:
-    """Is what one run says of the segment.
+    """What one run says of the segment.
 
     Attributes:
         run: names the run, such as `stage2 studio-workshop, seed 0, + z`.
@@ -156,7 +156,7 @@ class SegmentPrediction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentView:
-    """Is everything that is shown of one segment.
+    """Everything that is shown of one segment.
 
     Attributes:
         classes: of the dataset, in index order.

@@ -27,7 +27,7 @@ _GATED, _ATTENTION, _OBJECTIVE = "visual.", "attention.", "objective."
 
 
 class AudioAdaptiveEncoder(nn.Module):
-    """Is E of Zhang et al., section 3.1: a visual encoder whose channels the sound gates.
+    """E of Zhang et al., section 3.1: a visual encoder whose channels the sound gates.
 
     With an `objective`, a method stands on it in place of its own classifier, which isn't used then.
     """
@@ -43,19 +43,19 @@ class AudioAdaptiveEncoder(nn.Module):
             gated.classifier.requires_grad_(False)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
-        """Gives logits [B, K] of one clip of each of B segments."""
+        """Return logits [B, K] of one clip of each of B segments."""
         return self.gated(inputs.visual, self.compute_gates(inputs.audio_map, inputs.has_audio))
 
     def compute_pooled(self, inputs: EncoderInputs) -> Tensor:
-        """Gives what the classifier, or the objective, sees of one clip of each of B segments, [B, C]."""
+        """Return what the classifier, or the objective, sees of one clip of each of B segments, [B, C]."""
         return self.gated.compute_pooled(inputs.visual, self.compute_gates(inputs.audio_map, inputs.has_audio))
 
     def compute_gates(self, audio_map: Tensor, has_audio: Tensor) -> dict[str, Tensor] | None:
-        """Gives a gate for each channel of each path, [B, channels], or None without attention."""
+        """Return a gate for each channel of each path, [B, channels], or None without attention."""
         return None if self.attention is None else self.attention(audio_map, has_audio)
 
     def get_trained_tensors(self) -> dict[str, Tensor]:
-        """Gives what training changes, parameters and statistics, by name: what a checkpoint holds."""
+        """Return what training changes, parameters and statistics, by name: what a checkpoint holds."""
         tensors = {f"{_GATED}{name}": tensor for name, tensor in self.gated.trainable_state().items()}
         if self.attention is not None:
             tensors |= {f"{_ATTENTION}{name}": tensor for name, tensor in self.attention.state_dict().items()}
@@ -64,7 +64,7 @@ class AudioAdaptiveEncoder(nn.Module):
         return tensors
 
     def load_trained_tensors(self, tensors: Mapping[str, Tensor], place: str) -> None:
-        """Loads what `get_trained_tensors` gave; raises WeightsError unless names, shapes and types are the same."""
+        """Load what `get_trained_tensors` gave; raises WeightsError unless names, shapes and types are the same."""
         check_tensors(tensors, self.get_trained_tensors(), place)
         self.gated.load_trainable_state({n.removeprefix(_GATED): t for n, t in tensors.items() if n.startswith(_GATED)})
         if self.attention is not None:
@@ -87,7 +87,7 @@ def build_encoder(
     source_domains: Sequence[str] = (),
     multi_label: bool = False,
 ) -> AudioAdaptiveEncoder:
-    """Builds the encoder on a loaded network; what is new is drawn from the seed, the same whatever ran before.
+    """Build the encoder on a loaded network; what is new is drawn from the seed, the same whatever ran before.
 
     The classifier is drawn before the attention, so that encoders with and without attention begin alike. An objective
     needs the audio network, and the source's domains.
@@ -116,7 +116,7 @@ def build_encoder(
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFacts:
-    """Is what a checkpoint says of itself besides its tensors.
+    """What a checkpoint says of itself besides its tensors.
 
     Attributes:
         encoder: the visual network's name; weights, sound_weights: sha256 of the frozen networks' tensors.
@@ -133,13 +133,13 @@ class CheckpointFacts:
     config: str
 
     def identify(self, tensors: Mapping[str, Tensor]) -> str:
-        """Computes the sha256 that stands for the whole adapted encoder, frozen parts included."""
+        """Compute the sha256 that stands for the whole adapted encoder, frozen parts included."""
         parts = [self.encoder, self.weights, self.sound_weights, self.sound, tensor_sha256(tensors)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def write_checkpoint(path: Path, model: AudioAdaptiveEncoder, facts: CheckpointFacts) -> str:
-    """Writes the trained tensors as safetensors, the facts in its header; gives the encoder's identity (sha256).
+    """Write the trained tensors as safetensors, the facts in its header; return the encoder's identity (sha256).
 
     The same tensors and facts give the same bytes.
     """
@@ -160,7 +160,7 @@ def write_checkpoint(path: Path, model: AudioAdaptiveEncoder, facts: CheckpointF
 
 
 def read_checkpoint(path: Path, model: AudioAdaptiveEncoder) -> str:
-    """Loads a checkpoint into an encoder built for it; gives its identity.
+    """Load a checkpoint into an encoder built for it; return its identity.
 
     Raises WeightsError where the file isn't one, its tensors don't fit, or have changed.
     """
@@ -186,7 +186,7 @@ def read_checkpoint(path: Path, model: AudioAdaptiveEncoder) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SegmentPrediction:
-    """Is what the encoder says of one segment.
+    """What the encoder says of one segment.
 
     Attributes:
         probabilities: float32 [K]: the mean over clips of the softmax, or, multi-label, the maximum of the sigmoid.
@@ -211,7 +211,7 @@ def predict_segments(
     outputs: Sequence[str] = (),
     without_sound: bool = False,
 ) -> Iterator[SegmentPrediction]:
-    """Predicts segments from all their clips; one window of sound gates all clips of a segment (METHODS 5.5).
+    """Predict segments from all their clips; one window of sound gates all clips of a segment (METHODS 5.5).
 
     `without_sound` treats every segment as one without a track (the sound is missing at test).
     """

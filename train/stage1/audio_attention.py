@@ -12,7 +12,7 @@ from echoshift.train.stage1.config import AttentionConfig
 
 
 class AudioAttention(nn.Module):
-    """Is the transformer psi from the audio network's map to gates between 0 and 1 (Zhang et al., section 3.1).
+    """The transformer psi from the audio network's map to gates between 0 and 1 (Zhang et al., section 3.1).
 
     The map's positions are projected to the transformer's width and follow a class token, from which the head reads the
     gates. Positions have no embedding, so their order doesn't matter. Where a segment has no sound, a learned embedding
@@ -20,7 +20,7 @@ class AudioAttention(nn.Module):
     """
 
     def __init__(self, n_map_channels: int, gate_channels: Mapping[str, int], config: AttentionConfig) -> None:
-        """Makes psi for a map of `n_map_channels`, with `gate_channels` gates by path (1280 and 128 for SlowFast)."""
+        """Make psi for a map of `n_map_channels`, with `gate_channels` gates by path (1280 and 128 for SlowFast)."""
         super().__init__()
         width = config.width
         self.p_missing = config.p_missing
@@ -35,7 +35,7 @@ class AudioAttention(nn.Module):
         self.heads = nn.ModuleDict({path: nn.Linear(width, n) for path, n in gate_channels.items()})
 
     def forward(self, audio_map: Tensor, has_audio: Tensor) -> dict[str, Tensor]:
-        """Gives the gates of each path, float32 [B, channels].
+        """Return the gates of each path, float32 [B, channels].
 
         `audio_map` is [B, C, F, N], of any float type; rows where `has_audio` (bool [B]) is false may hold anything,
         NaN too. In training, sound is withheld from a segment with probability `p_missing`, drawn from torch's
@@ -59,7 +59,7 @@ class AudioAttention(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """Is a transformer layer with LayerNorm before attention and before the MLP; no bias in the qkv projection."""
+    """A transformer layer with LayerNorm before attention and before the MLP; no bias in the qkv projection."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class AttentionLayer(nn.Module):
         )
 
     def forward(self, tokens: Tensor, n_kept: int) -> Tensor:
-        """Gives the first `n_kept` tokens of the layer's output [B, n_kept, width]; those alone ask, all P answer."""
+        """Return the first `n_kept` tokens of the layer's output [B, n_kept, width]; those alone ask, all P answer."""
         normed = self.attention_norm(tokens)
         # Three products with slices of one weight, since fewer tokens may ask than answer.
         asking, seen, given = self.qkv.weight.chunk(3)
@@ -88,5 +88,5 @@ class AttentionLayer(nn.Module):
         return tokens + self.mlp(self.mlp_norm(tokens))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """Views [B, P, inner] as [B, heads, P, head width]."""
+        """View [B, P, inner] as [B, heads, P, head width]."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

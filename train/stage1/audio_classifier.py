@@ -21,7 +21,7 @@ _N_PREDICTED_AT_ONCE = 64
 
 
 class AudioClassifier(nn.Module):
-    """Is the audio network above its layer3, with a classifier of K classes."""
+    """The audio network above its layer3, with a classifier of K classes."""
 
     def __init__(self, network: EncoderNetwork, n_features: int, n_classes: int) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class AudioClassifier(nn.Module):
         self.classifier = nn.Linear(n_features, n_classes)
 
     def forward(self, audio_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives logits [B, K] and the pooled features [B, D] of layer3 maps [B, C, F, N]."""
+        """Return logits [B, K] and the pooled features [B, D] of layer3 maps [B, C, F, N]."""
         pooled = self.network.features({"map": audio_map})["pooled"]
         return self.classifier(pooled), pooled
 
     def train(self, mode: bool = True) -> AudioClassifier:
-        """Sets the mode of layer4 and the classifier; what is frozen stays in eval."""
+        """Set the mode of layer4 and the classifier; what is frozen stays in eval."""
         super().train(mode)
         self.network.eval()
         self.network.get_submodule("net.layer4").train(mode)
@@ -45,7 +45,7 @@ class AudioClassifier(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class AudioPredictions:
-    """Is what the audio classifier says of segments.
+    """What the audio classifier says of segments.
 
     Attributes:
         segment_ids: of n segments.
@@ -60,7 +60,7 @@ class AudioPredictions:
     has_audio: np.ndarray
 
     def select(self, segment_ids: Sequence[str]) -> AudioPredictions:
-        """Gives those of some segments, in their order; raises RunError for one that isn't among them."""
+        """Return those of some segments, in their order; raises RunError for one that isn't among them."""
         row_of = {segment_id: i for i, segment_id in enumerate(self.segment_ids)}
         missing = [s for s in segment_ids if s not in row_of]
         if missing:
@@ -69,7 +69,7 @@ class AudioPredictions:
         return AudioPredictions(tuple(segment_ids), self.probabilities[rows], self.features[rows], self.has_audio[rows])
 
     def write(self, path: Path) -> None:
-        """Writes them as .npz in one step."""
+        """Write them as .npz in one step."""
         fresh = path.with_name(f"{path.name}.partial.npz")
         np.savez(
             fresh,
@@ -82,7 +82,7 @@ class AudioPredictions:
 
     @classmethod
     def read(cls, path: Path) -> AudioPredictions:
-        """Reads what `write` wrote; nothing in the file is run."""
+        """Read what `write` wrote; nothing in the file is run."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(
                 tuple(arrays["segment_ids"].tolist()),
@@ -104,7 +104,7 @@ def train_audio_classifier(
     device: torch.device,
     advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[AudioClassifier, list[float]]:
-    """Trains on the segments that have sound; gives the classifier and each epoch's mean loss.
+    """Train on the segments that have sound; return the classifier and each epoch's mean loss.
 
     Where the store has views of sound, one is drawn of each segment in each epoch.
     `network` is the audio encoder with its pretrained weights, which isn't changed. labels: int64 [n], or float32
@@ -142,7 +142,7 @@ def train_audio_classifier(
 
 
 def compute_class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes cross-entropy of indices [B], or the mean binary cross-entropy of 0 and 1 [B, K]."""
+    """Compute cross-entropy of indices [B], or the mean binary cross-entropy of 0 and 1 [B, K]."""
     if labels.ndim == 2:
         return F.binary_cross_entropy_with_logits(logits, labels)
     return F.cross_entropy(logits, labels)
@@ -158,7 +158,7 @@ def predict_audio(
     device: torch.device,
     advance: Callable[[int], None] = lambda n: None,
 ) -> AudioPredictions:
-    """Predicts segments, labels unseen; `model` is in eval mode."""
+    """Predict segments, labels unseen; `model` is in eval mode."""
     probabilities, features = [], []
     for start in range(0, len(segment_ids), _N_PREDICTED_AT_ONCE):
         ids = segment_ids[start : start + _N_PREDICTED_AT_ONCE]

@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class SegmentClips:
-    """Is the network's inputs of one segment, entry by entry (entry number: FeatureSpec.n_entries_per_clip).
+    """The network's inputs of one segment, entry by entry (entry number: FeatureSpec.n_entries_per_clip).
 
     Attributes:
         clips: normalised, float32 [n_entries, C, T, H, W].
@@ -38,7 +38,7 @@ class SegmentClips:
 
 
 def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> SegmentClips:
-    """Reads the clips of a segment as `spec` says, bit for bit what extraction feeds the network; flow may be computed.
+    """Read the clips of a segment as `spec` says, bit for bit what extraction feeds the network; flow may be computed.
 
     Of `spec` the outputs, dtype, precision and weights mean nothing. Raises MediaError naming the segment.
     """

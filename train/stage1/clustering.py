@@ -22,7 +22,7 @@ MIN_BEND = 0.2
 
 @dataclass(frozen=True, slots=True)
 class ClassClusters:
-    """Is how one class was clustered.
+    """How one class was clustered.
 
     Attributes:
         name: of the class.
@@ -45,7 +45,7 @@ class ClassClusters:
 
 @dataclass(frozen=True, slots=True)
 class InteractionClusters:
-    """Is the cluster of each sample within its class, int64 [n], or multi-label [n, K] with -1 where not positive."""
+    """The cluster of each sample within its class, int64 [n], or multi-label [n, K] with -1 where not positive."""
 
     assignment: np.ndarray
     classes: tuple[ClassClusters, ...]
@@ -60,7 +60,7 @@ def cluster_interactions(
     n_init: int,
     seed: int,
 ) -> InteractionClusters:
-    """Clusters the sounds of each class by k-means (k-means++), k from the elbow of 1..`max_clusters` (METHODS 5.2).
+    """Cluster the sounds of each class by k-means (k-means++), k from the elbow of 1..`max_clusters` (METHODS 5.2).
 
     k goes no further than half the samples with sound. Samples without sound tell nothing of an interaction and are one
     cluster of their own. The same seed gives the same clusters on one machine; a class's clusters depend on no other
@@ -105,7 +105,7 @@ def cluster_interactions(
 
 
 def find_elbow(inertias: Sequence[float]) -> int | None:
-    """Finds the k at which the inertias of k = 1, 2, ... bend most, or None where they have no knee.
+    """Find the k at which the inertias of k = 1, 2, ... bend most, or None where they have no knee.
 
     Both axes are scaled to 0..1, and the knee is the point farthest below the chord from the first to the last (Satopaa
     et al., Finding a "Kneedle" in a Haystack, 2011; the elbow of Thorndike, 1953). It must lie at least MIN_BEND below.
@@ -123,7 +123,7 @@ def find_elbow(inertias: Sequence[float]) -> int | None:
 def _cluster_class(
     features: np.ndarray, max_clusters: int, n_init: int, seed: str
 ) -> tuple[np.ndarray, tuple[float, ...], str]:
-    """Gives the cluster of each of m samples with sound, the inertias, and why there is one cluster or none."""
+    """Return the cluster of each of m samples with sound, the inertias, and why there is one cluster or none."""
     n = len(features)
     one = np.zeros(n, np.int64)
     if n == 0:
@@ -147,7 +147,7 @@ def _cluster_class(
 
 
 def _run_kmeans(features: np.ndarray, k: int, n_init: int, seed: str) -> tuple[np.ndarray, float]:
-    """Gives the clusters [m] and the inertia of the best of `n_init` runs."""
+    """Return the clusters [m] and the inertia of the best of `n_init` runs."""
     start = int.from_bytes(hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=4).digest())
     # With several threads the sums over samples are added in an order that varies from run to run.
     with threadpool_limits(1), warnings.catch_warnings():
@@ -157,7 +157,7 @@ def _run_kmeans(features: np.ndarray, k: int, n_init: int, seed: str) -> tuple[n
 
 
 def _number_by_size(clusters: np.ndarray) -> np.ndarray:
-    """Numbers clusters anew from 0 without gaps, the largest first, then the one whose sample comes first."""
+    """Number clusters anew from 0 without gaps, the largest first, then the one whose sample comes first."""
     _, first, of_sample, sizes = np.unique(clusters, return_index=True, return_inverse=True, return_counts=True)
     order = np.lexsort((first, -sizes))
     return np.argsort(order)[of_sample]

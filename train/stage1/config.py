@@ -1,4 +1,4 @@
-"""Defines Stage 1's configuration: every hyper-parameter of METHODS section 5, each with its default in one place."""
+"""Stage 1's configuration: every hyper-parameter of METHODS section 5, each with its default in one place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from echoshift.train.alignment.config import AlignmentConfig
 
 
 class VisualConfig(SpecModel):
-    """Says which network sees the pictures, and in which form they come.
+    """Which network sees the pictures, and in which form they come.
 
     `mode`: `frames` decodes and augments in every epoch (the reference); `trunk` trains from level-2 stores of
     `n_views` augmented views, made once. `train_preset` and `test_preset` are extraction presets; `overrides`
@@ -33,7 +33,7 @@ class VisualConfig(SpecModel):
 
 
 class SoundConfig(SpecModel):
-    """Says which network hears the sound; `weights` and `overrides` as in VisualConfig.
+    """Which network hears the sound; `weights` and `overrides` as in VisualConfig.
 
     `n_views` is how many views of a segment's sound are stored, of which training draws one each time it takes a
     segment: the clean one, and n_views - 1 with noise and masked bands [A-code: 0.05 and 9; `overrides` of audio.noise
@@ -54,7 +54,7 @@ class SoundConfig(SpecModel):
 
 
 class AudioClassifierConfig(SpecModel):
-    """Says how layer4 and the classifier of the audio network are trained on the source (METHODS 5.1)."""
+    """How layer4 and the classifier of the audio network are trained on the source (METHODS 5.1)."""
 
     lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -63,14 +63,14 @@ class AudioClassifierConfig(SpecModel):
 
 
 class ClusterConfig(SpecModel):
-    """Says how interaction clusters are found (METHODS 5.2)."""
+    """How interaction clusters are found (METHODS 5.2)."""
 
     max_clusters: int = Field(default=20, gt=0)
     n_init: int = Field(default=10, gt=0)
 
 
 class BalanceConfig(SpecModel):
-    """Says how source samples are weighted (METHODS 5.3; Eq. 2 and 3).
+    """How source samples are weighted (METHODS 5.3; Eq. 2 and 3).
 
     `normalised` scales class weights so that they sum to the number of classes, and cluster weights of a class to its
     number of clusters, as Cui et al. and the released code do. Raw products, which is what the paper prints, average
@@ -83,7 +83,7 @@ class BalanceConfig(SpecModel):
 
 
 class AbsentConfig(SpecModel):
-    """Says how absent activities are learned (METHODS 5.4; Eq. 1): `weight` is lambda, 0 leaves them out.
+    """How absent activities are learned (METHODS 5.4; Eq. 1): `weight` is lambda, 0 leaves them out.
 
     `n_absent` is r (single-label), `gamma` the multi-label share.
     """
@@ -94,7 +94,7 @@ class AbsentConfig(SpecModel):
 
 
 class AttentionConfig(SpecModel):
-    """Says what the audio-based attention is (METHODS 5.5).
+    """What the audio-based attention is (METHODS 5.5).
 
     `p_missing` is how often a segment's sound is withheld in training, so that the learned missing-audio embedding is
     learned [?].
@@ -112,7 +112,7 @@ class AttentionConfig(SpecModel):
 
 
 class TrainingConfig(SpecModel):
-    """Says how the encoder is trained (METHODS 5.6).
+    """How the encoder is trained (METHODS 5.6).
 
     `lr_by_source` overrides `lr` where the shift has exactly that one source domain. `trainable_from` names the first
     stage whose weights train; `split` is the one after the split point (res5 of SlowFast, Mixed_5b of I3D).
@@ -136,12 +136,12 @@ class TrainingConfig(SpecModel):
     validate_every: int = Field(default=1, ge=0)
 
     def find_lr(self, source: Sequence[str]) -> float:
-        """Finds the learning rate for a shift from these domains."""
+        """Find the learning rate for a shift from these domains."""
         return self.lr_by_source.get(source[0], self.lr) if len(source) == 1 else self.lr
 
 
 class TargetLabelsConfig(SpecModel):
-    """Says which part of the target's train split has labels (semi-supervised CharadesEgo), and which pairs are used.
+    """Which part of the target's train split has labels (semi-supervised CharadesEgo), and which pairs are used.
 
     `labelled_fraction` is the first part of the target's train segments in file order; None takes the manifest's tags
     `labelled` where `use_tags`. `pairs` thins the train splits as `manifest import charades_ego --pairs` does.
@@ -162,7 +162,7 @@ class TargetLabelsConfig(SpecModel):
 
 
 class ExportConfig(SpecModel):
-    """Says what Stage 1 hands on: stores of adapted features and how pseudo-labels are made (METHODS 5.7).
+    """What Stage 1 hands on: stores of adapted features and how pseudo-labels are made (METHODS 5.7).
 
     `outputs` are those of the visual encoder; `train_preset` is that of a second store with the train splits alone, ""
     for none. `label_preset` is what pseudo-labels are the mean over.
@@ -174,7 +174,7 @@ class ExportConfig(SpecModel):
 
 
 class ObjectiveConfig(AlignmentConfig):
-    """Says which method of Planamente et al. trains the encoder end to end, in place of Eq. 4; fields as there.
+    """Which method of Planamente et al. trains the encoder end to end, in place of Eq. 4; fields as there.
 
     The method's projections, classifiers and losses stand on the visual network's pooled feature and on the audio
     network's, whose layer4 trains with it; predictions are the method's. `network.clips` says nothing here: training
@@ -195,7 +195,7 @@ class ObjectiveConfig(AlignmentConfig):
 
 
 class EvaluationConfig(SpecModel):
-    """Says what the scores are of: `sound` = `missing` takes the sound away at test (METHODS 6; A: 50.7 on EPIC).
+    """What the scores are of: `sound` = `missing` takes the sound away at test (METHODS 6; A: 50.7 on EPIC).
 
     The gates are then those of the missing-audio embedding, which attention.p_missing above 0 teaches.
     """
@@ -204,7 +204,7 @@ class EvaluationConfig(SpecModel):
 
 
 class Stage1Config(SpecModel):
-    """Is everything that decides Stage 1's result but data and seed."""
+    """Everything that decides Stage 1's result but data and seed."""
 
     visual: VisualConfig
     sound: SoundConfig
@@ -237,7 +237,7 @@ class Stage1Config(SpecModel):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Gives as JSON everything that decides a result; how fast it comes isn't among it."""
+        """Return as JSON everything that decides a result; how fast it comes isn't among it."""
         described = self.model_dump(mode="json")
         for name in ("n_readers", "n_cached_mb"):
             del described["visual"][name]

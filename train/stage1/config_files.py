@@ -25,7 +25,7 @@ def resolve_config(
     *,
     foreign: frozenset[str] = frozenset(),
 ) -> Stage1Config:
-    """Makes the configuration for a dataset; what comes later wins.
+    """Make the configuration for a dataset; what comes later wins.
 
     1. the fields' defaults; 2. the preset, `paper` or `released` (presets/*.toml); 3. what the dataset needs
     (datasets/NAME.toml): the tables `any`, the preset's name, and `flow` where the visual encoder sees flow;
@@ -61,7 +61,7 @@ def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def list_presets() -> list[str]:
-    """Lists the presets by name."""
+    """List the presets by name."""
     return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 

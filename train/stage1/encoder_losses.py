@@ -11,7 +11,7 @@ from echoshift.train.batches import SourceBatch, TargetBatch
 
 
 def compute_source_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Gives the weighted cross-entropy of a labelled batch (Eq. 2 and 3), a scalar.
+    """Return the weighted cross-entropy of a labelled batch (Eq. 2 and 3), a scalar.
 
     `logits` are [B, K]. With labels int64 [B] and weights [B] it is mean(w CE) over the batch; with labels float [B, K]
     and weights [B, K] it is mean(w BCE) over all entries. The mean divides by their number, not by the weights' sum.
@@ -31,7 +31,7 @@ def compute_encoder_losses(
     *,
     multi_label: bool,
 ) -> dict[str, Tensor]:
-    """Gives the scalars `source`, `absent` and `total` = source + `absent_weight` (lambda) * absent (Eq. 4).
+    """Return the scalars `source`, `absent` and `total` = source + `absent_weight` (lambda) * absent (Eq. 4).
 
     The second sum of Eq. 4 is over the source; the T in print is a slip. Both sums are means over their batch here.
     Without a target batch `absent` is 0, without a gradient.

@@ -1,4 +1,4 @@
-"""Is Stage 1's steps that see: training the encoder, its predictions, and stores of adapted features."""
+"""Stage 1's steps that see: training the encoder, its predictions, and stores of adapted features."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHECKPOINT = "encoder.safetensors"
 
 
 def train(context: RunContext) -> StepResult:
-    """Trains the encoder (METHODS 5.6); what it doesn't use, sound for one, isn't asked for."""
+    """Train the encoder (METHODS 5.6); what it doesn't use, sound for one, isn't asked for."""
     config, inputs, splits = context.config, context.inputs, context.splits
     described = config.describe()
     settings = {name: described[name] for name in ("attention", "training", "balance")}
@@ -147,7 +147,7 @@ def _build(context: RunContext) -> AudioAdaptiveEncoder:
 
 
 def _read_clusters(context: RunContext, clusters: StepResult | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Reads the clusters of the source's and of the labelled target's segments; None for those without."""
+    """Read the clusters of the source's and of the labelled target's segments; None for those without."""
     if clusters is None:
         return None, None
     found = np.load(clusters.folder / "clusters.npy", allow_pickle=False)
@@ -173,7 +173,7 @@ def predict(
     name: str = "predictions",
     without_sound: bool = False,
 ) -> StepResult:
-    """Predicts segments from the clips of a preset, and keeps no features; `without_sound` as if they had no track."""
+    """Predict segments from the clips of a preset, and keep no features; `without_sound` as if they had no track."""
     encoder = train(context)
     step = Step("predictions", 1, {"preset": preset}, _name_seen(context, encoder, segments, without_sound))
 
@@ -190,7 +190,7 @@ def predict(
 def export_store(
     context: RunContext, name: str, preset: str, segments: Sequence[Segment], *, without_sound: bool = False
 ) -> StepResult:
-    """Writes a store of adapted features of segments, and their predictions (METHODS 5.7); or as if without sound."""
+    """Write a store of adapted features of segments, and their predictions (METHODS 5.7); or as if without sound."""
     encoder = train(context)
     outputs = context.config.export.outputs
     settings = {"preset": preset, "outputs": list(outputs)}
@@ -221,7 +221,7 @@ def export_store(
 def _name_seen(
     context: RunContext, encoder: StepResult, segments: Sequence[Segment], without_sound: bool = False
 ) -> dict[str, str]:
-    """Names what a trained encoder is shown: clips, and the sound that gates them."""
+    """Name what a trained encoder is shown: clips, and the sound that gates them."""
     named = {"encoder": encoder.key, "clips": context.inputs.name_clips(segments)}
     if context.config.attention.enabled or context.config.objective.enabled:
         named["sound"] = "missing" if without_sound else context.inputs.name_sound(segments)
@@ -230,7 +230,7 @@ def _name_seen(
 
 @dataclass(frozen=True, slots=True)
 class _Trained:
-    """Is a trained encoder that predicts the clips of one preset."""
+    """A trained encoder that predicts the clips of one preset."""
 
     context: RunContext
     model: AudioAdaptiveEncoder
@@ -240,7 +240,7 @@ class _Trained:
     without_sound: bool
 
     def predict(self, segment_ids: Sequence[str]) -> Iterator[SegmentPrediction]:
-        """Predicts segments in their order."""
+        """Predict segments in their order."""
         return predict_segments(
             self.model,
             self.visual.iterate_clips(segment_ids, self.clips),
@@ -265,7 +265,7 @@ def _open_trained(
 
 
 def _make_adapted_spec(clips: FeatureSpec, identity: str, outputs: Sequence[str]) -> FeatureSpec:
-    """Makes the specification of adapted features: clips as extracted, weights those of the checkpoint."""
+    """Make the specification of adapted features: clips as extracted, weights those of the checkpoint."""
     frame = clips.frame
     assert frame is not None, "the visual encoder sees"
     shapes = find_encoder(clips.encoder).output_shapes(clips.clip, frame)

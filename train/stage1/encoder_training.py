@@ -31,7 +31,7 @@ STATE = "training-state.pt"
 
 @dataclass(frozen=True, slots=True)
 class EncoderTask:
-    """Is what the encoder trains on.
+    """What the encoder trains on.
 
     Attributes:
         source, source_weights: labelled source segments and their weights (Eq. 3), [n] or [n, K].
@@ -55,13 +55,13 @@ class EncoderTask:
 
     @property
     def source_domains(self) -> tuple[str, ...]:
-        """Lists the source's domains, in the order of their names."""
+        """The source's domains, in the order of their names."""
         return tuple(sorted({segment.domain for segment in self.source.segments}))
 
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """Is what came of one epoch: mean loss parts by name, and the score on the source's validation split, if taken."""
+    """What came of one epoch: mean loss parts by name, and the score on the source's validation split, if taken."""
 
     epoch: int
     losses: Mapping[str, float]
@@ -83,7 +83,7 @@ def train_encoder(
     watcher: EpochWatcher,
     title: str,
 ) -> list[EpochRecord]:
-    """Trains in place, in `folder`, where a state is kept after each epoch; a run that was killed goes on from it.
+    """Train in place, in `folder`, where a state is kept after each epoch; a run that was killed goes on from it.
 
     Whatever is random in an epoch is drawn from (seed, epoch, rank), views of sound from (seed, epoch, segment), so
     that a run that was interrupted and one that wasn't come to the same. Losses go to TensorBoard files in
@@ -132,7 +132,7 @@ def train_encoder(
 
 
 def describe_epoch(records: Sequence[EpochRecord]) -> str:
-    """Says in a few words how the last epoch went."""
+    """Describe in a few words how the last epoch went."""
     parts = [f"{name} {value:.3f}" for name, value in records[-1].losses.items()]
     scores = [record.validation for record in records if record.validation is not None]
     return ", ".join(parts) + (f", source validation {100 * scores[-1]:.1f} %" if scores else "")
@@ -197,7 +197,7 @@ def _compute_losses(
     config: TrainingConfig,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Computes all losses from one pass of the source's, the labelled and the unlabelled target's segments together.
+    """Compute all losses from one pass of the source's, the labelled and the unlabelled target's segments together.
 
     Each is the part's contribution to the batch's loss: its own mean times its share.
     """
@@ -234,7 +234,7 @@ def _compute_objective(
     device: torch.device,
     progress: float,
 ) -> dict[str, Tensor]:
-    """Computes a method's losses of the source's and the target's segments; of a part, its share of the batch's."""
+    """Compute a method's losses of the source's and the target's segments; of a part, its share of the batch's."""
     assert model.objective is not None, "there is an objective"
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         pooled = model.compute_pooled(inputs)
@@ -290,7 +290,7 @@ def _take(
 def _validate(
     model: AudioAdaptiveEncoder, task: EncoderTask, visual: VisualInputs, sound: SoundFeatures, device: torch.device
 ) -> float:
-    """Scores the source's validation split: top-1, or mAP where the task is multi-label."""
+    """Score the source's validation split: top-1, or mAP where the task is multi-label."""
     ids = [segment.segment_id for segment in task.source_val.segments]
     clips = visual.iterate_clips(ids, task.validation_spec)
     found = predict_segments(model, clips, sound, multi_label=task.multi_label, device=device)
@@ -302,7 +302,7 @@ def _validate(
 
 @contextmanager
 def _sync_if(trained: nn.Module, is_last: bool) -> Iterator[None]:
-    """Lets processes that train together exchange gradients after the last part of a batch only."""
+    """Let processes that train together exchange gradients after the last part of a batch only."""
     if isinstance(trained, nn.parallel.DistributedDataParallel) and not is_last:
         with trained.no_sync():
             yield
@@ -312,7 +312,7 @@ def _sync_if(trained: nn.Module, is_last: bool) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Draws dropout from (seed, epoch, rank) while the block runs, and leaves torch's generators as they were."""
+    """Draw dropout from (seed, epoch, rank) while the block runs, and leave torch's generators as they were."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1))
@@ -321,7 +321,7 @@ def _seeded(seed: int, epoch: int, rank: int, device: torch.device) -> Iterator[
 
 @contextmanager
 def _write_scalars(folder: Path, n_done: int, ranks: Ranks) -> Iterator[Any]:
-    """Gives a function (name, value, epoch) that writes for TensorBoard; epochs of a killed run from n_done on go."""
+    """Return a function (name, value, epoch) that writes for TensorBoard; epochs of a killed run from n_done on go."""
     if not ranks.is_first:
         yield lambda name, value, epoch: None
         return
@@ -348,7 +348,7 @@ def _write_state(
 
 
 def _read_state(path: Path, model: AudioAdaptiveEncoder, optimizer: torch.optim.Optimizer) -> list[EpochRecord]:
-    """Loads the state of a run that was killed into model and optimizer; gives the epochs it had done."""
+    """Load the state of a run that was killed into model and optimizer; return the epochs it had done."""
     if not path.is_file():
         return []
     try:

@@ -23,25 +23,25 @@ Predict = Callable[[Sequence[str]], Iterable[SegmentPrediction]]
 
 @dataclass(frozen=True, slots=True)
 class VisualPredictions:
-    """Is p_v of n segments: probabilities float32 [n, K]."""
+    """P_v of n segments: probabilities float32 [n, K]."""
 
     segment_ids: tuple[str, ...]
     probabilities: np.ndarray
 
     def write(self, path: Path) -> None:
-        """Writes them as .npz in one step."""
+        """Write them as .npz in one step."""
         fresh = path.with_name(f"{path.name}.partial.npz")
         np.savez(fresh, segment_ids=np.array(self.segment_ids), probabilities=self.probabilities)
         fresh.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> VisualPredictions:
-        """Reads what `write` wrote; nothing in the file is run."""
+        """Read what `write` wrote; nothing in the file is run."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(tuple(arrays["segment_ids"].tolist()), arrays["probabilities"])
 
     def select(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Gives the probabilities of some segments, in their order, float32 [n, K]."""
+        """Return the probabilities of some segments, in their order, float32 [n, K]."""
         row_of = {segment_id: i for i, segment_id in enumerate(self.segment_ids)}
         return self.probabilities[[row_of[segment_id] for segment_id in segment_ids]]
 
@@ -57,7 +57,7 @@ def export_features(
     checkpoint: str,
     advance: Callable[[int], None] = lambda n: None,
 ) -> VisualPredictions:
-    """Fills a store with adapted features, shard by shard, and gives the predictions that come with them.
+    """Fill a store with adapted features, shard by shard, and return the predictions that come with them.
 
     `predict` gives predictions with the outputs that `spec` names. A run that was killed goes on: shards that are done
     are kept, their predictions lie beside the store, written before the shard is committed.
@@ -98,7 +98,7 @@ def export_features(
 def predict_all(
     segment_ids: Sequence[str], predict: Predict, advance: Callable[[int], None] = lambda n: None
 ) -> VisualPredictions:
-    """Gives the predictions of segments without keeping features."""
+    """Return the predictions of segments without keeping features."""
     rows = []
     for prediction in predict(segment_ids):
         rows.append(prediction.probabilities)

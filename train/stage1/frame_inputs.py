@@ -87,7 +87,7 @@ class _ClipDataset(Dataset[Any]):
 
 
 class _Requests(Sampler[Any]):
-    """Is what a loader reads next; exchanged between two iterations."""
+    """What a loader reads next; exchanged between two iterations."""
 
     def __init__(self) -> None:
         self.requests: Sequence[_Request] = ()
@@ -97,7 +97,7 @@ class _Requests(Sampler[Any]):
 
 
 class FrameInputs:
-    """Gives clips of segments as VisualInputs says, under the name `clip`, by the reading of extraction.
+    """Clips of segments as VisualInputs says, under the name `clip`, by the reading of extraction.
 
     `spec` is that of training and has one entry a segment; its clip seed is replaced by one of (seed, epoch).
     `n_readers` processes read ahead, each about its share of a batch, and stay from epoch to epoch; 0 reads in this
@@ -125,7 +125,7 @@ class FrameInputs:
         self._idle: dict[int, list[DataLoader[Any]]] = {}
 
     def iterate_batches(self, batches: Sequence[Sequence[str]], epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Gives {"clip": float32 [B, C, T, H, W]} of each batch; raises MediaError naming the segment that fails."""
+        """Return {"clip": float32 [B, C, T, H, W]} of each batch; raises MediaError naming the segment that fails."""
         clip = self._spec.clip.model_copy(update={"seed": derive_epoch_seed(self._seed, epoch)})
         spec = self._spec.model_copy(update={"clip": clip})
         requests = [_Request(self._find(name), spec, False) for batch in batches for name in batch]
@@ -139,7 +139,7 @@ class FrameInputs:
     def iterate_clips(
         self, segment_ids: Sequence[str], spec: FeatureSpec
     ) -> Iterator[tuple[str, dict[str, Tensor], ClipFacts]]:
-        """Gives {"clip": float32 [n_entries, C, T, H, W]} of each segment, with what it is made from."""
+        """Return {"clip": float32 [n_entries, C, T, H, W]} of each segment, with what it is made from."""
         requests = [_Request(self._find(name), spec, True) for name in segment_ids]
         replies = self._read(requests, n_ahead=1)
         try:
@@ -151,7 +151,7 @@ class FrameInputs:
             replies.close()
 
     def close(self) -> None:
-        """Ends the reader processes that wait."""
+        """End the reader processes that wait."""
         for loaders in self._idle.values():
             for loader in loaders:
                 _end_processes(loader)
@@ -170,7 +170,7 @@ class FrameInputs:
             raise ManifestError(f"segment {segment_id} is not among those that can be trained on") from error
 
     def _read(self, requests: Sequence[_Request], n_ahead: int) -> Generator[_Reply, None, None]:
-        """Reads in order, about `n_ahead` requests ahead; whatever ends it early ends its processes."""
+        """Read in order, about `n_ahead` requests ahead; whatever ends it early ends its processes."""
         if not requests:
             return
         n_each = max(2, math.ceil(n_ahead / max(self._n_readers, 1))) if n_ahead > 1 else 1
@@ -221,7 +221,7 @@ def _check_training_spec(spec: FeatureSpec) -> None:
 
 
 def _get_reply(loader: DataLoader[Any], replies: Iterator[Any], request: _Request) -> _Reply | MediaError:
-    """Gets the next reply; a reader process that has ended is a MediaError that names what is waited for."""
+    """Get the next reply; a reader process that has ended is a MediaError that names what is waited for."""
     try:
         reply: _Reply | MediaError = next(replies)
     except RuntimeError as error:
@@ -244,7 +244,7 @@ def _get_reply(loader: DataLoader[Any], replies: Iterator[Any], request: _Reques
 
 
 def _join(clips: Sequence[Tensor]) -> Tensor:
-    """Joins tensors [n, ...] along their first axis, in pinned memory where there is CUDA."""
+    """Join tensors [n, ...] along their first axis, in pinned memory where there is CUDA."""
     is_pinned = torch.cuda.is_available()
     if len(clips) == 1 and not is_pinned:
         return clips[0]
@@ -257,20 +257,20 @@ def _pass_on(reply: Any) -> Any:
 
 
 def _prepare_process(_worker: int) -> None:
-    """Leaves Ctrl-C, which reaches every process of a terminal, to the run, which ends its readers."""
+    """Leave Ctrl-C, which reaches every process of a terminal, to the run, which ends its readers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process
     sys.excepthook = _report_error
 
 
 def _report_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Says nothing where the run hangs up while a thread of multiprocessing hands a clip over: it has been stopped."""
+    """Stay silent where the run hangs up while a thread of multiprocessing hands a clip over: it has been stopped."""
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
 
 def _end_processes(loader: DataLoader[Any]) -> None:
-    """Ends a loader's processes now; otherwise they last until nothing refers to it, such as an error's traceback."""
+    """End a loader's processes now; otherwise they last until nothing refers to it, such as an error's traceback."""
     shutdown: Any = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
     if shutdown is not None:
         shutdown()

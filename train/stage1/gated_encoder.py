@@ -24,7 +24,7 @@ _PRECISIONS: Mapping[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.fl
 
 
 class GatedEncoder(nn.Module):
-    """Is an encoder network whose trunk's channels are multiplied by gates, and which classifies by itself.
+    """An encoder network whose trunk's channels are multiplied by gates, and which classifies by itself.
 
     Logits: the network's `classified_output` (an average over all positions), dropout, one Linear to `n_classes`, as
     PyTorch initialises it (seed torch before), in float32 under any autocast. The network's own classifier isn't used.
@@ -64,11 +64,11 @@ class GatedEncoder(nn.Module):
 
     @property
     def gate_channels(self) -> dict[str, int]:
-        """Gives the gates that the network takes: the number of channels of each of the trunk's outputs."""
+        """The gates that the network takes: the number of channels of each of the trunk's outputs."""
         return self.network.trunk_channels
 
     def train(self, mode: bool = True) -> GatedEncoder:
-        """Switches training on or off; frozen stages are as `batch_norm` says."""
+        """Switch training on or off; frozen stages are as `batch_norm` says."""
         super().train(mode)
         for stage in self._stages:
             if stage in self.trained_stages:
@@ -79,7 +79,7 @@ class GatedEncoder(nn.Module):
         return self
 
     def forward(self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Computes logits, float32 [B, n_classes].
+        """Compute logits, float32 [B, n_classes].
 
         `visual` is either {"clip": [B, C, T, H, W]} or the trunk's outputs by name, as the level-2 cache holds them.
         `gates` are one for each of the trunk's outputs, [B, channels] or [1, channels], None where nothing is gated.
@@ -88,11 +88,11 @@ class GatedEncoder(nn.Module):
         return self._classify(self._compute_features(visual, gates))
 
     def compute_pooled(self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Computes what `forward` classifies, [B, n_classified]; inputs as there."""
+        """Compute what `forward` classifies, [B, n_classified]; inputs as there."""
         return self._compute_features(visual, gates)[self.network.classified_output]
 
     def check_cached_trunk(self) -> None:
-        """Raises SpecError where the trunk, or its statistics, are to train, so that it can't come from the cache."""
+        """Raise SpecError where the trunk, or its statistics, are to train, so that it can't come from the cache."""
         split = self.network.split_stage
         if not self.has_frozen_trunk:
             raise SpecError(
@@ -109,7 +109,7 @@ class GatedEncoder(nn.Module):
     def encode(
         self, visual: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None, outputs: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Computes the named outputs of the network's head, and `logits`, which are those of this module.
+        """Compute the named outputs of the network's head, and `logits`, which are those of this module.
 
         Without gradients; of use after `.eval()`. Inputs as for `forward`; raises SpecError for an unknown output.
         """
@@ -124,7 +124,7 @@ class GatedEncoder(nn.Module):
         return {name: features[name] for name in outputs}
 
     def compute_trunk(self, visual: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Computes the trunk's outputs, before any gate, or takes them as they come; inputs as for `forward`."""
+        """Compute the trunk's outputs, before any gate, or take them as they come; inputs as for `forward`."""
         names = self.network.trunk_names
         if set(visual) == set(names):
             self.check_cached_trunk()
@@ -140,7 +140,7 @@ class GatedEncoder(nn.Module):
             return self._get_form(clip.device).trunk(clip)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Gives what training changes, by its name in `state_dict`: what a checkpoint holds, on the module's device.
+        """Return what training changes, by its name in `state_dict`: what a checkpoint holds, on the module's device.
 
         Parameters and buffers of the trained stages and the classifier, and, with batch_norm = `train`, the buffers of
         the frozen stages. They are the tensors themselves, not copies.
@@ -151,7 +151,7 @@ class GatedEncoder(nn.Module):
         }
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `trainable_state` gave; raises WeightsError unless names and shapes are the same."""
+        """Put back what `trainable_state` gave; raises WeightsError unless names and shapes are the same."""
         own = self.trainable_state()
         for name in [*own, *state]:
             if name not in state or name not in own or own[name].shape != state[name].shape:
@@ -210,7 +210,7 @@ class GatedEncoder(nn.Module):
 
 
 def gate_channels(x: Tensor, gate: Tensor) -> Tensor:
-    """Multiplies the channels of x, [B, C, ...], by a gate, [B, C] or [1, C]; raises SpecError for other shapes."""
+    """Multiply the channels of x, [B, C, ...], by a gate, [B, C] or [1, C]; raises SpecError for other shapes."""
     if gate.ndim != 2 or gate.shape[0] not in (1, x.shape[0]) or gate.shape[1] != x.shape[1]:
         raise SpecError(f"a gate of {list(gate.shape)} doesn't fit activations of {list(x.shape)}")
     return x * gate[(..., *[None] * (x.ndim - 2))]

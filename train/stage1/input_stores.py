@@ -30,7 +30,7 @@ from echoshift.train.stage1.config import SoundConfig, VisualConfig
 
 @dataclass(frozen=True, slots=True)
 class EncoderChoice:
-    """Is a specification with the weights that it names; of sound, `settings` are what `extract --set` makes it by."""
+    """A specification with the weights that it names; of sound, `settings` are what `extract --set` makes it by."""
 
     spec: FeatureSpec
     weights: WeightsRecord
@@ -38,7 +38,7 @@ class EncoderChoice:
 
 
 def choose_sound(config: SoundConfig) -> EncoderChoice:
-    """Makes the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`.
+    """Make the specification of the store of layer3 maps and pooled sound features, that of a plain `extract`.
 
     With views it is that of an extraction with `list_view_settings`.
     """
@@ -49,7 +49,7 @@ def choose_sound(config: SoundConfig) -> EncoderChoice:
 
 
 def list_view_settings(n_views: int) -> tuple[str, ...]:
-    """Lists what `extract --set` takes for views of sound as A's training has them; nothing for one view."""
+    """List what `extract --set` takes for views of sound as A's training has them; nothing for one view."""
     if n_views == 1:
         return ()
     values = {"n_views": n_views, "noise": ZHANG2022_NOISE, "n_masked_bins": ZHANG2022_N_MASKED_BINS}
@@ -59,7 +59,7 @@ def list_view_settings(n_views: int) -> tuple[str, ...]:
 def choose_visual(
     config: VisualConfig, places: DataPlaces, preset: str, *, n_views: int = 1, outputs: Sequence[str] = ("trunk",)
 ) -> EncoderChoice:
-    """Makes the specification of the visual encoder's clips under a preset."""
+    """Make the specification of the visual encoder's clips under a preset."""
     record = resolve_weights(config.weights or default_weights(config.encoder), config.encoder)
     overrides = list(config.overrides)
     if find_encoder(config.encoder).modality == "flow":
@@ -80,7 +80,7 @@ def fill_store(
     progress: ExtractionProgress,
     notify: Callable[[str], None],
 ) -> FeatureStore:
-    """Opens the store of a specification, after the segments that it lacks were extracted.
+    """Open the store of a specification, after the segments that it lacks were extracted.
 
     Where the media aren't there it must hold all of them. Raises RunError otherwise, and whatever extraction raises.
     Failed segments stay failed; who trains leaves them out.
@@ -136,18 +136,18 @@ def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments
 
 
 def select_done(store: FeatureStore, segment_ids: Sequence[str]) -> np.ndarray:
-    """Says which segments' rows are done, bool [n]; raises StoreError for one that the store hasn't."""
+    """Describe which segments' rows are done, bool [n]; raises StoreError for one that the store hasn't."""
     rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
     return np.asarray(store.read_array("state")[rows] == DONE)
 
 
 def read_digests(store: FeatureStore, segment_ids: Sequence[str]) -> list[str]:
-    """Reads what segments' rows were made from, 32 hex digits each."""
+    """Read what segments' rows were made from, 32 hex digits each."""
     rows = RowFinder(list(store.segment_ids)).find(str(store.path), segment_ids)
     return [bytes(digest).hex() for digest in store.read_array("digest")[rows]]
 
 
 def compute_media_digests(survey: MediaSurvey, spec: FeatureSpec, segments: Sequence[Segment]) -> list[str]:
-    """Computes from the media what rows of a specification would be made from, 32 hex digits each (FORMAT.md)."""
+    """Compute from the media what rows of a specification would be made from, 32 hex digits each (FORMAT.md)."""
     identities = identify_segments(survey, list(segments), spec)
     return [bytes(digest).hex() for digest in compute_digests(list(segments), identities)]

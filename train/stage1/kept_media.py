@@ -31,7 +31,7 @@ class _VideoFacts:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Is all pictures of a segment, uint8 [n, H, W, C], from number `first` on."""
+    """All pictures of a segment, uint8 [n, H, W, C], from number `first` on."""
 
     first: int
     pictures: npt.NDArray[np.uint8]
@@ -52,7 +52,7 @@ class KeptMedia(OpenMedia):
         self._videos: dict[_VideoKey, _VideoFacts] = {}
 
     def open_pictures(self, segment: Segment, modality: Modality, decoder: _Decoder) -> FrameReader:
-        """Gives a reader of a segment's pictures, which opens the media only for what isn't kept."""
+        """Return a reader of a segment's pictures, which opens the media only for what isn't kept."""
 
         def open_media() -> FrameReader:
             return super(KeptMedia, self).open_pictures(segment, modality, decoder)
@@ -76,7 +76,7 @@ class KeptMedia(OpenMedia):
         n_channels: int,
         open_media: Callable[[], FrameReader],
     ) -> None:
-        """Decodes a segment's pictures, and one more for flow, and makes room for them."""
+        """Decode a segment's pictures, and one more for flow, and make room for them."""
         n_frames = len(facts.frame_times_s)
         first, last = find_shown_frames(facts.frame_times_s, [segment.start_s, segment.stop_s]).tolist()
         n_bytes = (min(last + 2, n_frames) - first) * facts.info.height * facts.info.width * n_channels
@@ -91,23 +91,23 @@ class KeptMedia(OpenMedia):
 
 
 class _KeptReader:
-    """Is a FrameReader that takes what is kept, and opens the media for the rest."""
+    """A FrameReader that takes what is kept, and opens the media for the rest."""
 
     def __init__(self, facts: _VideoFacts, kept: _Stretch | None, open_media: Callable[[], FrameReader]) -> None:
         self._facts, self._kept, self._open_media = facts, kept, open_media
 
     @property
     def info(self) -> VideoInfo:
-        """Gives the video's facts."""
+        """The video's facts."""
         return self._facts.info
 
     @property
     def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """Gives when each frame is first shown."""
+        """When each frame is first shown."""
         return self._facts.frame_times_s
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-        """Reads the frames shown at the given times."""
+        """Read the frames shown at the given times."""
         if self._kept is not None:
             places = find_shown_frames(self.frame_times_s, times_s).reshape(-1) - self._kept.first
             if len(places) and places.min() >= 0 and places.max() < len(self._kept.pictures):
@@ -115,7 +115,7 @@ class _KeptReader:
         return self._open_media().read_frames(times_s)
 
     def close(self) -> None:
-        """Closes nothing: the media are KeptMedia's."""
+        """Close nothing: the media are KeptMedia's."""
 
     def __enter__(self) -> _KeptReader:
         return self

@@ -19,7 +19,7 @@ _VISUAL = "pooled"
 
 
 class SoundBranch(nn.Module):
-    """Is the audio network above the maps that the store holds: layer4 of ResNet-18, which trains."""
+    """The audio network above the maps that the store holds: layer4 of ResNet-18, which trains."""
 
     def __init__(self, network: EncoderNetwork) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class SoundBranch(nn.Module):
             parameter.requires_grad = self.network.find_stage(name) in self._trained
 
     def forward(self, audio_map: Tensor, has_audio: Tensor) -> Tensor:
-        """Computes a feature of maps [B, C, F, N], float32 [B, D]; zeros where `has_audio`, bool [B], is false.
+        """Compute a feature of maps [B, C, F, N], float32 [B, D]; zeros where `has_audio`, bool [B], is false.
 
         What is silent isn't computed, so that BatchNorm's statistics are those of sound.
         """
@@ -40,7 +40,7 @@ class SoundBranch(nn.Module):
         return features.float()
 
     def train(self, mode: bool = True) -> SoundBranch:
-        """Sets the mode of what trains; what is frozen stays in eval."""
+        """Set the mode of what trains; what is frozen stays in eval."""
         super().train(mode)
         self.network.eval()
         for stage in self._trained:
@@ -49,7 +49,7 @@ class SoundBranch(nn.Module):
         return self
 
     def list_trained(self) -> dict[str, Tensor]:
-        """Gives what training changes by its name in `state_dict`, parameters and statistics."""
+        """Return what training changes by its name in `state_dict`, parameters and statistics."""
         prefix = "network."
         return {
             name: tensor
@@ -66,12 +66,12 @@ class FreshDropouts(Dropouts):
         self._device = device
 
     def draw_keep(self, shape: tuple[int, ...], p: float) -> Tensor:
-        """Gives what is kept, float32 of 0 and 1 of this shape, each 0 with probability p."""
+        """Return what is kept, float32 of 0 and 1 of this shape, each 0 with probability p."""
         return (torch.rand(shape, device=self._device) >= p).float()
 
 
 class EncoderObjective(nn.Module):
-    """Is a method of train/alignment on what the two networks compute, in place of Stage 1's classifier and losses.
+    """A method of train/alignment on what the two networks compute, in place of Stage 1's classifier and losses.
 
     Its projections, classifiers and losses are the very ones that train on cached features; here their gradients reach
     the last stages of both networks, as in Planamente et al., section 4.
@@ -84,14 +84,14 @@ class EncoderObjective(nn.Module):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Names the terms of the loss."""
+        """Name the terms of the loss."""
         names: tuple[str, ...] = self.method.loss_names  # type: ignore[assignment]
         return names
 
     def compute_losses(
         self, visual: Tensor, inputs: EncoderInputs, labels: Tensor, domains: Tensor, progress: float
     ) -> dict[str, Tensor]:
-        """Computes the weighted terms by name, each float32 [], of a batch: first its source, then its target segments.
+        """Compute the weighted terms by name, each float32 [], of a batch: first its source, then its target segments.
 
         `visual` is float [B, C], `labels` and `domains` are of the source's n segments: int64 [n], or float32 [n, K]
         where the task is multi-label, and int64 [n]. `progress` is the share of all steps that are done.
@@ -110,7 +110,7 @@ class EncoderObjective(nn.Module):
         return dict(zip(self.loss_names, values.unbind(), strict=True))
 
     def predict_clips(self, visual: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Predicts the clips [n_clips, C] of one segment with its sound, probabilities float32 [n_clips, K]."""
+        """Predict the clips [n_clips, C] of one segment with its sound, probabilities float32 [n_clips, K]."""
         visual, audio, has_audio = visual.float()[:, None], *self._hear(inputs)
         n_clips = len(visual)
         batch = FeatureBatch({_VISUAL: visual}, audio.expand(n_clips, -1), has_audio.expand(n_clips))
@@ -118,7 +118,7 @@ class EncoderObjective(nn.Module):
         return found
 
     def list_trained(self) -> dict[str, Tensor]:
-        """Gives what training changes, by name."""
+        """Return what training changes, by name."""
         of_sound = {f"sound.{name}": tensor for name, tensor in self.sound.list_trained().items()}
         return of_sound | {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
 
@@ -136,7 +136,7 @@ def build_objective(
     multi_label: bool,
     seed: int,
 ) -> EncoderObjective:
-    """Builds the objective on the audio network with its pretrained weights, which isn't changed."""
+    """Build the objective on the audio network with its pretrained weights, which isn't changed."""
     sound = SoundBranch(sound_network)
     shapes = StreamShapes(
         visual={_VISUAL: (n_visual,)},

@@ -23,7 +23,7 @@ from echoshift.pipeline.specs import FeatureSpec
 def find_without_pictures(
     survey: MediaSurvey, segments: Sequence[Segment], spec: FeatureSpec, notify: Callable[[str], None]
 ) -> set[str]:
-    """Finds the ids of segments that have no video, an unreadable one, or one that has ended before; tells of them.
+    """Find the ids of segments that have no video, an unreadable one, or one that has ended before; tell of them.
 
     `extract` would fail them, so that who trains from the videos must leave them out as well. A file that breaks in the
     middle isn't noticed here; it ends the run by name. Flow images aren't looked at.
@@ -48,7 +48,7 @@ def find_without_pictures(
 
 
 def _read_declared_end_s(survey: MediaSurvey, segment: Segment) -> float:
-    """Reads when a video ends by its header, in seconds; inf where none says, -inf where it can't be opened."""
+    """Read when a video ends by its header, in seconds; inf where none says, -inf where it can't be opened."""
     try:
         location = locate_media(survey.root, survey.layout, segment, "rgb")
         if location.kind != "file":

@@ -26,7 +26,7 @@ def write_prediction_table(
     labels: VisualPredictions,
     pseudo_labelled: Sequence[str],
 ) -> None:
-    """Writes one row a segment as Parquet; `labels` are the predictions that pseudo-labels are made of.
+    """Write one row a segment as Parquet; `labels` are the predictions that pseudo-labels are made of.
 
     Columns: segment_id, domain, split, has_audio, audio_features (the audio classifier's pooled layer4, lists of 512
     floats; of no meaning without sound), audio_probabilities and visual_probabilities (lists of K floats),

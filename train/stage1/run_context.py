@@ -29,7 +29,7 @@ N_CLASSES_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Stage1Request:
-    """Is one run.
+    """One run.
 
     Attributes:
         runs_dir: where steps and results lie, `runs/DATASET`.
@@ -50,7 +50,7 @@ class Stage1Request:
 
 @dataclass(slots=True)
 class RunContext:
-    """Is a run under way; `results` are the steps that were asked for so far, by name."""
+    """A run under way; `results` are the steps that were asked for so far, by name."""
 
     request: Stage1Request
     inputs: RunInputs
@@ -63,38 +63,38 @@ class RunContext:
 
     @property
     def config(self) -> Stage1Config:
-        """Gives the run's configuration."""
+        """The run's configuration."""
         return self.request.config
 
     @property
     def card(self) -> DatasetCard:
-        """Gives the data set's card."""
+        """The data set's card."""
         return self.request.places.card
 
     @property
     def splits(self) -> ShiftSplits:
-        """Gives the shift's segments, without those that failed to be extracted."""
+        """The shift's segments, without those that failed to be extracted."""
         return self.inputs.splits
 
     @property
     def multi_label(self) -> bool:
-        """Says whether a segment may have any number of classes."""
+        """Whether a segment may have any number of classes."""
         return self.card.task == "multi-label"
 
     @property
     def title(self) -> str:
-        """Names the run in a line of progress."""
+        """Name the run in a line of progress."""
         row = f", {self.request.row}" if self.request.row else ""
         return f"{self.request.shift.name}, seed {self.request.seed}{row}"
 
     @property
     def source_name(self) -> str:
-        """Hashes the source's train segments and labels."""
+        """Hash the source's train segments and labels."""
         return name_labels(self.splits.source_train)
 
     @contextmanager
     def open_clips(self, preset: str) -> Iterator[VisualInputs]:
-        """Opens what gives clips of a preset: what trains, or, where that is a cache without them, the videos."""
+        """Open what gives clips of a preset: what trains, or, where that is a cache without them, the videos."""
         if not self.inputs.trunk_stores or preset == self.config.visual.test_preset:
             yield self.visual
         else:
@@ -104,7 +104,7 @@ class RunContext:
     def run(
         self, step: Step, make: Callable[[Path], Mapping[str, Any]], *, name: str = "", together: bool = False
     ) -> StepResult:
-        """Runs a step once; of several processes the first does it, or all `together` while the first keeps the record.
+        """Run a step once; of several processes the first does it, or all `together` while the first keeps the record.
 
         `name` is what the run calls the step, where it has several of a kind. A step that others ask for again isn't
         looked at twice, let alone rerun twice.
@@ -132,7 +132,7 @@ class RunContext:
 def open_context(
     request: Stage1Request, watcher: EpochWatcher, notify: Callable[[str], None], ranks: Ranks
 ) -> RunContext:
-    """Splits the manifest, opens what the run reads (of several processes the first extracts what is missing)."""
+    """Split the manifest, open what the run reads (of several processes the first extracts what is missing)."""
     config, places = request.config, request.places
     chosen = config.target_labels
     splits = split_for_shift(
@@ -166,7 +166,7 @@ def open_context(
 
 
 def describe_data(context: RunContext) -> list[str]:
-    """Says in a few lines what a run trains on, before it begins: split by split, with the source's class counts."""
+    """Describe what a run trains on: split by split, with the source's class counts, a line each."""
     splits, request = context.splits, context.request
     counts = count_labels(splits.source_train.labels, len(context.card.classes))
     n_classes = len(context.card.classes)
@@ -192,7 +192,7 @@ def describe_data(context: RunContext) -> list[str]:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Writes one array as .npy in one step."""
+    """Write one array as .npy in one step."""
     fresh = path.with_name(f"{path.name}.partial.npy")
     np.save(fresh, values, allow_pickle=False)
     fresh.replace(path)

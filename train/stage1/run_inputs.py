@@ -39,7 +39,7 @@ from echoshift.train.steps import hash_json
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """Is everything a run reads, and how each is named in the keys of steps.
+    """Everything a run reads, and how each is named in the keys of steps.
 
     Attributes:
         splits: without the segments whose sound or pictures failed to be extracted; `left_out` lists those.
@@ -62,21 +62,21 @@ class RunInputs:
 
     @property
     def sound_name(self) -> str:
-        """Gives the fingerprint of the store of sound."""
+        """The fingerprint of the store of sound."""
         return fingerprint(self.sound_choice.spec)
 
     @property
     def visual_name(self) -> str:
-        """Names the training clips: mode and fingerprint."""
+        """Name the training clips: mode and fingerprint."""
         return f"{self.config.visual.mode} {fingerprint(self.train.spec)}"
 
     def name_sound(self, segments: Sequence[Segment]) -> str:
-        """Hashes which segments, and what their sound was made from."""
+        """Hash which segments, and what their sound was made from."""
         ids = [segment.segment_id for segment in segments]
         return hash_json([ids, read_digests(self.sound_store, ids)])
 
     def name_clips(self, segments: Sequence[Segment]) -> str:
-        """Hashes which segments, and what their clips are made from."""
+        """Hash which segments, and what their clips are made from."""
         ids = [segment.segment_id for segment in segments]
         if not self.trunk_stores:
             return hash_json([ids, compute_media_digests(self.survey, self.train.spec, segments)])
@@ -87,14 +87,14 @@ class RunInputs:
         return hash_json([ids, [found[i] for i in ids]])
 
     def open_visual(self, seed: int, device: torch.device) -> VisualInputs:
-        """Opens what gives training clips, and those of the test preset."""
+        """Open what gives training clips, and those of the test preset."""
         if not self.trunk_stores:
             return self.open_frames(seed, device)
         train_store, *test_stores = self.trunk_stores
         return TrunkInputs(train_store, test_stores, seed=seed)
 
     def open_frames(self, seed: int, device: torch.device) -> FrameInputs:
-        """Opens what decodes clips of any preset; raises RunError where the media aren't there."""
+        """Open what decodes clips of any preset; raises RunError where the media aren't there."""
         if not self.places.media_root.is_dir():
             raise RunError(
                 f"no media folder {self.places.media_root}, and clips of this kind aren't cached; say with "
@@ -113,14 +113,14 @@ class RunInputs:
 
 
 def choose_n_readers(asked: int | None, device: torch.device) -> int:
-    """Gives how many processes decode: none beside a CPU that trains, up to 8 beside a GPU."""
+    """Return how many processes decode: none beside a CPU that trains, up to 8 beside a GPU."""
     if asked is not None:
         return asked
     return min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0
 
 
 def list_segments(splits: ShiftSplits) -> list[Segment]:
-    """Lists every segment of a shift once."""
+    """List every segment of a shift once."""
     groups = (
         splits.source_train.segments,
         splits.source_val.segments,
@@ -132,12 +132,12 @@ def list_segments(splits: ShiftSplits) -> list[Segment]:
 
 
 def list_train_segments(splits: ShiftSplits) -> list[Segment]:
-    """Lists the train splits' segments."""
+    """List the train splits' segments."""
     return [*splits.source_train.segments, *splits.target_labelled.segments, *splits.target_train]
 
 
 def name_labels(part: LabelledSegments) -> str:
-    """Hashes the labels of segments."""
+    """Hash the labels of segments."""
     return hash_json([[segment.segment_id for segment in part.segments], part.labels.tolist()])
 
 
@@ -148,7 +148,7 @@ def open_run_inputs(
     progress: ExtractionProgress,
     notify: Callable[[str], None],
 ) -> RunInputs:
-    """Opens the stores that a run reads, after what they lack was extracted, and leaves out what failed.
+    """Open the stores that a run reads, after what they lack was extracted, and leave out what failed.
 
     Raises RunError where nothing is left of a part that training needs.
     """
@@ -190,7 +190,7 @@ def open_run_inputs(
 
 
 def _check_training(config: Stage1Config) -> None:
-    """Raises SpecError for a stage that isn't there or a cache of what is to train, before hours of extraction."""
+    """Raise SpecError for a stage that isn't there or a cache of what is to train, before hours of extraction."""
     training = config.training
     with torch.device("meta"):  # nothing is allocated or drawn
         network = find_encoder(config.visual.encoder).build()

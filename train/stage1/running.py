@@ -49,7 +49,7 @@ STEPS = (
 
 @dataclass(frozen=True, slots=True)
 class Stage1Outcome:
-    """Is what a run came to; `table` and `features` are there where they were asked for."""
+    """What a run came to; `table` and `features` are there where they were asked for."""
 
     record: RunRecord
     checkpoint: Path
@@ -64,7 +64,7 @@ def run_stage1(
     notify: Callable[[str], None] = lambda message: None,
     ranks: Ranks | None = None,
 ) -> Stage1Outcome:
-    """Runs whatever isn't done yet, and appends the run to the results.
+    """Run whatever isn't done yet, and append the run to the results.
 
     Of the target's labels none is read but, for the scores, those of its test split. Raises RunError, and what
     extraction raises.
@@ -110,12 +110,12 @@ def run_stage1(
 
 
 def _tell_apart(record: RunRecord) -> tuple[object, ...]:
-    """Gives what makes two records of the same configuration, shift and seed results of their own."""
+    """Return what makes two records of the same configuration, shift and seed results of their own."""
     return record.steps, record.row, record.manifest_sha256
 
 
 def _score(context: RunContext) -> Scores:
-    """Scores the target's test split under the rule `last`: the only place that reads its labels."""
+    """Score the target's test split under the rule `last`: the only place that reads its labels."""
     request, splits = context.request, context.splits
     split = open_test_split(
         request.places.manifest,
@@ -137,7 +137,7 @@ def _score(context: RunContext) -> Scores:
 
 
 def _export(context: RunContext) -> tuple[Path, tuple[Path, ...]]:
-    """Writes adapted features of every split, and the table that Stage 2 begins with."""
+    """Write adapted features of every split, and the table that Stage 2 begins with."""
     export, visual, splits = context.config.export, context.config.visual, context.splits
     segments = list_segments(splits)
     features = export_store(context, "features", visual.test_preset, segments)

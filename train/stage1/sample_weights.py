@@ -15,7 +15,7 @@ NO_CLUSTER = -1
 
 
 def weight_segments(labelled: LabelledSegments, clusters: np.ndarray | None, config: BalanceConfig) -> np.ndarray:
-    """Gives the weight of each sample, float32 [n] or [n, K]; without clusters `audio` weighs by class alone."""
+    """Return the weight of each sample, float32 [n] or [n, K]; without clusters `audio` weighs by class alone."""
     kind = "class" if config.kind == "audio" and clusters is None else config.kind
     if not len(labelled):
         return np.zeros(labelled.labels.shape, dtype=np.float32)
@@ -25,7 +25,7 @@ def weight_segments(labelled: LabelledSegments, clusters: np.ndarray | None, con
 
 
 def map_to_pairs(clusters: np.ndarray, clustered: Sequence[Segment], segments: Sequence[Segment]) -> np.ndarray:
-    """Gives segments the clusters of the segments that show the same event from the other view.
+    """Return segments the clusters of the segments that show the same event from the other view.
 
     clusters int64 [n, K] of `clustered`; gives [m, K] of `segments`, -1 where there is no pair (METHODS 9).
     """

@@ -19,7 +19,7 @@ MAP, POOLED = "map", "pooled"
 
 
 class SoundFeatures:
-    """Gives the sound of segments from a store of an audio encoder; rows without sound come as zeros.
+    """The sound of segments from a store of an audio encoder; rows without sound come as zeros.
 
     Of a store with views it is the first, the clean one, unless views are asked for. Only what is asked for is read.
     """
@@ -35,31 +35,31 @@ class SoundFeatures:
 
     @property
     def map_shape(self) -> tuple[int, ...]:
-        """Gives the shape of one map: channels, frequencies, times."""
+        """The shape of one map: channels, frequencies, times."""
         return next(output.shape for output in self._store.spec.outputs if output.name == MAP)
 
     @property
     def n_features(self) -> int:
-        """Gives the width of the pooled feature."""
+        """The width of the pooled feature."""
         return next(output.shape for output in self._store.spec.outputs if output.name == POOLED)[0]
 
     def is_done(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Says which segments have a row that is done, bool [n]; raises StoreError for one that has none."""
+        """Describe which segments have a row that is done, bool [n]; raises StoreError for one that has none."""
         return self._is_done[self._finder.find(str(self._store.path), segment_ids)]
 
     def has_audio(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Says which segments have a usable track, bool [n]."""
+        """Describe which segments have a usable track, bool [n]."""
         return self._has_audio[self._finder.find(str(self._store.path), segment_ids)]
 
     def read_maps(self, segment_ids: Sequence[str], views: np.ndarray | None = None) -> Tensor:
-        """Reads layer3 maps, float32 [n, C, F, N], of the clean view or of `views`, int64 [n].
+        """Read layer3 maps, float32 [n, C, F, N], of the clean view or of `views`, int64 [n].
 
         Raises StoreError for a row that isn't done.
         """
         return torch.from_numpy(self._read(segment_ids, MAP, views))
 
     def draw_maps(self, segment_ids: Sequence[str], seed: int, epoch: int) -> Tensor:
-        """Reads one view's map of each segment, float32 [n, C, F, N], drawn evenly by seed, epoch and segment.
+        """Read one view's map of each segment, float32 [n, C, F, N], drawn evenly by seed, epoch and segment.
 
         For training alone; where the store has one view, it is that one.
         """
@@ -71,7 +71,7 @@ class SoundFeatures:
         return self.read_maps(segment_ids, np.array(views, np.int64))
 
     def read_pooled(self, segment_ids: Sequence[str]) -> np.ndarray:
-        """Reads pooled features of the clean view, float32 [n, D]."""
+        """Read pooled features of the clean view, float32 [n, D]."""
         return self._read(segment_ids, POOLED)
 
     def _read(self, segment_ids: Sequence[str], output: str, views: np.ndarray | None = None) -> np.ndarray:
@@ -82,5 +82,5 @@ class SoundFeatures:
 
 
 def select_audible(segment_ids: Iterable[str], has_audio: np.ndarray) -> list[str]:
-    """Gives the segments that have sound, in order."""
+    """Return the segments that have sound, in order."""
     return [segment_id for segment_id, audible in zip(segment_ids, has_audio, strict=True) if audible]

@@ -1,4 +1,4 @@
-"""Is Stage 1's steps that listen: audio classifier, its predictions, interaction clusters, absent activities."""
+"""Stage 1's steps that listen: audio classifier, its predictions, interaction clusters, absent activities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CLASSIFIER = "classifier.safetensors"
 
 
 def classify_sound(context: RunContext) -> StepResult:
-    """Trains the audio classifier on the source, once for all its targets (METHODS 5.1)."""
+    """Train the audio classifier on the source, once for all its targets (METHODS 5.1)."""
     source, config, inputs = context.splits.source_train, context.config.audio_classifier, context.inputs
     step = Step(
         "audio_classifier",
@@ -63,7 +63,7 @@ def classify_sound(context: RunContext) -> StepResult:
 
 
 def predict_sound(context: RunContext) -> StepResult:
-    """Predicts every segment of the shift from its sound."""
+    """Predict every segment of the shift from its sound."""
     classifier = classify_sound(context)
     segments = list_segments(context.splits)
     step = Step(
@@ -89,7 +89,7 @@ def predict_sound(context: RunContext) -> StepResult:
 
 
 def find_clusters(context: RunContext) -> StepResult:
-    """Finds interaction clusters by the frozen audio network's pooled features (METHODS 5.2)."""
+    """Find interaction clusters by the frozen audio network's pooled features (METHODS 5.2)."""
     part = get_clustered_part(context)
     if not len(part):
         raise RunError(
@@ -125,14 +125,14 @@ def find_clusters(context: RunContext) -> StepResult:
 
 
 def get_clustered_part(context: RunContext) -> LabelledSegments:
-    """Gives the segments whose sound is clustered (METHODS 9)."""
+    """Return the segments whose sound is clustered (METHODS 9)."""
     if context.config.target_labels.clusters_from == "labelled-target":
         return context.splits.target_labelled
     return context.splits.source_train
 
 
 def mark_absent(context: RunContext) -> StepResult:
-    """Marks the absent activities of the target's train split (Eq. 1)."""
+    """Mark the absent activities of the target's train split (Eq. 1)."""
     audio, classifier = predict_sound(context), classify_sound(context)
     target = context.splits.target_train
     ids = [segment.segment_id for segment in target]

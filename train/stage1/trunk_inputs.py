@@ -25,7 +25,7 @@ _Given = TypeVar("_Given")
 
 @dataclass(frozen=True, slots=True)
 class _StoreFacts:
-    """Is what a store's index says, read once: [row], [row, entry, 2] and [row, 16]."""
+    """What a store's index says, read once: [row], [row, entry, 2] and [row, 16]."""
 
     finder: RowFinder
     n_valid: np.ndarray
@@ -35,7 +35,7 @@ class _StoreFacts:
 
 
 class TrunkInputs:
-    """Gives what stores of the trunk's outputs hold as VisualInputs says, under the outputs' names.
+    """What stores of the trunk's outputs hold as VisualInputs says, under the outputs' names.
 
     `train_store` holds k augmented views of one clip a segment (preset zhang-stage1-train, clip.n_views=k, outputs
     trunk); the view is drawn by seed, epoch and segment. `test_stores` are those that `iterate_clips` is asked for.
@@ -58,7 +58,7 @@ class TrunkInputs:
         self._facts: dict[str, _StoreFacts] = {}
 
     def iterate_batches(self, batches: Sequence[Sequence[str]], epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Gives each batch by output, float32 [B, ...]; raises StoreError naming the segment that isn't done."""
+        """Return each batch by output, float32 [B, ...]; raises StoreError naming the segment that isn't done."""
         seed = derive_epoch_seed(self._seed, epoch)
         n_views = self._train_store.spec.clip.n_views
 
@@ -71,7 +71,7 @@ class TrunkInputs:
     def iterate_clips(
         self, segment_ids: Sequence[str], spec: FeatureSpec
     ) -> Iterator[tuple[str, dict[str, Tensor], ClipFacts]]:
-        """Gives all entries of each segment by output, float32 [n_entries, ...], with what they are made from."""
+        """Return all entries of each segment by output, float32 [n_entries, ...], with what they are made from."""
         store = self._find_store(spec)
         facts = self._read_facts(store)
 
@@ -84,7 +84,7 @@ class TrunkInputs:
         return _read_ahead(segment_ids, read)
 
     def close(self) -> None:
-        """Has nothing to end: an iteration's thread ends with it."""
+        """Have nothing to end: an iteration's thread ends with it."""
 
     def __enter__(self) -> TrunkInputs:
         return self
@@ -122,7 +122,7 @@ def _name_network(store: FeatureStore) -> tuple[str, ...]:
 
 
 def _widen(values: np.ndarray) -> Tensor:
-    """Copies values into float32, pinned where there is CUDA."""
+    """Copy values into float32, pinned where there is CUDA."""
     widened = torch.empty(values.shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
     return widened.copy_(torch.from_numpy(values))
 
@@ -130,7 +130,7 @@ def _widen(values: np.ndarray) -> Tensor:
 def _read_ahead(
     items: Sequence[Sequence[str]] | Sequence[str], read: Callable[..., _Given], n_ahead: int = N_AHEAD
 ) -> Iterator[_Given]:
-    """Gives read(item) of each, in order, read by a thread; an error comes at its item, and what waits is dropped."""
+    """Return read(item) of each, in order, read by a thread; an error comes at its item, and what waits is dropped."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk-reader")
     waiting: deque[Future[_Given]] = deque()
     try:

@@ -1,4 +1,4 @@
-"""Defines what Stage 1's loops ask of whoever gives them pictures, whether decoded anew or read from the cache."""
+"""What Stage 1's loops ask of whoever gives them pictures, whether decoded anew or read from the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from echoshift.pipeline.specs import FeatureSpec
 
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
-    """Says what the entries of one segment were made from, as a feature store keeps it (FORMAT.md).
+    """What the entries of one segment were made from, as a feature store keeps it (FORMAT.md).
 
     Attributes:
         times_s: seconds that each covers, float64 [n_entries, 2].
@@ -29,14 +29,14 @@ class ClipFacts:
 
 
 class VisualInputs(Protocol):
-    """Gives a GatedEncoder's visual inputs by name: `clip`, or the trunk's outputs; float32, on the CPU.
+    """A GatedEncoder's visual inputs by name: `clip`, or the trunk's outputs; float32, on the CPU.
 
     Several iterations may be under way at a time, each with read-ahead of its own. An iterator that is dropped or
     closed early ends what it started. Use as a context manager, or call `close`.
     """
 
     def iterate_batches(self, batches: Sequence[Sequence[str]], epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Gives each batch of segment ids, in order: by name [B, ...], one augmented view a segment.
+        """Return each batch of segment ids, in order: by name [B, ...], one augmented view a segment.
 
         What is drawn depends on seed, epoch and segment alone. Tensors are pinned where there is CUDA. Raises
         MediaError or StoreError naming the segment that can't be read.
@@ -46,14 +46,14 @@ class VisualInputs(Protocol):
     def iterate_clips(
         self, segment_ids: Sequence[str], spec: FeatureSpec
     ) -> Iterator[tuple[str, dict[str, Tensor], ClipFacts]]:
-        """Gives all entries of each segment, in order: its id, by name [n_entries, ...], and what they are made from.
+        """Return all entries of each segment, in order: its id, by name [n_entries, ...], and what they are made from.
 
         Of `spec` only `clip`, `frame` and `decoder` are asked. Raises as `iterate_batches`.
         """
         ...
 
     def close(self) -> None:
-        """Ends the processes and threads that read ahead."""
+        """End the processes and threads that read ahead."""
         ...
 
     def __enter__(self) -> VisualInputs: ...
@@ -62,5 +62,5 @@ class VisualInputs(Protocol):
 
 
 def derive_epoch_seed(seed: int, epoch: int) -> int:
-    """Derives the seed of an epoch's draws from a run's: 48 bits of a hash of both."""
+    """Derive the seed of an epoch's draws from a run's: 48 bits of a hash of both."""
     return int.from_bytes(blake2b(f"{seed}\n{epoch}".encode(), digest_size=6).digest(), "big")

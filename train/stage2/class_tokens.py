@@ -10,7 +10,7 @@ from echoshift.train.stage2.config import RecogniserConfig
 
 
 class SoundSelector(nn.Module):
-    """Is a fully connected layer from features to logits of K activity sounds; with a hidden layer, or without."""
+    """A fully connected layer from features to logits of K activity sounds; with a hidden layer, or without."""
 
     def __init__(self, n_features: int, n_classes: int, config: RecogniserConfig) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class SoundSelector(nn.Module):
         self.out = nn.Linear(n_features, n_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Gives logits [..., K] of features [..., C]; BatchNorm counts all leading axes as samples."""
+        """Return logits [..., K] of features [..., C]; BatchNorm counts all leading axes as samples."""
         if self.hidden is not None and self.norm is not None:
             hidden = self.hidden(features)
             features = F.relu(self.norm(hidden.flatten(0, -2)).view(hidden.shape))
@@ -31,7 +31,7 @@ class SoundSelector(nn.Module):
 
 
 class AudioAdaptiveClassToken(nn.Module):
-    """Is the bank of activity-sound vectors g_k with the selections h, from sound, and h', from sound and pictures."""
+    """The bank of activity-sound vectors g_k with the selections h, from sound, and h', from sound and pictures."""
 
     def __init__(self, n_audio: int, n_visual: int, n_classes: int, config: RecogniserConfig) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class AudioAdaptiveClassToken(nn.Module):
         self.to_token = nn.Identity() if width == config.width else nn.Linear(width, config.width)
 
     def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gives class tokens [B, n_clips, D], the logits of h [B, K] and those of h' [B, n_clips, K].
+        """Return class tokens [B, n_clips, D], the logits of h [B, K] and those of h' [B, n_clips, K].
 
         `audio` is [B, C_a], `visual` [B, n_clips, C_v]. Without h' there is one token, and None.
         """

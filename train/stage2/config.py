@@ -1,4 +1,4 @@
-"""Defines Stage 2's configuration: every hyper-parameter of METHODS section 6, each with its default in one place.
+"""Stage 2's configuration: every hyper-parameter of METHODS section 6, each with its default in one place.
 
 The defaults are the preset `paper`: what Zhang et al. 2022 print; where they are silent, what their released code does.
 """
@@ -14,7 +14,7 @@ from echoshift.train.selection_rules import SelectionRule
 
 
 class RecogniserConfig(SpecModel):
-    """Says what the audio-infused recogniser is.
+    """What the audio-infused recogniser is.
 
     z^m (Eq. 5) is `class_token=learnable`, `audio_tokens=true`, `domain_embedding=none`; z' (Eq. 6) is z^m with
     `domain_embedding=per_domain`; z (Eq. 7) is the default. `class_token` `h` takes the first of the two selections of
@@ -44,7 +44,7 @@ class RecogniserConfig(SpecModel):
 
 
 class LossConfig(SpecModel):
-    """Says what the terms of Eq. 8 weigh: cross-entropy of p* on source and target, of h and of h' (eta).
+    """What the terms of Eq. 8 weigh: cross-entropy of p* on source and target, of h and of h' (eta).
 
     `sound_terms_on` says on which domains h and h' are trained. The paper gives no eta [?]; 0.1 is the released code's
     weight of h.
@@ -58,7 +58,7 @@ class LossConfig(SpecModel):
 
 
 class PseudoLabelConfig(SpecModel):
-    """Says what stands for the target's labels.
+    """What stands for the target's labels.
 
     `hard`: Stage 1's argmax; `thresholded`: those to which it gives at least `threshold`; `none`; `oracle`, the truth.
     Multi-label, `hard` and `thresholded` are the classes to which Stage 1 gives at least `threshold`. `oracle` reads
@@ -70,7 +70,7 @@ class PseudoLabelConfig(SpecModel):
 
 
 class MissingSoundConfig(SpecModel):
-    """Says what stands for the audio feature of a segment without sound: a learned embedding, or the source's mean.
+    """What stands for the audio feature of a segment without sound: a learned embedding, or the source's mean.
 
     `p_missing` is how often a segment's sound is withheld in training, so that the embedding is learned [?].
     """
@@ -80,7 +80,7 @@ class MissingSoundConfig(SpecModel):
 
 
 class TestConfig(SpecModel):
-    """Says what test segments are predicted from: `sound` = `missing` takes the sound away.
+    """What test segments are predicted from: `sound` = `missing` takes the sound away.
 
     Zhang et al., section 5.1, report 51.2 on EPIC without sound. Visual features are then those that Stage 1's encoder
     makes without sound.
@@ -92,7 +92,7 @@ class TestConfig(SpecModel):
 
 
 class ScheduleConfig(SpecModel):
-    """Says how the recogniser is trained; `n_steps` other than 0 takes the place of `n_epochs`.
+    """How the recogniser is trained; `n_steps` other than 0 takes the place of `n_epochs`.
 
     A batch has n_source + n_target segments, and n_labelled of the target where it has labels. An epoch is one over the
     source.
@@ -109,7 +109,7 @@ class ScheduleConfig(SpecModel):
 
 
 class SelectionConfig(SpecModel):
-    """Says by which rules the weights that are scored are chosen; each gives a result of its own.
+    """By which rules the weights that are scored are chosen; each gives a result of its own.
 
     `last`; `source_val`, the epoch that is best on the source's test split; `target_oracle`, the one that is best on
     what is scored, an upper bound.
@@ -119,7 +119,7 @@ class SelectionConfig(SpecModel):
 
 
 class StreamConfig(SpecModel):
-    """Is one stream, such as rgb or flow, whose probabilities are averaged with the others'.
+    """One stream, such as rgb or flow, whose probabilities are averaged with the others'.
 
     `stage1` are overrides of Stage 1's configuration for this stream, `stage2` of this one. `features` and the three
     beside it are files made elsewhere, which take the place of Stage 1's: stores of features, of training views, and of
@@ -136,13 +136,13 @@ class StreamConfig(SpecModel):
 
 
 class DataConfig(SpecModel):
-    """Says how features are held: those that would take more than `max_memory_mb` are read shard by shard."""
+    """How features are held: those that would take more than `max_memory_mb` are read shard by shard."""
 
     max_memory_mb: int = Field(default=16384, gt=0)
 
 
 class Stage2Config(SpecModel):
-    """Is everything that decides Stage 2's result but data and seed."""
+    """Everything that decides Stage 2's result but data and seed."""
 
     recogniser: RecogniserConfig = RecogniserConfig()
     loss: LossConfig = LossConfig()
@@ -163,7 +163,7 @@ class Stage2Config(SpecModel):
         return streams
 
     def describe(self) -> dict[str, Any]:
-        """Gives as JSON everything that decides a result; how features are held isn't among it."""
+        """Return as JSON everything that decides a result; how features are held isn't among it."""
         described = self.model_dump(mode="json")
         del described["data"]
         return described

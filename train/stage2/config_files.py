@@ -1,4 +1,4 @@
-"""Says where Stage 2's presets lie, and what the datasets need."""
+"""Where Stage 2's presets lie, and what the datasets need."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def resolve_config(
     foreign: frozenset[str] = frozenset(),
     sees_flow: bool = False,
 ) -> Stage2Config:
-    """Makes the configuration for a dataset (`PresetFiles.resolve`), with the table `flow` where a stream sees flow."""
+    """Make the configuration for a dataset (`PresetFiles.resolve`), with the table `flow` where a stream sees flow."""
     tables = ["flow"] if sees_flow else []
     return FILES.resolve(card, preset, file, overrides, foreign=foreign, tables=tables)

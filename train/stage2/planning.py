@@ -14,7 +14,7 @@ from echoshift.train.steps import StepRunner
 
 
 def plan_stage2(request: Stage2Request, notify: Callable[[str], None] = lambda message: None) -> PlannedTraining:
-    """Reads the tables of a run's streams and plans its steps.
+    """Read the tables of a run's streams and plans its steps.
 
     Segments that a stream hasn't, because they failed to be extracted, are left out. Raises RunError where nothing is
     left of a part that training needs.

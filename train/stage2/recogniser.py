@@ -1,4 +1,4 @@
-"""Is the audio-infused recogniser R of Zhang et al., section 3.2, with its ablations z^m and z', as a `Method`."""
+"""The audio-infused recogniser R of Zhang et al., section 3.2, with its ablations z^m and z', as a `Method`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INIT_STD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class FeatureShapes:
-    """Is what a recogniser is built for.
+    """What a recogniser is built for.
 
     Attributes:
         visual: by output, the shape of a clip: (C,) of `pooled`, (n_tokens, C) of tokens.
@@ -35,7 +35,7 @@ class FeatureShapes:
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """Is what the recogniser makes of B segments: logits of p* and h [B, K], of h' [B, n_clips, K], where there are."""
+    """What the recogniser makes of B segments: logits of p* and h [B, K], of h' [B, n_clips, K], where there are."""
 
     logits: Tensor
     h: Tensor | None
@@ -44,7 +44,7 @@ class Recognition:
 
 
 class AudioInfusedRecogniser(nn.Module):
-    """Is R: visual tokens with a domain embedding, and a class token that sound selects, through a transformer.
+    """R: visual tokens with a domain embedding, and a class token that sound selects, through a transformer.
 
     Source and target go through it together; BatchNorm, where there is any, sees both. h is learned from segments with
     sound alone; h' from silent ones too, whose activity it finds in the pictures.
@@ -74,7 +74,7 @@ class AudioInfusedRecogniser(nn.Module):
         self.head = nn.Linear(width, shapes.n_classes)
 
     def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
-        """Computes the weighted terms of Eq. 8, float32 [5], in the order of `loss_names`."""
+        """Compute the weighted terms of Eq. 8, float32 [5], in the order of `loss_names`."""
         parts: list[tuple[FeatureBatch, Tensor, int]] = [(step.source.inputs, step.source.labels, _SOURCE)]
         if step.target is not None:
             parts.append((step.target.inputs, step.target.pseudo_labels, _TARGET))
@@ -100,7 +100,7 @@ class AudioInfusedRecogniser(nn.Module):
         return torch.stack(list(terms.values()))
 
     def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
-        """Predicts probabilities p*, float32 [B, K]: softmax, or sigmoid where the task is multi-label."""
+        """Predict probabilities p*, float32 [B, K]: softmax, or sigmoid where the task is multi-label."""
         n_source = len(inputs.has_audio) if domain == "source" else 0
         logits = self._recognise(inputs, n_source, Dropouts()).logits.float()
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
@@ -114,7 +114,7 @@ class AudioInfusedRecogniser(nn.Module):
         ]
 
     def _recognise(self, inputs: FeatureBatch, n_source: int, dropouts: Dropouts) -> Recognition:
-        """Recognises segments, the first `n_source` of which are of the source, the rest of the target."""
+        """Recognise segments, the first `n_source` of which are of the source, the rest of the target."""
         chosen = self.config.recogniser
         heard = inputs.has_audio
         if self.training:
@@ -145,7 +145,7 @@ class AudioInfusedRecogniser(nn.Module):
         return Recognition(logits, h, h_prime, heard)
 
     def _pick_domains(self, n_source: int, n: int) -> Tensor:
-        """Gives each sample's domain embedding, [n, 1, D], or one for all."""
+        """Return each sample's domain embedding, [n, 1, D], or one for all."""
         assert self.domain is not None
         if len(self.domain) == 1:
             return self.domain[:, None]
@@ -156,7 +156,7 @@ class AudioInfusedRecogniser(nn.Module):
 def build_recogniser(
     config: Stage2Config, shapes: FeatureShapes, mean_audio: Tensor, seed: int
 ) -> AudioInfusedRecogniser:
-    """Builds a recogniser with weights that the seed decides; `mean_audio` float32 [C_a] is the source's.
+    """Build a recogniser with weights that the seed decides; `mean_audio` float32 [C_a] is the source's.
 
     The missing-sound embedding begins at the mean, and stays there unless it is learned.
     """
@@ -166,7 +166,7 @@ def build_recogniser(
 
 
 def _summarise(visual: Mapping[str, Tensor]) -> Tensor:
-    """Gives one vector a clip, [B, n_clips, C_v]: the mean over tokens of each output, one after the other."""
+    """Return one vector a clip, [B, n_clips, C_v]: the mean over tokens of each output, one after the other."""
     means = [values if values.dim() == 3 else values.mean(dim=2) for values in visual.values()]
     return means[0] if len(means) == 1 else torch.cat(means, dim=-1)
 

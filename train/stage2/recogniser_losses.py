@@ -10,7 +10,7 @@ NO_LABEL = -1
 
 
 def compute_class_loss(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Computes the mean loss over the samples that count, float32 []; 0 where none does.
+    """Compute the mean loss over the samples that count, float32 []; 0 where none does.
 
     `logits` float [B, K]. Single-label, `labels` int64 [B]: cross-entropy; NO_LABEL counts for nothing. Multi-label,
     float [B, K]: binary cross-entropy, the mean over classes; a row of NaN counts for nothing. `counted` bool [B]

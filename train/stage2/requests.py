@@ -1,4 +1,4 @@
-"""Defines one run of Stage 2: what it trains on what."""
+"""One run of Stage 2: what it trains on what."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echoshift.train.stage2.stage1_outputs import StreamInputs
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """Is one stream, such as rgb: its configuration and the files that it reads."""
+    """One stream, such as rgb: its configuration and the files that it reads."""
 
     name: str
     config: Stage2Config
@@ -25,7 +25,7 @@ class StreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class Stage2Request:
-    """Is one run.
+    """One run.
 
     Attributes:
         config: what the streams have in common: selection rules, sound at test.
@@ -49,11 +49,11 @@ class Stage2Request:
 
     @property
     def title(self) -> str:
-        """Names the run in a line of progress."""
+        """Name the run in a line of progress."""
         row = f", {self.row}" if self.row else ""
         return f"{self.shift.name}, seed {self.seed}{row}"
 
     @property
     def is_multi_label(self) -> bool:
-        """Says whether a segment may have any number of classes."""
+        """Whether a segment may have any number of classes."""
         return self.card.task == "multi-label"

@@ -28,7 +28,7 @@ TABLE = "table.parquet"
 
 @dataclass(frozen=True, slots=True)
 class StreamInputs:
-    """Is the files that one stream reads.
+    """The files that one stream reads.
 
     Attributes:
         key: names what is in those that are trained on.
@@ -51,21 +51,21 @@ class StreamInputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StreamFeatures:
-    """Is a stream's features in memory: rows that are trained on and rows that are tested; they may be the same."""
+    """A stream's features in memory: rows that are trained on and rows that are tested; they may be the same."""
 
     train: Rows
     test: Rows
 
 
 def has_stage1_outputs(runs_dir: Path, records: Iterable[RunRecord], config_hash: str, shift: str, seed: int) -> bool:
-    """Says whether a run of Stage 1 with these settings left its table and features."""
+    """Return whether a run of Stage 1 with these settings left its table and features."""
     return _find_record(runs_dir, records, config_hash, shift, seed) is not None
 
 
 def find_stage1_outputs(
     runs_dir: Path, records: Iterable[RunRecord], config_hash: str, shift: str, seed: int
 ) -> StreamInputs:
-    """Finds what the last run of Stage 1 with these settings left; raises RunError saying what to run."""
+    """Find what the last run of Stage 1 with these settings left; raises RunError saying what to run."""
     record = _find_record(runs_dir, records, config_hash, shift, seed)
     if record is None:
         raise RunError(
@@ -90,7 +90,7 @@ def find_stage1_outputs(
 
 
 def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
-    """Names the files of a stream that were made elsewhere; `{shift}` and `{seed}` in paths are filled in.
+    """Name the files of a stream that were made elsewhere; `{shift}` and `{seed}` in paths are filled in.
 
     Raises RunError for one that isn't there, and where neither a table nor a store of sound says what is heard.
     """
@@ -115,7 +115,7 @@ def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
 
 
 def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamInputs:
-    """Finds the stores of pooled features of a dataset that two encoders filled; a stream of them has no table.
+    """Find the stores of pooled features of a dataset that two encoders filled; a stream of them has no table.
 
     Of sound with views and clean sound it is the clean one. Raises RunError where there is none, or more than one,
     saying how to name it.
@@ -144,12 +144,12 @@ def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamIn
 
 
 def stays_stored(inputs: StreamInputs, n_segments: int, max_bytes: int) -> bool:
-    """Says whether the features that are trained on take more than `max_bytes`, so that they are read by shards."""
+    """Return whether the features that are trained on take more than `max_bytes`, so that they are read by shards."""
     return n_segments * count_row_bytes(open_store(inputs.train_features or inputs.features)) > max_bytes
 
 
 def hears_clips(inputs: StreamInputs) -> bool:
-    """Says whether the store of sound has the sound around each clip of the pictures (recipe B), not a segment's."""
+    """Return whether the store of sound has the sound around each clip of the pictures (recipe B), not a segment's."""
     if inputs.table is not None or inputs.sound is None:
         return False
     seen, heard = open_store(inputs.features), open_store(inputs.sound)
@@ -159,7 +159,7 @@ def hears_clips(inputs: StreamInputs) -> bool:
 def open_stream(
     inputs: StreamInputs, segment_ids: Sequence[str], train_ids: Sequence[str], max_bytes: int
 ) -> StreamFeatures:
-    """Reads a stream's features of segments; those of `train_ids` once more where training has views of its own.
+    """Read a stream's features of segments; those of `train_ids` once more where training has views of its own.
 
     What would take more than `max_bytes` (half of it where there are two stores) stays in its store. Raises StoreError
     or RunError naming the first segment that isn't there.
@@ -198,7 +198,7 @@ def _read_heard(table: PredictionTable, segment_ids: Sequence[str]) -> Sound:
 def _find_record(
     runs_dir: Path, records: Iterable[RunRecord], config_hash: str, shift: str, seed: int
 ) -> RunRecord | None:
-    """Finds the last record whose table and features are still there."""
+    """Find the last record whose table and features are still there."""
     for record in reversed(list(records)):
         if (record.stage, record.config_hash, record.shift, record.seed) != ("stage1", config_hash, shift, seed):
             continue
@@ -223,7 +223,7 @@ def _find_store(runs_dir: Path, key: str) -> Path:
 
 
 def _name_store(path: Path) -> str:
-    """Names a store by its specification and what its rows were made from."""
+    """Name a store by its specification and what its rows were made from."""
     store = open_store(path)
     digests = hashlib.sha256(store.read_array("digest").tobytes() + store.read_array("state").tobytes())
     return f"{fingerprint(store.spec)} {digests.hexdigest()}"

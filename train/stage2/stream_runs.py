@@ -31,7 +31,7 @@ REVISION = 1
 
 @dataclass(frozen=True, slots=True)
 class StreamRun:
-    """Is one stream of a run, planned; features are read when they are asked for."""
+    """One stream of a run, planned; features are read when they are asked for."""
 
     request: Stage2Request
     stream: StreamRequest
@@ -40,37 +40,37 @@ class StreamRun:
 
     @property
     def config(self) -> Stage2Config:
-        """Gives the stream's configuration."""
+        """The stream's configuration."""
         return self.stream.config
 
     @property
     def name(self) -> str:
-        """Names the stream."""
+        """Name the stream."""
         return self.stream.name
 
     @property
     def one_clip(self) -> bool:
-        """Says whether each clip is recognised by itself."""
+        """Whether each clip is recognised by itself."""
         return self.config.recogniser.clips == "each"
 
     @property
     def over_clips(self) -> Literal["mean", "max"]:
-        """Says how predictions of clips are combined then."""
+        """How predictions of clips are combined then."""
         return self.config.recogniser.over_clips
 
     @property
     def title(self) -> str:
-        """Names it in a line of progress."""
+        """Name it in a line of progress."""
         several = f" {self.stream.name}" if len(self.request.streams) > 1 else ""
         return f"{self.request.title}{several}"
 
     @property
     def tracks_epochs(self) -> bool:
-        """Says whether a rule looks at every epoch, so that each is predicted."""
+        """Whether a rule looks at every epoch, so that each is predicted."""
         return set(self.request.config.selection.rules) != {"last"}
 
     def plan_step(self) -> Step:
-        """Plans the training; what decides it is in the key, labels of the target only where pseudo-labels are them."""
+        """Plan the training; what decides it is in the key, labels of the target only where pseudo-labels are them."""
         described = self.config.describe()
         of_test = ("test", "selection", "streams", "data")
         settings: dict[str, Any] = {part: v for part, v in described.items() if part not in of_test}
@@ -94,12 +94,12 @@ class StreamRun:
         return Step(f"recogniser_{self.stream.name}", REVISION, settings, inputs)
 
     def open_features(self) -> StreamFeatures:
-        """Reads the stream's features into memory."""
+        """Read the stream's features into memory."""
         ids, train_ids = tuple(_list_ids(self.splits)), tuple(_list_train_ids(self.splits))
         return _open_features(self.stream.inputs, ids, train_ids, self.config.data.max_memory_mb)
 
     def open_test_rows(self) -> Rows:
-        """Gives the rows that the target's test segments are predicted from, without sound where that is the setting.
+        """Return the rows that the target's test segments are predicted from, without sound where that is the setting.
 
         Visual features are then those that the encoder makes without sound, where they were exported.
         """
@@ -114,7 +114,7 @@ class StreamRun:
         return rows.without_sound()
 
     def describe(self) -> dict[str, str]:
-        """Gives the facts that a checkpoint's header holds."""
+        """Return the facts that a checkpoint's header holds."""
         return {
             "echoshift": "audio-infused recogniser",
             "classes": json.dumps(list(self.request.card.classes)),
@@ -123,17 +123,17 @@ class StreamRun:
         }
 
     def examine(self, run: TrainedRun) -> tuple[str, ...]:
-        """Finds nothing: the recogniser's LayerNorms keep its states apart."""
+        """Find nothing: the recogniser's LayerNorms keep its states apart."""
         return ()
 
     def name_test(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Gives settings and inputs that decide what test segments are predicted from, beside the weights."""
+        """Return settings and inputs that decide what test segments are predicted from, beside the weights."""
         if self.request.config.test.sound == "kept":
             return {"sound": "kept"}, {}
         return {"sound": "missing"}, {"without sound": self.stream.inputs.without_sound_key}
 
     def list_predicted(self) -> Mapping[str, tuple[Rows, np.ndarray, Domain]]:
-        """Lists what is predicted: the source's validation split and the target's test split."""
+        """List what is predicted: the source's validation split and the target's test split."""
         rows, test_rows, splits = self.open_features().test, self.open_test_rows(), self.splits
         predicted: dict[str, tuple[Rows, np.ndarray, Domain]] = {
             "target_test": (test_rows, test_rows.find(_ids(splits.target_test)), "target")
@@ -143,7 +143,7 @@ class StreamRun:
         return predicted
 
     def build(self) -> nn.Module:
-        """Builds the recogniser with the weights that the seed decides."""
+        """Build the recogniser with the weights that the seed decides."""
         features = self.open_features()
         heard = features.train.find(_ids(self.splits.source_train.segments))
         has_audio = features.train.has_audio[heard]
@@ -159,7 +159,7 @@ class StreamRun:
         return build_recogniser(self.config, shapes, mean_audio, self.request.seed)
 
     def plan_job(self) -> TrainingJob:
-        """Makes the job that the loop trains."""
+        """Make the job that the loop trains."""
         data = self._make_data()
         schedule = self._plan_schedule(len(data.source))
         same = [
@@ -216,7 +216,7 @@ class StreamRun:
         )
 
     def _read_pseudo_labels(self) -> np.ndarray:
-        """Reads what Stage 1 takes the target's train segments for, int64 [n] or float32 [n, K]."""
+        """Read what Stage 1 takes the target's train segments for, int64 [n] or float32 [n, K]."""
         request, chosen, ids = self.request, self.config.pseudo_labels, _ids(self.splits.target_train)
         if chosen.kind == "oracle":
             return label_target_train(request.manifest, request.card, request.shift, ids).labels

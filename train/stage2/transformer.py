@@ -1,4 +1,4 @@
-"""Is the recogniser's transformer: pre-norm layers whose dropout masks come from outside."""
+"""The recogniser's transformer: pre-norm layers whose dropout masks come from outside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from echoshift.train.stage2.config import RecogniserConfig
 
 
 class TransformerLayer(nn.Module):
-    """Is a layer with LayerNorm before attention and before the MLP; no bias in the qkv projection (METHODS 5.5)."""
+    """A layer with LayerNorm before attention and before the MLP; no bias in the qkv projection (METHODS 5.5)."""
 
     def __init__(self, config: RecogniserConfig) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class TransformerLayer(nn.Module):
         self.mlp_out = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, tokens: Tensor, dropouts: Dropouts, n_kept: int | None = None) -> Tensor:
-        """Gives the first `n_kept` tokens of the layer's output [B, n_kept, D]; those alone ask, all answer."""
+        """Return the first `n_kept` tokens of the layer's output [B, n_kept, D]; those alone ask, all answer."""
         normed = self.attention_norm(tokens)
         if n_kept is None:
             query, key, value = self.qkv(normed).chunk(3, dim=-1)
@@ -42,19 +42,19 @@ class TransformerLayer(nn.Module):
         return tokens + dropouts.drop(self.mlp_out(hidden), self.dropout)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """Views [B, P, inner] as [B, heads, P, head width]."""
+        """View [B, P, inner] as [B, heads, P, head width]."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
 
 class Transformer(nn.Module):
-    """Is the layers one after the other; the last one computes the class tokens alone."""
+    """The layers one after the other; the last one computes the class tokens alone."""
 
     def __init__(self, config: RecogniserConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.n_layers))
 
     def forward(self, tokens: Tensor, n_kept: int, dropouts: Dropouts) -> Tensor:
-        """Gives the output states [B, n_kept, D] of the first `n_kept` of the tokens [B, P, D]."""
+        """Return the output states [B, n_kept, D] of the first `n_kept` of the tokens [B, P, D]."""
         for layer in self.layers[:-1]:
             tokens = layer(tokens, dropouts)
         kept: Tensor = self.layers[-1](tokens, dropouts, n_kept)

@@ -1,4 +1,4 @@
-"""Is `echoshift ablate` and `echoshift table`: run a grid, and print what it came to."""
+"""`echoshift ablate` and `echoshift table`: run a grid, and print what it came to."""
 
 from __future__ import annotations
 
@@ -219,12 +219,12 @@ def _choose_rule(grid: Grid, rule: RuleName | None) -> RuleName:
 
 
 def describe_table(made: Table, grid: Grid, rule: RuleName | None) -> dict[str, object]:
-    """Gives a grid's table unrounded, in percent and points, with the grid's name and the selection rule."""
+    """Return a grid's table unrounded, in percent and points, with the grid's name and the selection rule."""
     return {"grid": grid.name, "rule": _choose_rule(grid, rule), **make_jsonable(made)}
 
 
 def _write(made: Table, form: TableForm, to: Path | None) -> None:
-    """Writes the table into a file where one is named; the ending decides the form, then --form, then Markdown."""
+    """Write the table into a file where one is named; the ending decides the form, then --form, then Markdown."""
     if to is not None:
         by_ending = {".md": TableForm.markdown, ".csv": TableForm.csv, ".tex": TableForm.latex}
         chosen = by_ending.get(to.suffix, TableForm.markdown if form == TableForm.text else form)

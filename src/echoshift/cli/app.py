@@ -1,4 +1,4 @@
-"""Is the command line: puts the commands of the three packages together, and turns errors into one line and a code."""
+"""The command line: puts the commands of the three packages together, and turns errors into one line and a code."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ app.command()(picture)
 
 
 def main() -> None:
-    """Runs the command line.
+    """Run the command line.
 
     Exit codes: 0 done; 1 faults found by a check; 2 an error, told in one line; 3 some segments failed;
     130 interrupted.

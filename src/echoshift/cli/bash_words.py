@@ -12,7 +12,7 @@ ASKED = "_ECHOSHIFT_COMPLETE"
 
 @contextlib.contextmanager
 def joining_bash_words(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Answers bash for what stands behind an `=`, while the block completes the whole word; else does nothing.
+    """Answer bash for what stands behind an `=`, while the block completes the whole word; else does nothing.
 
     Bash gives KEY, = and VALUE as three of COMP_WORDS, a line each, and puts an answer in the place of the last. So the
     three are joined, COMP_CWORD is moved along, and KEY= is cut from each line that the block prints.
@@ -34,7 +34,7 @@ def joining_bash_words(environment: MutableMapping[str, str]) -> Iterator[None]:
 
 
 def join_words(words: list[str], current: int) -> tuple[list[str], int]:
-    """Joins KEY, = and VALUE up to the word under completion; gives the words, and which of them is completed.
+    """Join KEY, = and VALUE up to the word under completion; return the words, and which of them is completed.
 
     A word that begins with -- is never a value: bash doesn't say whether there was a blank before it.
     """

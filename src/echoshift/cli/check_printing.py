@@ -18,7 +18,7 @@ N_STALE_NAMED = 10
 
 
 def print_check(check: StoreCheck, repaired: RepairReport | None, *, as_json: bool) -> None:
-    """Prints a line for every fault, what is stale, what a sample says, and what was re-queued."""
+    """Print a line for every fault, what is stale, what a sample says, and what was re-queued."""
     if as_json:
         print_json({**make_jsonable(check), "repaired": repaired})
         return

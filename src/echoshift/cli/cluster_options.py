@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan_cluster(
     workers: int | None, scheduler: str | None, *, slurm: bool, slurm_options: Sequence[str], device: str
 ) -> ClusterRequest | None:
-    """Decides who computes: None for this process; raises SpecError when options contradict each other."""
+    """Decide who computes: None for this process; raises SpecError when options contradict each other."""
     from echoshift.pipeline.clusters import ClusterRequest
 
     if slurm_options and not slurm:
@@ -38,7 +38,7 @@ def plan_cluster(
 
 
 def parse_slurm_options(pairs: Sequence[str]) -> dict[str, object]:
-    """Parses KEY=VALUE; values are read as Dask reads its environment: `cores=8`, `job_extra_directives=["-G1"]`."""
+    """Parse KEY=VALUE; values are read as Dask reads its environment: `cores=8`, `job_extra_directives=["-G1"]`."""
     from dask.config import interpret_value
 
     options = {}
@@ -51,7 +51,7 @@ def parse_slurm_options(pairs: Sequence[str]) -> dict[str, object]:
 
 
 def list_gpus(device: str) -> tuple[str, ...]:
-    """Lists what workers may have in CUDA_VISIBLE_DEVICES: this process' GPUs for auto and cuda, () for any other."""
+    """List what workers may have in CUDA_VISIBLE_DEVICES: this process' GPUs for auto and cuda, () for any other."""
     if device not in ("auto", "cuda"):
         return ()
     import torch
@@ -63,7 +63,7 @@ def list_gpus(device: str) -> tuple[str, ...]:
 
 @contextmanager
 def end_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM, which SLURM and shutdowns send, end a run like Ctrl-C: what is open is closed, exit code 130."""
+    """Make SIGTERM, which SLURM and shutdowns send, end a run like Ctrl-C: what is open is closed, exit code 130."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

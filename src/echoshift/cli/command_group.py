@@ -11,10 +11,10 @@ from echoshift.pipeline.suggestions import suggest
 
 
 class SuggestingGroup(TyperGroup):
-    """Is a group of commands that raises SpecError with the nearest names for a command that isn't there."""
+    """A group of commands that raises SpecError with the nearest names for a command that isn't there."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Finds the command that the arguments begin with."""
+        """Find the command that the arguments begin with."""
         if args and not ctx.resilient_parsing and not args[0].startswith("-"):
             name, known = args[0], [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
             if self.get_command(ctx, name) is None:

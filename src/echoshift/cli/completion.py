@@ -25,12 +25,12 @@ Offers = list[tuple[str, str]]
 
 
 def complete_dataset(ctx: typer.Context, incomplete: str) -> Offers:
-    """Offers the datasets that have a card, with their titles."""
+    """Offer the datasets that have a card, with their titles."""
     return keep_begun(((path.stem, _read_title(path)) for path in _list_card_files(ctx)), incomplete)
 
 
 def complete_encoders(incomplete: str) -> Offers:
-    """Offers encoders for the last word of a list separated by blanks, with their modalities."""
+    """Offer encoders for the last word of a list separated by blanks, with their modalities."""
     from echoshift.extract.encoders.registry import ENCODERS
     from echoshift.pipeline.plugins import ENCODER_GROUP, list_plugin_names
 
@@ -46,21 +46,21 @@ def complete_encoders(incomplete: str) -> Offers:
 
 
 def complete_recipe(incomplete: str) -> Offers:
-    """Offers the recipes of `extract --preset`."""
+    """Offer the recipes of `extract --preset`."""
     from echoshift.extract.presets import PRESETS
 
     return keep_begun(((preset.name, preset.summary) for preset in PRESETS.values()), incomplete)
 
 
 def complete_weights(incomplete: str) -> Offers:
-    """Offers the names of the catalogue of weights, with their encoders."""
+    """Offer the names of the catalogue of weights, with their encoders."""
     from echoshift.extract.weights.catalogue import read_catalogue
 
     return keep_begun(((entry.name, entry.encoder) for entry in read_catalogue().values()), incomplete)
 
 
 def complete_encoder_weights(incomplete: str) -> Offers:
-    """Offers ENCODER=NAME of the catalogue of weights."""
+    """Offer ENCODER=NAME of the catalogue of weights."""
     from echoshift.extract.weights.catalogue import read_catalogue
 
     entries = read_catalogue().values()
@@ -68,14 +68,14 @@ def complete_encoder_weights(incomplete: str) -> Offers:
 
 
 def complete_store(ctx: typer.Context, incomplete: str) -> Offers:
-    """Offers the stores below a local cache."""
+    """Offer the stores below a local cache."""
     cache = Path(str(ctx.params.get("cache") or "cache"))
     paths = sorted(path for ending in ("zarr", "h5") for path in cache.glob(f"*/*.{ending}"))
     return keep_begun(((str(path), path.parent.name) for path in paths), incomplete)
 
 
 def complete_segment(ctx: typer.Context, incomplete: str) -> Offers:
-    """Offers segments of the manifests, or of the one that --dataset names; 200 at most."""
+    """Offer segments of the manifests, or of the one that --dataset names; 200 at most."""
     dataset = str(ctx.params.get("dataset") or "")
     offers: Offers = []
     for card in _list_card_files(ctx):
@@ -89,12 +89,12 @@ def complete_segment(ctx: typer.Context, incomplete: str) -> Offers:
 
 
 def complete_spec_setting(incomplete: str) -> Offers:
-    """Offers the keys of `extract --set`, and what a key may be once `=` is there."""
+    """Offer the keys of `extract --set`, and what a key may be once `=` is there."""
     return offer_settings(list_spec_settings(), incomplete)
 
 
 def list_spec_settings() -> list[SettingKey]:
-    """Lists the settings of preprocessing: every field of clip, frame and audio."""
+    """List the settings of preprocessing: every field of clip, frame and audio."""
     from echoshift.cli.setting_keys import list_setting_keys
     from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
@@ -103,7 +103,7 @@ def list_spec_settings() -> list[SettingKey]:
 
 
 def offer_settings(keys: Sequence[SettingKey], incomplete: str) -> Offers:
-    """Offers `KEY=` for each key that begins so, and `KEY=VALUE` where the key is whole and its values are few."""
+    """Offer `KEY=` for each key that begins so, and `KEY=VALUE` where the key is whole and its values are few."""
     name, equals, value = incomplete.partition("=")
     if equals:
         choices = next((key.choices for key in keys if key.key == name), ())
@@ -112,12 +112,12 @@ def offer_settings(keys: Sequence[SettingKey], incomplete: str) -> Offers:
 
 
 def offer_values(name: str, values: Iterable[tuple[str, str]], incomplete: str) -> Offers:
-    """Offers NAME=VALUE for the values that begin as what is typed behind the `=`."""
+    """Offer NAME=VALUE for the values that begin as what is typed behind the `=`."""
     return [(f"{name}={value}", help_) for value, help_ in keep_begun(values, incomplete)]
 
 
 def keep_begun(offers: Iterable[tuple[str, str]], incomplete: str) -> Offers:
-    """Keeps the offers that begin as what is typed."""
+    """Keep the offers that begin as what is typed."""
     return [(name, help_) for name, help_ in offers if name.startswith(incomplete)]
 
 

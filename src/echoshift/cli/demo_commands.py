@@ -1,4 +1,4 @@
-"""Is `echoshift demo`: generates the synthetic demo data set."""
+"""`echoshift demo`: generates the synthetic demo data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is `echoshift doctor`: looks over the installation, and says what to do about what isn't as it should be."""
+"""`echoshift doctor`: looks over the installation, and says what to do about what isn't as it should be."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def doctor(
 
 
 def _import_decoder_checks() -> ModuleType:
-    """Imports what itself imports PyAV, so that a PyAV that can't be imported is a finding like any other."""
+    """Import what itself imports PyAV, so that a PyAV that can't be imported is a finding like any other."""
     from echoshift.extract.doctor import decoder_checks
 
     return decoder_checks

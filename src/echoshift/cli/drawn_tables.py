@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def draw_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
-    """Draws a table on stdout; `right` says which columns are numbers. Text is no markup, whatever brackets it has."""
+    """Draw a table on stdout; `right` says which columns are numbers. Text is no markup, whatever brackets it has."""
     console = Console()
     table = Table(title=Text(title), title_justify="left", header_style="bold")
     for column, is_number in zip(columns, right, strict=True):
@@ -25,7 +25,7 @@ def draw_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]
 
 
 def _draw_rows(console: Console, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Draws each row as a block with a line a column; the terminal itself wraps what is longer than it."""
+    """Draw each row as a block with a line a column; the terminal itself wraps what is longer than it."""
     width = max(map(len, columns))
     console.print(Text(title, style="bold"))
     for number, line in enumerate(lines):

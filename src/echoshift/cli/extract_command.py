@@ -1,4 +1,4 @@
-"""Is `echoshift extract`: fills feature stores from a manifest and its media."""
+"""`echoshift extract`: fills feature stores from a manifest and its media."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def extract(
 
 
 def describe_summary(summary: ExtractionSummary) -> dict[str, object]:
-    """Gives what each store holds, with all failures, and how long the run took."""
+    """Return what each store holds, with all failures, and how long the run took."""
     from echoshift.pipeline.specs import fingerprint
 
     stores = [
@@ -160,7 +160,7 @@ def describe_summary(summary: ExtractionSummary) -> dict[str, object]:
 
 
 def print_summary(summary: ExtractionSummary) -> None:
-    """Prints what each store holds for the manifest, and the first failures by name."""
+    """Print what each store holds for the manifest, and the first failures by name."""
     from echoshift.cli.terminal import print_table
     from echoshift.pipeline.store.ledger import failures_path
 

@@ -1,4 +1,4 @@
-"""Is how a command answers a program: the option --json, and any report as one JSON document on stdout."""
+"""How a command answers a program: the option --json, and any report as one JSON document on stdout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ JsonOption = Annotated[
 
 
 def print_json(document: object) -> None:
-    """Prints a document: on a terminal indented, elsewhere in one line. Raises TypeError as `make_jsonable`."""
+    """Print a document: on a terminal indented, elsewhere in one line. Raises TypeError as `make_jsonable`."""
     indent = 2 if sys.stdout.isatty() else None
     typer.echo(json.dumps(make_jsonable(document), indent=indent, ensure_ascii=False, allow_nan=False))
 
 
 def make_jsonable(value: object) -> Any:
-    """Puts a value into what JSON can hold, without rounding.
+    """Put a value into what JSON can hold, without rounding.
 
     Dataclasses and pydantic models become objects of their fields, paths and locations text, times ISO 8601, sets
     sorted lists, NumPy's scalars and arrays numbers and lists. What has no finite number is null, as JSON has no NaN.

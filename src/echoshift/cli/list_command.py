@@ -1,4 +1,4 @@
-"""Is `echoshift list`: shows the names that commands take: datasets, encoders, recipes, grids, settings and so on."""
+"""`echoshift list`: shows the names that commands take: datasets, encoders, recipes, grids, settings and so on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def list_(
 
 
 def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[str, object]]:
-    """Lists a row a name, its columns by name."""
+    """List a row a name, its columns by name."""
     if what == Kind.datasets:
         from echoshift.pipeline.cards import read_dataset_card
 

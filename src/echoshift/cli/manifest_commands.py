@@ -1,4 +1,4 @@
-"""Is `echoshift manifest`: imports annotation files into a manifest, checks one, and shows what is in it."""
+"""`echoshift manifest`: imports annotation files into a manifest, checks one, and shows what is in it."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
 
 
 def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], DatasetCard]) -> tuple[DatasetCard, bool]:
-    """Gives the card, and whether it was made now; it is written once the segments are known to be sound."""
+    """Return the card, and whether it was made now; it is written once the segments are known to be sound."""
     from echoshift.pipeline.cards import read_dataset_card
 
     if re.fullmatch(r"\w[\w.+-]*", dataset) is None:
@@ -241,7 +241,7 @@ def _write(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) ->
 
 
 def describe_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> dict[str, object]:
-    """Gives what `manifest show` counts; classes by name, as a card fixes them."""
+    """Return what `manifest show` counts; classes by name, as a card fixes them."""
     from echoshift.pipeline.manifest_summary import summarise_manifest
 
     splits = [

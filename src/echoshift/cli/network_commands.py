@@ -1,4 +1,4 @@
-"""Is `echoshift stage2` and `echoshift align`, which train on cached features and take the same options."""
+"""`echoshift stage2` and `echoshift align`, which train on cached features and take the same options."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def run_networks(
     rerun: Sequence[str],
     answer: AnswerChoices,
 ) -> None:
-    """Trains and scores what isn't done yet, shift by shift; runs Stage 1 first where it is read and isn't done.
+    """Train and scores what isn't done yet, shift by shift; run Stage 1 first where it is read and isn't done.
 
     Raises RunError for an unknown step to do anew, and whatever resolving and running raise.
     """

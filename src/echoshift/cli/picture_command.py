@@ -1,4 +1,4 @@
-"""Is `echoshift picture`: draws what features and networks look like, from stores and finished runs."""
+"""`echoshift picture`: draws what features and networks look like, from stores and finished runs."""
 
 from __future__ import annotations
 

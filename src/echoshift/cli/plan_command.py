@@ -1,4 +1,4 @@
-"""Is `echoshift plan`: says what a run of extract would do, take and need, before anything runs."""
+"""`echoshift plan`: says what a run of extract would do, take and need, before anything runs."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def plan(
 
 
 def describe_plan(estimate: RunEstimate, timed: TimedSample | None) -> dict[str, object]:
-    """Gives what a plan says in numbers, without the work itself."""
+    """Return what a plan says in numbers, without the work itself."""
     return {
         "stores": estimate.stores,
         "n_bytes_to_add": estimate.n_bytes_to_add,
@@ -121,7 +121,7 @@ def describe_plan(estimate: RunEstimate, timed: TimedSample | None) -> dict[str,
 
 
 def print_plan(estimate: RunEstimate, timed: TimedSample | None, *, asked: bool) -> None:
-    """Prints a plan: a line a store, a line an output, the room on the disk, the time."""
+    """Print a plan: a line a store, a line an output, the room on the disk, the time."""
     from echoshift.cli.terminal import print_table
 
     stores = estimate.stores
@@ -164,7 +164,7 @@ def print_plan(estimate: RunEstimate, timed: TimedSample | None, *, asked: bool)
 
 
 def format_duration(seconds: float) -> str:
-    """Writes a duration the way a person says it: 12.3 s, 4.5 min, 6.7 h."""
+    """Write a duration the way a person says it: 12.3 s, 4.5 min, 6.7 h."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -16,7 +16,7 @@ from echoshift.cli.terminal import format_rate
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Shows how many steps end in a second, or in a minute."""
+        """Show how many steps end in a second, or in a minute."""
         return Text(format_rate(task.finished_speed or task.speed or 0))
 
 
@@ -29,27 +29,27 @@ class BarProgress:
         self._what = ""
 
     def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of work of n_total steps."""
+        """Begin a stretch of work of n_total steps."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._what = what
         self._task = self._bar.add_task(what, total=n_total)
 
     def describe(self, what: str) -> None:
-        """Says how the work under way goes, in place of what it was begun as."""
+        """Describe how the work under way goes, in place of what it was begun as."""
         self._what = what
         if self._task is not None:
             self._bar.update(self._task, description=what)
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Counts steps done; a note stands behind what the work was begun as."""
+        """Count steps done; a note stands behind what the work was begun as."""
         if self._task is not None:
             self._bar.update(self._task, advance=n, description=f"{self._what}, {note}" if note else None)
 
 
 @contextmanager
 def draw_bar() -> Iterator[BarProgress]:
-    """Draws a bar while the block runs."""
+    """Draw a bar while the block runs."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), Elapsed())
     with Progress(*columns, Remaining(), console=Console(stderr=True)) as bar:
         yield BarProgress(bar)

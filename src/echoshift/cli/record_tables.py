@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_classes(record: RunRecord, card: DatasetCard) -> None:
-    """Prints what one run scored, class by class."""
+    """Print what one run scored, class by class."""
     from echoshift.cli.terminal import print_table
 
     rows = [[c.name, _percent(c.value), c.n] for c in record.scores.per_class]
@@ -25,7 +25,7 @@ def print_classes(record: RunRecord, card: DatasetCard) -> None:
 
 
 def print_records(stage: str, records: Sequence[RunRecord], card: DatasetCard, runs_dir: Path) -> None:
-    """Prints one line a run: the main score under its selection rule, silent and audible, each with its n."""
+    """Print one line a run: the main score under its selection rule, silent and audible, each with its n."""
     from echoshift.cli.terminal import print_table
     from echoshift.train.runs import RESULTS
 
@@ -45,7 +45,7 @@ def print_records(stage: str, records: Sequence[RunRecord], card: DatasetCard, r
 
 
 def describe_records(stage: str, card: DatasetCard, runs_dir: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Gives what training came to: whole records, scores as shares and not percent; `runs` are of `describe_run`."""
+    """Return what training came to: whole records, scores as shares and not percent; `runs` are of `describe_run`."""
     from echoshift.train.runs import RESULTS
 
     metric = "mAP" if card.task == "multi-label" else "top-1"
@@ -54,7 +54,7 @@ def describe_records(stage: str, card: DatasetCard, runs_dir: Path, runs: Sequen
 
 
 def describe_run(record: RunRecord, left_out: Sequence[str], files: dict[str, object]) -> dict[str, Any]:
-    """Gives one run's whole record, its main score, the segments left out as failed, and the files it made."""
+    """Return one run's whole record, its main score, the segments left out as failed, and the files it made."""
     score = make_jsonable(record.scores.main)
     return {**make_jsonable(record), "score": score, "left_out": list(left_out), "files": make_jsonable(files)}
 

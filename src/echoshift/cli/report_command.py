@@ -1,4 +1,4 @@
-"""Is `echoshift report`: writes one page of everything that is known of a dataset."""
+"""`echoshift report`: writes one page of everything that is known of a dataset."""
 
 from __future__ import annotations
 

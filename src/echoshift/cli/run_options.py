@@ -61,7 +61,7 @@ DEFAULT_RUNS = Path("runs")
 
 @dataclass(frozen=True, slots=True)
 class RunChoices:
-    """Is what the command line says of data and configuration."""
+    """What the command line says of data and configuration."""
 
     dataset: str
     media: Path | None
@@ -76,14 +76,14 @@ class RunChoices:
 
 @dataclass(frozen=True, slots=True)
 class AnswerChoices:
-    """Is what the command line says of the answer: without progress and notices, as JSON."""
+    """What the command line says of the answer: without progress and notices, as JSON."""
 
     quiet: bool
     as_json: bool
 
 
 def find_last_dataset(cache: str) -> str:
-    """Gives the dataset of the store in a cache that was last extracted to; raises RunError where there is none."""
+    """Return the dataset of the store in a cache that was last extracted to; raises RunError where there is none."""
     from echoshift.pipeline.store.location import locate
     from echoshift.pipeline.store.opening import list_stores, open_store
 
@@ -99,7 +99,7 @@ def find_last_dataset(cache: str) -> str:
 
 
 def choose_dataset(choices: RunChoices, notify: Callable[[str], None]) -> str:
-    """Gives the named dataset, or the one last extracted, of which `notify` is told."""
+    """Return the named dataset, or the one last extracted, of which `notify` is told."""
     if choices.dataset:
         return choices.dataset
     dataset = find_last_dataset(choices.cache)
@@ -108,7 +108,7 @@ def choose_dataset(choices: RunChoices, notify: Callable[[str], None]) -> str:
 
 
 def open_places(choices: RunChoices, notify: Callable[[str], None] | None = None) -> DataPlaces:
-    """Reads card and manifest, and says where everything lies; `notify` is told of a dataset that wasn't named."""
+    """Read card and manifest, and say where everything lies; `notify` is told of a dataset that wasn't named."""
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
     from echoshift.train.data_places import DataPlaces
@@ -123,7 +123,7 @@ def open_places(choices: RunChoices, notify: Callable[[str], None] | None = None
 
 
 def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shift]:
-    """Finds shifts by name, separated by blanks or commas; `all`: those of one source that the manifest has."""
+    """Find shifts by name, separated by blanks or commas; `all`: those of one source that the manifest has."""
     from echoshift.train.splits import find_shift, read_shift_names
 
     if not names.strip(" ,"):
@@ -139,13 +139,13 @@ def choose_shifts(card: DatasetCard, manifest: Manifest, names: str) -> list[Shi
 
 
 def list_present_shifts(card: DatasetCard, manifest: Manifest) -> list[Shift]:
-    """Lists the card's shifts of which the manifest has segments."""
+    """List the card's shifts of which the manifest has segments."""
     there = {segment.domain for segment in manifest}
     return [shift for shift in card.shifts if {*shift.source, shift.target} <= there]
 
 
 def resolve_choices(stage: Stage, card: DatasetCard, choices: RunChoices, more: tuple[str, ...] = ()) -> RunSettings:
-    """Makes the settings of a run; `more` are a grid row's overrides, which win."""
+    """Make the settings of a run; `more` are a grid row's overrides, which win."""
     from echoshift.train.stage_settings import resolve_settings
 
     return resolve_settings(stage, card, choices.preset, choices.config, [*(choices.overrides or []), *more])

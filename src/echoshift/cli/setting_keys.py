@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 @dataclass(frozen=True, slots=True)
 class SettingKey:
-    """Is one setting.
+    """One setting.
 
     Attributes:
         key: such as training.lr.
@@ -28,7 +28,7 @@ class SettingKey:
 
 
 def list_setting_keys(model: type[BaseModel], prefix: str = "") -> list[SettingKey]:
-    """Lists the settings below a model, tables within tables, in the order of their fields; `prefix` ends in a dot."""
+    """List the settings below a model, tables within tables, in the order of their fields; `prefix` ends in a dot."""
     keys: list[SettingKey] = []
     for name, field in model.model_fields.items():
         annotation = field.annotation
@@ -43,7 +43,7 @@ def list_setting_keys(model: type[BaseModel], prefix: str = "") -> list[SettingK
 
 
 def _list_parts(annotation: Any) -> tuple[Any, ...]:
-    """Takes a union apart; anything else is its own only part."""
+    """Take a union apart; anything else is its own only part."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 

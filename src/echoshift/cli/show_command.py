@@ -1,4 +1,4 @@
-"""Is `echoshift show`: one segment's pictures, sound, gates and predictions, in the terminal or as one picture."""
+"""`echoshift show`: one segment's pictures, sound, gates and predictions, in the terminal or as one picture."""
 
 from __future__ import annotations
 

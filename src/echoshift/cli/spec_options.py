@@ -124,7 +124,7 @@ DEFAULT_CACHE = "cache"
 
 @dataclass(frozen=True, slots=True)
 class SpecChoices:
-    """Is what the command line says about features: encoders, weights, outputs, recipe, types."""
+    """What the command line says about features: encoders, weights, outputs, recipe, types."""
 
     encoders: list[str] | None
     weights: list[str] | None
@@ -140,7 +140,7 @@ class SpecChoices:
 def resolve_specs(
     card: DatasetCard, manifest: Manifest, media_root: Path, choices: SpecChoices
 ) -> tuple[tuple[FeatureSpec, WeightsRecord], ...]:
-    """Makes each chosen encoder's specification, with its weights; raises SpecError or WeightsError by name."""
+    """Make each chosen encoder's specification, with its weights; raises SpecError or WeightsError by name."""
     from echoshift.extract.encoders.registry import find_encoder
     from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
     from echoshift.extract.flow_choice import choose_flow
@@ -171,7 +171,7 @@ def resolve_specs(
 
 
 def list_names(options: list[str]) -> list[str]:
-    """Lists the names that options hold, separated by blanks or commas, each once."""
+    """List the names that options hold, separated by blanks or commas, each once."""
     return list(dict.fromkeys(name for option in options for name in option.replace(",", " ").split()))
 
 
@@ -184,7 +184,7 @@ def _parse_outputs(options: list[str], encoders: list[str]) -> dict[str, list[st
 
 
 def find_media_root(dataset: str, media: Path | None, manifests: Path) -> Path:
-    """Gives the folder of a dataset's videos, --media or data/DATASET; raises SpecError when it isn't there."""
+    """Return the folder of a dataset's videos, --media or data/DATASET; raises SpecError when it isn't there."""
     root = media or manifests.parent / dataset
     if not root.is_dir():
         raise SpecError(f"no media folder {root}; say where the videos of {dataset} lie with --media (make: MEDIA=)")

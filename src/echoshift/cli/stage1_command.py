@@ -1,4 +1,4 @@
-"""Is `echoshift stage1`: trains the audio-adaptive encoder."""
+"""`echoshift stage1`: trains the audio-adaptive encoder."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _list_files(outcome: Stage1Outcome) -> dict[str, object]:
 
 
 def print_outcome(outcome: Stage1Outcome, card: DatasetCard) -> None:
-    """Prints what one shift scored, class by class, and where its results lie."""
+    """Print what one shift scored, class by class, and where its results lie."""
     print_classes(outcome.record, card)
     if outcome.left_out:
         typer.echo(f"{len(outcome.left_out)} segments left out, which failed to be extracted: {outcome.left_out[0]} …")

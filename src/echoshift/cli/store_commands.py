@@ -1,4 +1,4 @@
-"""Is `echoshift store`: lists, describes, verifies, audits, explains, exports and imports stores."""
+"""`echoshift store`: lists, describes, verifies, audits, explains, exports and imports stores."""
 
 from __future__ import annotations
 

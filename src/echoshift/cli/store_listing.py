@@ -13,7 +13,7 @@ from echoshift.pipeline.store.opening import list_stores, open_store
 
 @dataclass(frozen=True, slots=True)
 class StoreSummary:
-    """Is one store in numbers; `outputs` are the shapes of one clip by name, `n_bytes` is what it takes on disk."""
+    """One store in numbers; `outputs` are the shapes of one clip by name, `n_bytes` is what it takes on disk."""
 
     store: str
     dataset: str
@@ -29,7 +29,7 @@ class StoreSummary:
 
 
 def summarise_stores(cache: Place) -> list[StoreSummary]:
-    """Sums up every store below a cache, by path; raises StoreError naming one that can't be opened."""
+    """Sum up every store below a cache, by path; raises StoreError naming one that can't be opened."""
     summaries = []
     for path in list_stores(cache):
         store = open_store(path)

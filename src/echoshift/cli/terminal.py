@@ -26,7 +26,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 
 
 def format_rate(per_second: float) -> str:
-    """Gives a rate with its unit, of the second, or of the minute where it is slow."""
+    """Return a rate with its unit, of the second, or of the minute where it is slow."""
     return f"{60 * per_second:.1f}/min" if 0 < per_second < 0.1 else f"{per_second:.1f}/s"
 
 
@@ -34,25 +34,25 @@ class Progress(Protocol):
     """Shows how far work is."""
 
     def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of work of n_total steps."""
+        """Begin a stretch of work of n_total steps."""
         ...
 
     def describe(self, what: str) -> None:
-        """Says how the work under way goes."""
+        """Describe how the work under way goes."""
         ...
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Counts steps done; `note` is how they went, to be said beside their number and not in a line of its own."""
+        """Count steps done; `note` is how they went, to be said beside their number and not in a line of its own."""
         ...
 
 
 def is_plain(stream: TextIO) -> bool:
-    """Says whether a stream gets plain text: no frames, no colours, no bars."""
+    """Return whether a stream gets plain text: no frames, no colours, no bars."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb" or not stream.isatty()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table: drawn on a terminal, elsewhere plain columns of which no text is cut or folded."""
+    """Print a table: drawn on a terminal, elsewhere plain columns of which no text is cut or folded."""
     lines = [[str(cell) for cell in row] for row in rows]
     right = [bool(lines) and all(re.fullmatch(r"[\d.,%+-]+", line[i]) for line in lines) for i in range(len(columns))]
     if is_plain(sys.stdout):
@@ -78,18 +78,18 @@ class PlainProgress:
         self._due, self._silence_s = math.inf, SILENCE_S  # when a line is due though no step ended
 
     def start(self, what: str, n_total: int) -> None:
-        """Begins a stretch of work of n_total steps; a line says so when it lasts."""
+        """Begin a stretch of work of n_total steps; a line says so when it lasts."""
         self._what, self._n_total, self._n_done, self._is_told = what, n_total, 0, False
         self._started = self._last_line = time.monotonic()
         self._due, self._silence_s = self._started + BEGUN_S, SILENCE_S
 
     def describe(self, what: str) -> None:
-        """Says how the work under way goes, in a line of its own."""
+        """Describe how the work under way goes, in a line of its own."""
         self._what = what
         self._say(what, time.monotonic())
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Counts steps done; how many there are may be unknown, and then no end is foretold."""
+        """Count steps done; how many there are may be unknown, and then no end is foretold."""
         self._n_done += n
         now = time.monotonic()
         if now - self._last_line < PLAIN_INTERVAL_S:
@@ -101,7 +101,7 @@ class PlainProgress:
         self._say(f"{line}, {note}" if note else line, now)
 
     def tell_silent(self, now: float) -> None:
-        """Says what has begun, BEGUN_S after it did, and where it is when no step ends, ever more seldom."""
+        """Describe what has begun, BEGUN_S after it did, and where it is when no step ends, ever more seldom."""
         if now < self._due or 0 < self._n_total <= self._n_done:
             return
         if self._is_told:
@@ -114,7 +114,7 @@ class PlainProgress:
         self._last_line, self._due, self._silence_s = last_line, now + silence_s, silence_s
 
     def watch_silence(self, ended: threading.Event) -> None:
-        """Calls tell_silent now and then until `ended` is set: in a thread, because a step that lasts tells nothing."""
+        """Call tell_silent now and then until `ended` is set: in a thread, because a step that lasts tells nothing."""
         while not ended.wait(POLL_S):
             self.tell_silent(time.monotonic())
 
@@ -132,18 +132,18 @@ class SilentProgress:
     """Shows nothing."""
 
     def start(self, what: str, n_total: int) -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
     def describe(self, what: str) -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
 
 @contextmanager
 def show_progress(unit: str, *, quiet: bool = False) -> Iterator[Progress]:
-    """Shows progress on stderr while the block runs; nothing when quiet."""
+    """Show progress on stderr while the block runs; nothing when quiet."""
     if quiet:
         yield SilentProgress()
     elif is_plain(sys.stderr):
@@ -163,5 +163,5 @@ def show_progress(unit: str, *, quiet: bool = False) -> Iterator[Progress]:
 
 
 def make_notifier(*, quiet: bool) -> Callable[[str], None]:
-    """Makes what tells the user something beside the answer: a line on stderr, nothing when quiet."""
+    """Make what tells the user something beside the answer: a line on stderr, nothing when quiet."""
     return (lambda message: None) if quiet else (lambda message: typer.echo(message, err=True))

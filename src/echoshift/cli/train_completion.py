@@ -21,12 +21,12 @@ PRESET_FOLDERS = {stage: _HERE / stage / "presets" for stage in STAGES}
 
 
 def complete_grid(incomplete: str) -> Offers:
-    """Offers the grids that come with echoshift, with their titles."""
+    """Offer the grids that come with echoshift, with their titles."""
     return keep_begun(list_grid_titles(), incomplete)
 
 
 def complete_preset(ctx: typer.Context, incomplete: str) -> Offers:
-    """Offers the presets of the command's stage, or of all stages."""
+    """Offer the presets of the command's stage, or of all stages."""
     stages = _STAGE_OF_COMMAND.get(ctx.info_name or "", STAGES)
     return keep_begun(
         ((name, ", ".join(of)) for name, of in list_preset_stages().items() if {*of} & {*stages}), incomplete
@@ -34,7 +34,7 @@ def complete_preset(ctx: typer.Context, incomplete: str) -> Offers:
 
 
 def complete_shifts(ctx: typer.Context, incomplete: str) -> Offers:
-    """Offers shifts for the last word of a list separated by blanks: of the named dataset, or of all cards."""
+    """Offer shifts for the last word of a list separated by blanks: of the named dataset, or of all cards."""
     begun, blank, last = incomplete.rpartition(" ")
     manifests = Path(ctx.params.get("manifests") or MANIFESTS_DIR)
     dataset = str(ctx.params.get("dataset") or "")
@@ -44,7 +44,7 @@ def complete_shifts(ctx: typer.Context, incomplete: str) -> Offers:
 
 
 def complete_setting(ctx: typer.Context, incomplete: str) -> Offers:
-    """Offers the keys of `--set` of the command's stage, and what a key may be once `=` is there."""
+    """Offer the keys of `--set` of the command's stage, and what a key may be once `=` is there."""
     name, equals, value = incomplete.partition("=")
     if equals and name in ("visual.encoder", "sound.encoder"):
         return offer_values(name, complete_encoders(value), value)
@@ -58,12 +58,12 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> Offers:
 
 
 def list_grid_titles() -> list[tuple[str, str]]:
-    """Lists the grids that come with echoshift, with their titles."""
+    """List the grids that come with echoshift, with their titles."""
     return sorted((path.stem, str(_read_toml(path).get("title", ""))) for path in (_HERE / "grids").glob("*.toml"))
 
 
 def list_preset_stages() -> dict[str, list[str]]:
-    """Lists the presets of training, each with the stages that have it."""
+    """List the presets of training, each with the stages that have it."""
     found: dict[str, list[str]] = {}
     for stage, folder in PRESET_FOLDERS.items():
         for path in sorted(folder.glob("*.toml")):
@@ -72,7 +72,7 @@ def list_preset_stages() -> dict[str, list[str]]:
 
 
 def list_stage_settings(stage: str) -> list[SettingKey]:
-    """Lists the settings of a stage: every field of its configuration."""
+    """List the settings of a stage: every field of its configuration."""
     from echoshift.cli.setting_keys import list_setting_keys
 
     if stage == "stage1":
@@ -89,7 +89,7 @@ def list_stage_settings(stage: str) -> list[SettingKey]:
 
 
 def read_shifts(card: Path) -> list[str]:
-    """Reads the names of a card's shifts without checking the card; SOURCE+SOURCE-TARGET."""
+    """Read the names of a card's shifts without checking the card; SOURCE+SOURCE-TARGET."""
     return [f"{'+'.join(shift['source'])}-{shift['target']}" for shift in _read_toml(card).get("shifts", ())]
 
 

@@ -13,7 +13,7 @@ _NOT_ONE_OF = re.compile(r"'(?P<given>[^']*)' is not one of (?P<choices>'.*')\.?
 
 
 def show_usage_error(error: TyperException) -> None:
-    """Prints the line on stderr; a group that was called without a command shows its help instead."""
+    """Print the line on stderr; a group that was called without a command shows its help instead."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
     else:
@@ -21,7 +21,7 @@ def show_usage_error(error: TyperException) -> None:
 
 
 def describe_usage_error(error: TyperException) -> str:
-    """Describes an error of the command line's parser as `COMMAND: what; remedy`."""
+    """Describe an error of the command line's parser as `COMMAND: what; remedy`."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "echoshift"
     option = getattr(error, "option_name", None)
@@ -34,7 +34,7 @@ def describe_usage_error(error: TyperException) -> str:
 
 
 def _suggest_choice(message: str) -> str:
-    """Suggests the nearest of the values that a message lists; "" where it lists none, or none is near."""
+    """Suggest the nearest of the values that a message lists; "" where it lists none, or none is near."""
     found = _NOT_ONE_OF.search(message)
     if found is None:
         return ""

@@ -1,4 +1,4 @@
-"""Is `echoshift weights`: lists, installs and checks the encoders' weights."""
+"""`echoshift weights`: lists, installs and checks the encoders' weights."""
 
 from __future__ import annotations
 

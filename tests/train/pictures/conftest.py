@@ -21,7 +21,7 @@ ALIGNMENT = (
 
 @pytest.fixture(scope="package")
 def compared(finished: Any, tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs two methods on what Stage 1 left; nobody changes what they leave."""
+    """Run two methods on what Stage 1 left; nobody changes what they leave."""
     runs = tmp_path_factory.mktemp("compared") / "runs"
     shutil.copytree(finished.runs, runs)
     tiny = finished.with_runs(runs)

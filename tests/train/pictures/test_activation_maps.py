@@ -25,7 +25,7 @@ IDS = ("t-test-0", "t-test-1")
 
 @pytest.fixture(scope="module")
 def mapped(compared: Any) -> Any:
-    """Gives a mapper of the checkpoint with two segments' maps."""
+    """Return a mapper of the checkpoint with two segments' maps."""
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest_csv import read_manifest
     from echoshift.train.data_places import DataPlaces

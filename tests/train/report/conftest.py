@@ -23,7 +23,7 @@ N_RIGHT = {("plain", 0): 1, ("plain", 1): 2, ("gated", 0): 4, ("gated", 1): 3}
 
 @pytest.fixture(scope="session")
 def tiny_records() -> ModuleType:
-    """Gives tiny_records.py (importlib mode puts no test folder on the path)."""
+    """Return tiny_records.py (importlib mode puts no test folder on the path)."""
     path = Path(__file__).with_name("tiny_records.py")
     spec = importlib.util.spec_from_file_location("tiny_records", path)
     assert spec is not None and spec.loader is not None
@@ -35,7 +35,7 @@ def tiny_records() -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """Is a page, with what it was made of."""
+    """A page, with what it was made of."""
 
     tiny: Any
     cache: Path
@@ -48,7 +48,7 @@ class Reported:
 def reported(
     finished: Any, tiny_shift: ModuleType, tiny_records: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> Reported:
-    """Adds a grid's records, and features from before adaptation, to a finished Stage 1, and makes the report."""
+    """Add a grid's records, and features from before adaptation, to a finished Stage 1, and make the report."""
     root = tmp_path_factory.mktemp("report")
     shutil.copytree(finished.runs, root / "runs")
     shutil.copytree(finished.root / "cache", root / "cache")

@@ -51,7 +51,7 @@ def test_stores_are_described_as_they_are(finished: Any) -> None:
 
 
 class FailedStore:
-    """Is a store one of whose rows is failed; the rest is another's."""
+    """A store one of whose rows is failed; the rest is another's."""
 
     def __init__(self, store: Any, row: int) -> None:
         self._store, self._row = store, row

@@ -30,7 +30,7 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Starts the browser once."""
+    """Start the browser once."""
     if not CHROMIUM:
         pytest.skip("no chromium; install Debian's, or set ECHOSHIFT_CHROMIUM")
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright, which drives the browser")
@@ -42,7 +42,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(browser: Any, reported: Any) -> Iterator[Any]:
-    """Opens the page from the disk; gives it with what it said and asked for."""
+    """Open the page from the disk; return it with what it said and asked for."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     said: list[str] = []
     asked: list[str] = []
@@ -57,7 +57,7 @@ def opened(browser: Any, reported: Any) -> Iterator[Any]:
 
 
 def read_column(page: Any, table: str, column: int) -> list[str]:
-    """Reads the words of a table's column, of the rows that are shown, from above to below."""
+    """Read the words of a table's column, of the rows that are shown, from above to below."""
     found: list[str] = page.evaluate(
         "([id, i]) => [...document.getElementById(id).tBodies[0].rows].filter((row) => !row.hidden)"
         ".map((row) => row.cells[i].innerText.trim())",
@@ -67,7 +67,7 @@ def read_column(page: Any, table: str, column: int) -> list[str]:
 
 
 def read_values(page: Any, table: str, column: int) -> list[float | None]:
-    """Reads the numbers that a table's column is sorted by."""
+    """Read the numbers that a table's column is sorted by."""
     found: list[float | None] = page.evaluate(
         "([id, i]) => [...document.getElementById(id).tBodies[0].rows].filter((row) => !row.hidden)"
         ".map((row) => 'value' in row.cells[i].dataset ? Number(row.cells[i].dataset.value) : null)",
@@ -77,7 +77,7 @@ def read_values(page: Any, table: str, column: int) -> list[float | None]:
 
 
 def find_column(page: Any, table: str, name: str) -> int:
-    """Finds a table's column by the words of its header."""
+    """Find a table's column by the words of its header."""
     headers: list[str] = page.evaluate(
         "(id) => [...document.getElementById(id).tHead.rows[0].cells].map((cell) => cell.innerText.trim())", table
     )

@@ -19,7 +19,7 @@ from echoshift.train.segment_view.reading import read_segment_view
 
 @pytest.fixture
 def places(finished: Any) -> DataPlaces:
-    """Gives where the small data set lies."""
+    """Return where the small data set lies."""
     card = read_card(finished.root / "tiny.toml")
     return DataPlaces(card, read_manifest(finished.root / "tiny.csv", card), finished.media, finished.root / "cache")
 

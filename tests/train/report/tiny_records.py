@@ -32,13 +32,13 @@ WHEN = datetime(2026, 3, 4, 5, 6, tzinfo=UTC)
 
 
 def plan_grid(path: Path, card: DatasetCard, resolve: Callable[..., Mapping[str, Any]]) -> list[PlannedRun]:
-    """Writes the grid's file and plans its runs of the shift s-t."""
+    """Write the grid's file and plans its runs of the shift s-t."""
     path.write_text(GRID)
     return plan_runs(read_grid(path), card, resolve, shifts=["s-t"])
 
 
 def make_record(run: PlannedRun, classes: Sequence[str], manifest_sha256: str, n_right: int) -> RunRecord:
-    """Makes a record of 4 test segments of the first two classes in turn, the first `n_right` of them right.
+    """Make a record of 4 test segments of the first two classes in turn, the first `n_right` of them right.
 
     The wrong ones are taken for the last class; the last segment is silent. The folders of its steps are gone.
     """

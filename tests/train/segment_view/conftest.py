@@ -21,7 +21,7 @@ ALIGNMENT = (
 
 @pytest.fixture(scope="package")
 def all_stages(finished: Any, tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs Stage 2 and alignment on what Stage 1 left; nobody changes what they leave."""
+    """Run Stage 2 and alignment on what Stage 1 left; nobody changes what they leave."""
     runs = tmp_path_factory.mktemp("all_stages") / "runs"
     shutil.copytree(finished.runs, runs)
     tiny = finished.with_runs(runs)
