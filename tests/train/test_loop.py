@@ -1,4 +1,4 @@
-"""The loop over cached features, against a loop written out here, alone and in stacks."""
+"""The loop over cached features, against a loop written out here."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ import pytest
 import torch
 
 from echoshift.pipeline.errors import RunError
-from echoshift.train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
-from echoshift.train.cached.training import TrainedRun, TrainingJob, train_jobs
 from echoshift.train.epoch_plan import plan_epoch
+from echoshift.train.features import FeatureBatch
+from echoshift.train.loop import (
+    Dropouts,
+    SourceFeatures,
+    StepInputs,
+    TargetFeatures,
+    TrainedRun,
+    TrainingJob,
+    iterate_steps,
+    predict_rows,
+    train_run,
+)
 from echoshift.train.watching import SilentWatcher
 
 CPU = torch.device("cpu")
 DRAWS, VIEWS = 4, 3
 
 
-def train(*jobs: TrainingJob, stack: int = 1) -> list[TrainedRun]:
-    return train_jobs(jobs, CPU, SilentWatcher(), stack=stack)
+def train(job: TrainingJob) -> TrainedRun:
+    return train_run(job, CPU, SilentWatcher())
 
 
 def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]], Any]:
@@ -61,8 +71,8 @@ def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]],
                 None,
                 torch.tensor(len(losses) / schedule.n_steps),
             )
-            draws = torch.from_numpy(generator.random(9 * 7, dtype=np.float32))
-            terms = method.losses(step, Dropouts(draws))
+            draw = lambda shape: torch.from_numpy(generator.random(shape, dtype=np.float32))  # noqa: E731
+            terms = method.losses(step, Dropouts(draw))
             optimiser.zero_grad()
             terms.sum().backward()
             optimiser.step()
@@ -78,7 +88,7 @@ def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]],
 )
 def test_a_run_is_that_of_a_loop_by_hand(toy: ModuleType, schedule: dict[str, object]) -> None:
     job = toy.make_job(3, 10, **schedule)
-    [run] = train(job)
+    run = train(job)
     losses, method = train_by_hand(toy, job)
     # 18 // 4 steps an epoch; what is left counts as one.
     expected = [np.mean(losses[:4], axis=0), np.mean(losses[4:8], axis=0), np.mean(losses[8:], axis=0)]
@@ -95,49 +105,34 @@ def test_a_run_is_that_of_a_loop_by_hand(toy: ModuleType, schedule: dict[str, ob
             )
             for v in range(2)
         ]
-    np.testing.assert_allclose(run.predictions["target_test"], torch.stack(views).mean(0).numpy()[None], atol=1e-5)
-
-
-def test_runs_of_other_seeds_lengths_and_data_come_to_the_same_alone_and_stacked(toy: ModuleType) -> None:
-    jobs = [toy.make_job(0, 9), toy.make_job(1, 14, snapshots=(4, 9)), toy.make_job(2, 14)]
-    alone = [train(job)[0] for job in jobs]
-    for stack in (0, 2):
-        for one, other in zip(alone, train(*jobs, stack=stack), strict=True):
-            np.testing.assert_allclose(other.losses, one.losses, atol=1e-4)
-            assert set(other.state) == set(one.state)
-            for name, value in one.state.items():
-                torch.testing.assert_close(other.state[name], value, atol=1e-4, rtol=1e-4)
-            np.testing.assert_allclose(other.predictions["target_test"], one.predictions["target_test"], atol=1e-4)
-    assert [run.predictions["target_test"].shape for run in alone] == [
-        (1, 12, toy.N_CLASSES), (3, 12, toy.N_CLASSES), (1, 12, toy.N_CLASSES)
-    ]  # fmt: skip
+    found = predict_rows(method, rows, np.arange(18, 30), "target", CPU)
+    np.testing.assert_allclose(found, torch.stack(views).mean(0).numpy(), atol=1e-5)
 
 
 def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_others(toy: ModuleType) -> None:
     first, again, other = (
-        train(toy.make_job(4))[0],
-        train(toy.make_job(4))[0],
-        train(replace(toy.make_job(4), seed=5))[0],
+        train(toy.make_job(4)),
+        train(toy.make_job(4)),
+        train(replace(toy.make_job(4), seed=5)),
     )
     assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
     assert not torch.equal(first.state["linear.weight"], other.state["linear.weight"])
 
 
-def test_snapshots_change_nothing_of_the_run_and_predict_what_a_shorter_run_does(toy: ModuleType) -> None:
-    plain, snapped = train(toy.make_job(6, 12))[0], train(toy.make_job(6, 12, snapshots=(5,)))[0]
+def test_snapshots_change_nothing_of_the_run_and_are_its_weights_at_that_step(toy: ModuleType) -> None:
+    plain, snapped = train(toy.make_job(6, 12)), train(toy.make_job(6, 12, snapshots=(1, 5)))
     assert all(torch.equal(plain.state[name], snapped.state[name]) for name in plain.state)
-    rows = toy.make_rows(30, 6)
     # The loss' second term grows with the progress, so a shorter run is another run; its first step is the same.
-    short = train(toy.make_job(6, 12, rows=rows, snapshots=(5, 12)))[0]
-    np.testing.assert_array_equal(short.predictions["target_test"][-1], plain.predictions["target_test"][-1])
-    np.testing.assert_array_equal(short.predictions["target_test"][0], snapped.predictions["target_test"][0])
+    short = train(toy.make_job(6, 1))
+    assert all(torch.equal(snapped.snapshots[0][name], short.state[name]) for name in short.state)
+    assert len(snapped.snapshots) == 2
 
 
 def test_a_run_without_a_target_trains_on_the_source(toy: ModuleType) -> None:
     job = toy.make_job(7, 6)
     empty = np.zeros(0, dtype=np.int64)
     job = replace(job, data=replace(job.data, target=empty, pseudo_labels=empty))
-    [run] = train(job)
+    run = train(job)
     assert (run.losses[:, 1] == 0).all() and (run.losses[:, 0] > 0).all()
 
 
@@ -147,17 +142,6 @@ def test_a_loss_that_is_no_number_names_the_run(toy: ModuleType) -> None:
     rows.audio[:] = 1e30
     with pytest.raises(RunError, match=r"toy 8: the loss is no number any more .* lower schedule.lr"):
         train(job)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_graph_comes_to_what_the_cpu_comes_to_without_dropout(toy: ModuleType) -> None:
-    cuda = torch.device("cuda")
-    jobs = [toy.make_job(seed, 12) for seed in range(3)]
-    stacked = train_jobs(jobs, cuda, SilentWatcher(), stack=0)
-    alone = [train_jobs([job], cuda, SilentWatcher())[0] for job in jobs]
-    for one, other in zip(alone, stacked, strict=True):
-        np.testing.assert_allclose(other.losses, one.losses, atol=1e-4)
 
 
 @dataclass
@@ -178,11 +162,45 @@ class Told:
 
 def test_the_loss_is_told_beside_the_steps_of_a_run_that_is_named(toy: ModuleType) -> None:
     told = Told()
-    [run] = train_jobs([toy.make_job(3, n_steps=1)], CPU, told)
+    run = train_run(toy.make_job(3, n_steps=1), CPU, told)
     assert told.said == [("toy 3: training", 1), (1, f"loss {run.losses[0].sum():.3f}")]
-    told = Told()
-    runs = train_jobs([toy.make_job(3, n_steps=1), toy.make_job(4, n_steps=1)], CPU, told, stack=2)
-    mean = np.mean([run.losses[0].sum() for run in runs])
-    assert told.said == [("toy 3 and 1 more run: training", 2), (2, f"mean loss {mean:.3f}")]
-    told = Told()
-    assert train_jobs([], CPU, told) == [] and told.said == [("training", 0)]
+
+
+def list_rows(job: TrainingJob) -> np.ndarray:
+    """List the rows that each step sees, told by their audio features."""
+    seen = []
+    for step in iterate_steps(job.data, job.schedule, job.seed, CPU):
+        assert step.target is not None
+        audio = torch.cat([step.source.inputs.audio, step.target.inputs.audio])
+        seen.append((audio[:, None] == job.data.train.audio[None]).all(dim=2).long().argmax(dim=1).numpy())
+    return np.stack(seen)
+
+
+def test_an_epoch_has_no_segment_of_the_source_twice_and_its_label_beside_it(toy: ModuleType) -> None:
+    job = toy.make_job(1, 12)
+    rows = list_rows(job)[:, :4]
+    for epoch in np.split(rows, 3):
+        assert len(np.unique(epoch)) == 16 and set(epoch.ravel()) <= set(range(18))
+    labels = [step.source.labels.numpy() for step in iterate_steps(job.data, job.schedule, job.seed, CPU)]
+    np.testing.assert_array_equal(labels, job.data.source_labels[rows])
+
+
+def test_the_target_is_seen_equally_often(toy: ModuleType) -> None:
+    rows = list_rows(toy.make_job(2, 20))[:, 4:]  # 60 places for 12 segments, over five epochs
+    np.testing.assert_array_equal(np.bincount(rows.ravel())[18:], np.full(12, 5))
+
+
+def test_single_clips_are_drawn_from_all_there_are(toy: ModuleType) -> None:
+    job = toy.make_job(6, 40, rows=toy.make_rows(30, 6, n_views=1))
+    steps = iterate_steps(replace(job.data, one_clip=True), job.schedule, 6, CPU)
+    seen = torch.cat([step.source.inputs.visual["pooled"] for step in steps])
+    assert seen.shape[1:] == (1, toy.N_VISUAL)
+    known = job.data.train.visual["pooled"][:, 0].float()
+    assert all(bool((seen[:, 0, None] == known[:18, clip]).all(dim=2).any()) for clip in range(toy.N_CLIPS))
+
+
+def test_a_loss_of_other_terms_than_are_named_is_refused(toy: ModuleType) -> None:
+    method = toy.ToyMethod(0)
+    method.loss_names = ("source",)
+    with pytest.raises(RunError, match=r"losses of ToyMethod are of shape \[2\], its loss_names are 1"):
+        train(replace(toy.make_job(0, 3), build=lambda: method))

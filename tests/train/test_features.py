@@ -1,9 +1,10 @@
-"""Features in memory: views and clips in their places, and batches looked up as by plain indexing."""
+"""Cached features: views and clips in their places, batches as by plain indexing, in memory and from the store."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpe
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import DONE, plan_shards
 from echoshift.pipeline.store.opening import create_store
-from echoshift.train.cached.feature_bank import FeatureBank
-from echoshift.train.cached.feature_rows import FeatureRows, read_sound, read_visual
+from echoshift.train.features import FeatureRows, Sound, read_rows, read_sound, read_visual
+from echoshift.train.loop import predict_rows, train_run
+from echoshift.train.watching import SilentWatcher
 
-IDS = tuple(f"s{i}" for i in range(6))
+IDS = tuple(f"s{i}" for i in range(30))
 CPU = torch.device("cpu")
 
 
@@ -120,16 +122,13 @@ def test_sound_around_clips_goes_with_its_clip_and_a_segment_s_is_its_mean(tmp_p
     assert sound.clip_audio is not None
     assert sound.clip_audio[0].tolist() == [[6, 7], [8, 9], [6, 7]], "a clip that isn't there repeats one that is"
     assert torch.allclose(sound.audio, torch.tensor([[20 / 3, 23 / 3], [2, 3]]))
-    assert read_sound(store, ["s1"], 5).clip_audio is None, "the pictures have other clips"
+    assert read_sound(store, ["s1"], 5).clip_audio is None, "the frames have other clips"
     rows = replace(make_rows(2, 0), audio=sound.audio, has_audio=sound.has_audio, clip_audio=sound.clip_audio)
-    bank = FeatureBank([rows], CPU)
     which, clips = torch.tensor([1, 0, 0]), torch.tensor([2, 0, 1])
-    assert bank.gather(which, None, clips).audio.tolist() == [[4, 5], [6, 7], [8, 9]]
-    assert torch.equal(bank.gather(which).audio, sound.audio[which])
-    assert bank.gather(which, None, clips).visual["pooled"][0, 0].tolist() == rows.visual["pooled"][1, 0, 2].tolist()
-    assert FeatureBank([rows.without_sound()], CPU).gather(which, None, clips).audio.abs().sum() == 0
-    with pytest.raises(RunError, match="sound around clips and sound of segments"):
-        FeatureBank([rows, make_rows(2, 1)], CPU)
+    assert rows.gather(which, None, clips).audio.tolist() == [[4, 5], [6, 7], [8, 9]]
+    assert torch.equal(rows.gather(which).audio, sound.audio[which])
+    assert rows.gather(which, None, clips).visual["pooled"][0, 0].tolist() == rows.visual["pooled"][1, 0, 2].tolist()
+    assert rows.without_sound().gather(which, None, clips).audio.abs().sum() == 0
 
 
 def test_a_segment_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -152,24 +151,44 @@ def make_rows(n: int, seed: int, *, n_views: int = 2, n_clips: int = 3) -> Featu
 
 @pytest.mark.parametrize("n_views", [1, 2])
 def test_batches_are_those_of_plain_indexing(n_views: int) -> None:
-    first, second = make_rows(6, 0, n_views=n_views), make_rows(4, 1, n_views=n_views)
-    bank = FeatureBank([first, second, first], CPU)
-    assert [bank.offset_of(part) for part in (first, second)] == [0, 6], "the same rows are held once"
+    held = make_rows(6, 0, n_views=n_views)
     rng = np.random.default_rng(2)
-    rows = torch.from_numpy(rng.integers(0, 10, (2, 5)))
-    views = torch.from_numpy(rng.integers(0, n_views, (2, 5)))
-    clips = torch.from_numpy(rng.integers(0, 3, (2, 5)))
-    visual = torch.cat([first.visual["pooled"], second.visual["pooled"]]).float()
-    batch, single = bank.gather(rows, views), bank.gather(rows, views, clips)
+    rows = torch.from_numpy(rng.integers(0, 6, 10))
+    views = torch.from_numpy(rng.integers(0, n_views, 10))
+    clips = torch.from_numpy(rng.integers(0, 3, 10))
+    visual = held.visual["pooled"].float()
+    batch, single = held.gather(rows, views), held.gather(rows, views, clips)
     assert batch.visual["pooled"].dtype == torch.float32
     assert torch.equal(batch.visual["pooled"], visual[rows, views])
-    assert torch.equal(single.visual["pooled"], visual[rows, views, clips][:, :, None])
-    assert torch.equal(batch.audio, torch.cat([first.audio, second.audio])[rows])
-    assert torch.equal(batch.has_audio, torch.cat([first.has_audio, second.has_audio])[rows])
+    assert torch.equal(single.visual["pooled"], visual[rows, views, clips][:, None])
+    assert torch.equal(batch.audio, held.audio[rows])
+    assert torch.equal(batch.has_audio, held.has_audio[rows])
 
 
-def test_features_of_different_shapes_are_not_held_together() -> None:
-    with pytest.raises(RunError, match="features of different shapes"):
-        FeatureBank([make_rows(2, 0), make_rows(2, 0, n_clips=2)], CPU)
-    with pytest.raises(RunError, match="features of different numbers of views"):
-        FeatureBank([make_rows(2, 0), make_rows(2, 0, n_views=1)], CPU)
+def test_what_does_not_fit_into_memory_trains_and_predicts_as_what_does(tmp_path: Path, toy: ModuleType) -> None:
+    """30 segments of 2 clips in 3 crops; every seventh has one clip alone."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((30, 6, toy.N_VISUAL))
+    n_valid = [3 if row % 7 == 0 else 6 for row in range(30)]
+    store = write_store(tmp_path / "a.zarr", values, n_valid, n_views=1, n_crops=3)
+    ids = tuple(reversed(store.segment_ids))
+    sound = Sound(torch.from_numpy(rng.standard_normal((30, toy.N_AUDIO)).astype(np.float32)), torch.ones(30) > 0)
+    n_bytes = 30 * 6 * toy.N_VISUAL * 2
+    held, stored = read_rows(store, ids, sound, n_bytes), read_rows(store, ids, sound, n_bytes - 1)
+    assert held.stored is None and stored.stored is not None and not stored.visual
+    assert (stored.shapes, stored.n_views, stored.n_clips) == (held.shapes, held.n_views, held.n_clips)
+    rows, views = torch.tensor([3, 29, 3, 0]), torch.tensor([0, 1, 2, 0])
+    for clips in (None, torch.tensor([1, 1, 0, 1])):
+        for one, other in zip(held.gather(rows, views, clips), stored.gather(rows, views, clips), strict=True):
+            assert torch.equal(*(part["pooled"] if isinstance(part, dict) else part for part in (one, other)))
+    runs = []
+    for source in (held, stored):
+        job = toy.make_job(0, 6, rows=source)
+        run = train_run(job, CPU, SilentWatcher())
+        method = job.build()
+        method.load_state_dict(run.state)
+        runs.append((run.losses, predict_rows(method.eval(), source, np.arange(30), "target", CPU)))
+    for one, other in zip(*runs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(StoreError, match="segment nothing is not in"):
+        read_rows(store, ["nothing"], sound, 0)
