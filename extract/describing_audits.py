@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from echoshift.pipeline.store.auditing import NORM_QUANTILES, OutputAudit
+from echoshift.pipeline.store.audit import NORM_QUANTILES, OutputAudit
 
 N_BAR_CHARACTERS = 40
 

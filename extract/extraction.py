@@ -29,21 +29,38 @@ from echoshift.extract.shard_jobs import ExtractionJob
 from echoshift.extract.shard_sizing import choose_rows_per_shard
 from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.cards import DatasetCard
-from echoshift.pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
-from echoshift.pipeline.dask_execution import run_with_dask
+from echoshift.pipeline.dask import (
+    ClusterRequest,
+    connect_cluster,
+    count_threads_per_worker,
+    describe_cluster,
+    run_with_dask,
+)
 from echoshift.pipeline.errors import SpecError, StoreReadOnlyError
 from echoshift.pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
-from echoshift.pipeline.rows import compute_digests, order_segments, plan_new_rows
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.attributes import describe_versions, describe_writer
-from echoshift.pipeline.store.holding import StoreHold, hold_store
+from echoshift.pipeline.store.failures import append_run, read_failures
 from echoshift.pipeline.store.interface import Backend, Failure, FeatureStore
-from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import append_run, read_failures
+from echoshift.pipeline.store.layout import (
+    DONE,
+    FAILED,
+    compute_digests,
+    describe_versions,
+    describe_writer,
+    order_segments,
+    plan_new_rows,
+)
 from echoshift.pipeline.store.location import Location, Place, locate
-from echoshift.pipeline.store.opening import create_store, has_store, name_store, open_store
-from echoshift.pipeline.store.space import check_space, count_needed_bytes
+from echoshift.pipeline.store.lock import StoreHold, hold_store
+from echoshift.pipeline.store.open import (
+    check_space,
+    count_needed_bytes,
+    create_store,
+    has_store,
+    name_store,
+    open_store,
+)
 
 
 class ExtractionProgress(Protocol):

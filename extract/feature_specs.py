@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from echoshift.extract.encoders.registry import EncoderEntry, find_encoder, is_trunk_output
 from echoshift.extract.presets import apply_preset, find_preset
 from echoshift.extract.weights.load import WeightsRecord
-from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError, suggest
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec
-from echoshift.pipeline.suggestions import suggest
 
 SPEC_PARTS = ("clip", "frame", "audio")
 

@@ -11,9 +11,9 @@ from echoshift.extract.media import MediaLocation, Modality, identify_media, loc
 from echoshift.extract.media_survey import UNREADABLE, identify_sources
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import MediaChangedError, MediaError, MediaNotFoundError
-from echoshift.pipeline.rows import NO_MEDIA, compute_digest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import NO_MEDIA, compute_digest
 
 Signature = tuple[int, int, int, int]
 

@@ -11,8 +11,8 @@ from echoshift.extract.encoders.network import compute_outputs
 from echoshift.extract.extraction_plan import StoreTarget
 from echoshift.extract.shard_rows import ShardRows
 from echoshift.extract.weights.load import WeightsRecord, load_any_encoder
+from echoshift.pipeline.devices import keep_freed_memory
 from echoshift.pipeline.errors import MediaMemoryError, SpecError
-from echoshift.pipeline.freed_memory import keep_freed_memory
 from echoshift.pipeline.specs import FeatureSpec
 
 

@@ -12,9 +12,9 @@ from echoshift.extract.clips import plan_clips
 from echoshift.extract.media import Modality, identify_media, locate_media, open_frames, probe_duration_s
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import MediaError, MediaNotFoundError
-from echoshift.pipeline.rows import NO_MEDIA
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import NO_MEDIA
 
 UNREADABLE = "unreadable media"
 

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from echoshift.extract.encoders.registry import EncoderEntry
 from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
-from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, suggest
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from echoshift.extract.weights.load import WeightsRecord, list_weights, resolve_
 from echoshift.pipeline.errors import StoreError, WeightsError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.auditing import Fp16Error, measure_fp16_error
+from echoshift.pipeline.store.audit import Fp16Error, measure_fp16_error
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.ledger import read_failures
 
 MIN_COSINE = 0.999
 # The unit roundoff of what a network computes in. fp32 is taken as TF32, with which GPUs run convolutions.

@@ -14,21 +14,22 @@ from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, fin
 from echoshift.extract.missing_media import find_unchecked_rows
 from echoshift.extract.shard_sizing import choose_rows_per_shard
 from echoshift.pipeline.execution import plan_tasks, select_rows
-from echoshift.pipeline.rows import compute_digests, order_segments, plan_new_rows
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.faults import count_free_bytes
 from echoshift.pipeline.store.interface import Backend
 from echoshift.pipeline.store.layout import (
     DONE,
     FAILED,
     StoreLayout,
+    compute_digests,
     measure_id_bytes,
+    order_segments,
     plan_arrays,
+    plan_new_rows,
     plan_shards,
 )
-from echoshift.pipeline.store.location import Place, locate
-from echoshift.pipeline.store.opening import has_store, name_store, open_store
+from echoshift.pipeline.store.location import Place, count_free_bytes, locate
+from echoshift.pipeline.store.open import has_store, name_store, open_store
 
 Level = Literal["Stage 1", "Stage 2"]
 

@@ -28,7 +28,7 @@ from echoshift.pipeline.devices import resolve_device
 from echoshift.pipeline.errors import MediaMemoryError
 from echoshift.pipeline.execution import ShardReport
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 
 
 def process_shard(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most
 from echoshift.pipeline.store.layout import plan_rows_per_shard
-from echoshift.pipeline.store.opening import has_store, name_store, open_store
+from echoshift.pipeline.store.open import has_store, name_store, open_store
 
 if TYPE_CHECKING:
     from echoshift.extract.extraction import ExtractionRequest

@@ -13,22 +13,21 @@ from echoshift.extract.reextraction import ReextractionReport, choose_rows, comp
 from echoshift.extract.run_options import RunOptions
 from echoshift.pipeline.cards import DatasetCard, read_dataset_card
 from echoshift.pipeline.errors import EchoshiftError, SpecError, StoreError
-from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
-from echoshift.pipeline.rows import compute_digests, order_segments
+from echoshift.pipeline.manifest import locate_manifest, read_manifest
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
-from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.layout import DONE, compute_digests, order_segments
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import open_store
-from echoshift.pipeline.store.repairing import (
+from echoshift.pipeline.store.open import open_store
+from echoshift.pipeline.store.verify import (
     IndexDamage,
     RepairReport,
     find_faulty_rows,
     find_index_damage,
     requeue_rows,
     restore_segment_ids,
+    verify_store,
 )
-from echoshift.pipeline.store.verifying import verify_store
 
 SPAN_TOLERANCE_S = 1e-6  # of arithmetic on float64 seconds
 

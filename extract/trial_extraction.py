@@ -13,12 +13,11 @@ from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, ide
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import Backend, FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, name_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, name_store
 
 T = TypeVar("T")
 

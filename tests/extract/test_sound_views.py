@@ -22,7 +22,7 @@ from echoshift.extract.sound.views import augment_spectrogram
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, FeatureSpec, fingerprint
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 VIEWS = ("--set", "audio.n_views=3", "--set", "audio.noise=0.05", "--set", "audio.n_masked_bins=9")
 SPEC = ZHANG2022.model_copy(update={"n_views": 3, "noise": 0.05, "n_masked_bins": 9})
