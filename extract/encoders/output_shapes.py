@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from echoshift.extract.encoders.slowfast_variants import VARIANTS, plan_slowfast_shapes
-from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.extract.recipes import plan_spectrogram_shape
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 

@@ -20,7 +20,7 @@ from echoshift.extract.encoders.output_shapes import (
     plan_slowfast_outputs,
     plan_slowonly_outputs,
 )
-from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022
+from echoshift.extract.recipes import PLANAMENTE2021, ZHANG2022
 from echoshift.pipeline.errors import PluginError, SpecError
 from echoshift.pipeline.plugins import ENCODER_GROUP, Plugin, list_plugin_names, load_plugin
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec

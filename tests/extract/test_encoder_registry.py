@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from echoshift.extract.encoders.registry import ENCODERS, find_encoder
-from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.extract.recipes import plan_spectrogram_shape
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 

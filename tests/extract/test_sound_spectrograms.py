@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from echoshift.extract.readers.pyav_audio import read_audio
-from echoshift.extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
-from echoshift.extract.sound.spectrograms import log_spectrogram, rms_dbfs
+from echoshift.extract.audio import log_spectrogram, rms_dbfs
+from echoshift.extract.readers.audio import read_audio
+from echoshift.extract.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec
 

@@ -13,7 +13,7 @@ import pytest
 
 import echoshift.train.stage1.config_files as config_files
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.presets import find_preset
+from echoshift.extract.recipes import find_preset
 from echoshift.pipeline.cards import MANIFESTS_DIR, DatasetCard, read_dataset_card
 from echoshift.pipeline.errors import RunError, SpecError
 from echoshift.train.grids import list_grids, list_shifts, plan_runs, read_grid

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction import ExtractionProgress
-from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.media import MediaSurvey
+from echoshift.extract.run import ExtractionProgress
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
