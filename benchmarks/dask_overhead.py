@@ -23,7 +23,7 @@ from echoshift.extract.demo.generating import generate_demo
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media import MediaSurvey
 from echoshift.extract.run import ExtractionJob, ExtractionRequest, _open_work, _plan_jobs
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.clusters import ClusterRequest, connect_cluster

@@ -37,7 +37,7 @@ from echoshift.extract.media import MediaSurvey, locate_media, open_frames
 from echoshift.extract.rows import choose_n_readers
 from echoshift.extract.run import choose_spread, extract_on_trial
 from echoshift.extract.shard import choose_batch
-from echoshift.extract.weights.resolve import default_weights, resolve_weights
+from echoshift.extract.weights.load import default_weights, resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.devices import resolve_device

@@ -14,7 +14,7 @@ from echoshift.extract.frames import ClipAssembler
 from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.rows import AudioWindow, FrameClips, FrameStretch, RowInput, RowReaders
 from echoshift.extract.shard import ShardEncoder
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.errors import MediaError
 from echoshift.pipeline.execution import ShardTask

@@ -27,7 +27,7 @@ from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.shard import process_shard
-from echoshift.extract.weights.resolve import load_encoder, resolve_weights
+from echoshift.extract.weights.load import load_encoder, resolve_weights
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask, commit_report

@@ -15,7 +15,7 @@ import numpy as np
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.run import choose_spread, extract_on_trial
-from echoshift.extract.weights.resolve import WeightsRecord, list_weights, resolve_weights
+from echoshift.extract.weights.load import WeightsRecord, list_weights, resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import DatasetCard, read_dataset_card
 from echoshift.pipeline.errors import EchoshiftError, SpecError, StoreError, WeightsError

@@ -260,8 +260,7 @@ def _check_stores(cache: str) -> Iterator[Finding]:
 
 def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
     """Look at which weights of the catalogue are installed; what isn't is no fault until a command needs it."""
-    from echoshift.extract.weights.install import find_weights_dir
-    from echoshift.extract.weights.resolve import list_weights
+    from echoshift.extract.weights.load import find_weights_dir, list_weights
 
     folder = find_weights_dir(weights_dir)
     rows = list_weights(weights_dir)

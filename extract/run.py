@@ -25,7 +25,7 @@ from echoshift.extract.media import (
     require_some_media,
 )
 from echoshift.extract.shard_rows import fail_shard
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.extract.workers import compute_shard_on_worker
 from echoshift.pipeline.cards import DatasetCard

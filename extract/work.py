@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from echoshift.extract.weights.resolve import WeightsRecord
+    from echoshift.extract.weights.load import WeightsRecord
     from echoshift.pipeline.cards import MediaLayout
     from echoshift.pipeline.execution import ShardTask
     from echoshift.pipeline.segments import Segment

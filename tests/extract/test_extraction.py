@@ -16,7 +16,7 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.frames import prepare_clips
 from echoshift.extract.run import ExtractionRequest, ExtractionSummary, extract_features
 from echoshift.extract.shard import load_network
-from echoshift.extract.weights.resolve import list_weights, resolve_weights
+from echoshift.extract.weights.load import list_weights, resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import SpecError, StoreBusyError

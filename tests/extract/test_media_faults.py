@@ -12,7 +12,7 @@ import pytest
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media import MediaSurvey, OpenMedia, identify_segments
 from echoshift.extract.run import ExtractionRequest, extract_features
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import MediaLayout, read_dataset_card
 from echoshift.pipeline.errors import MediaChangedError

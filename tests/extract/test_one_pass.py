@@ -20,7 +20,7 @@ from echoshift.extract.frames import prepare_clips
 from echoshift.extract.media import MediaSurvey, count_clips_at_most, identify_segments
 from echoshift.extract.readers.video import VideoReader
 from echoshift.extract.shard import load_network, process_shard
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask, commit_report

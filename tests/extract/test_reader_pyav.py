@@ -167,9 +167,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, media_factory, name, opti
     codec = "mpeg4" if name == "x.avi" else "libx264"
     path = media_factory.write_video(tmp_path / name, codec, n_frames=100, g=10, container_options=options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        DecodeError, match=rf"{name} declares \d\.\d+ s of frames but holds \d\.\d+ s: it is cut short"
-    ):
+    with pytest.raises(DecodeError, match=rf"{name} declares \d\.\d+ s of frames but holds \d\.\d+ s: it is cut short"):
         VideoReader(path)
 
 

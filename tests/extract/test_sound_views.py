@@ -18,7 +18,7 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.readers.audio import read_audio
 from echoshift.extract.recipes import ZHANG2022
 from echoshift.extract.shard import load_network
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, FeatureSpec, fingerprint
 from echoshift.pipeline.store.opening import list_stores, open_store

@@ -22,7 +22,7 @@ from echoshift.extract import shard as shard_module
 from echoshift.extract.clips import draw_integer
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media import MediaSurvey, OpenMedia, count_clips_at_most, identify_segments
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError

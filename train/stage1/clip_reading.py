@@ -11,7 +11,7 @@ from torch import Tensor
 from echoshift.extract.frames import ClipAssembler
 from echoshift.extract.media import OpenMedia
 from echoshift.extract.rows import FrameClips, read_frames
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.extract.work import StoreTarget
 from echoshift.pipeline.errors import MediaError, MediaMemoryError
 from echoshift.pipeline.segments import Segment

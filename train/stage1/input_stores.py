@@ -12,7 +12,7 @@ from echoshift.extract.feature_specs import StoreOptions, choose_flow, make_feat
 from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
 from echoshift.extract.run import ExtractionProgress, ExtractionRequest, extract_features
-from echoshift.extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
+from echoshift.extract.weights.load import WeightsRecord, default_weights, resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.rows import compute_digests

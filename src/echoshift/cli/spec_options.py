@@ -20,7 +20,7 @@ from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
-    from echoshift.extract.weights.resolve import WeightsRecord
+    from echoshift.extract.weights.load import WeightsRecord
     from echoshift.pipeline.cards import DatasetCard
     from echoshift.pipeline.segments import Manifest
     from echoshift.pipeline.specs import FeatureSpec
@@ -143,7 +143,7 @@ def resolve_specs(
     """Make each chosen encoder's specification, with its weights; raises SpecError or WeightsError by name."""
     from echoshift.extract.encoders.registry import find_encoder
     from echoshift.extract.feature_specs import StoreOptions, choose_flow, make_feature_spec
-    from echoshift.extract.weights.resolve import default_weights, resolve_weights
+    from echoshift.extract.weights.load import default_weights, resolve_weights
 
     names = list_names(choices.encoders or []) or list(card.encoders)
     if not names:
