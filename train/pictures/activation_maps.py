@@ -21,8 +21,9 @@ from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.opening import list_stores, open_store
 from echoshift.train.alignment.two_streams import TwoStreams
-from echoshift.train.cached.batches import Dropouts, FeatureBatch
 from echoshift.train.data_places import DataPlaces
+from echoshift.train.features import FeatureBatch
+from echoshift.train.loop import Dropouts
 from echoshift.train.runs import RunRecord
 from echoshift.train.segment_view.gates import read_facts
 from echoshift.train.segment_view.run_predictions import describe_run

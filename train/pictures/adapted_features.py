@@ -12,8 +12,8 @@ from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.train.cached.feature_rows import read_visual
 from echoshift.train.data_places import DataPlaces
+from echoshift.train.features import read_visual
 from echoshift.train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segments, embed
 from echoshift.train.pictures.modality_features import ModalityFeatures, read_cached_features, read_projected_features
 from echoshift.train.runs import RunRecord

@@ -14,15 +14,16 @@ from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.opening import open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
-from echoshift.train.alignment.stage_config import AlignmentStageConfig
-from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
-from echoshift.train.cached.batches import Domain, FeatureBatch
-from echoshift.train.cached.feature_bank import Rows
+from echoshift.train.alignment.config import AlignmentStageConfig
+from echoshift.train.alignment.method import find_method as find_alignment_method
+from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.data_places import DataPlaces
+from echoshift.train.features import FeatureBatch, FeatureRows
+from echoshift.train.loop import Domain
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
 from echoshift.train.segment_view.run_predictions import find_method
 from echoshift.train.splits import TEST, find_shift
-from echoshift.train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
+from echoshift.train.stage2.inputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
 
 _CHECKPOINT = "trained.safetensors"
 _N_AT_ONCE = 512
@@ -132,13 +133,13 @@ def _encode(
 
 
 def _load_streams(
-    path: Path, record: RunRecord, network: int, rows: Rows, n_classes: int
+    path: Path, record: RunRecord, network: int, rows: FeatureRows, n_classes: int
 ) -> tuple[TwoStreams, AlignmentStageConfig]:
     described = record.config["streams"][network]["alignment"]
     config = AlignmentStageConfig.model_validate(described)
-    shapes = StreamShapes({name: shape[1:] for name, shape in rows.shapes.items()}, rows.audio.shape[1])
-    of_domain = config.alignment.method == "adabn"
-    streams = TwoStreams(config.alignment.network, shapes, n_classes, per_domain_statistics=of_domain)
+    method = find_alignment_method(config.alignment.method)
+    of_domain = bool(getattr(method and method.kind, "domain_statistics", False))
+    streams = TwoStreams(config.alignment.network, rows.describe_shapes(), n_classes, per_domain_statistics=of_domain)
     prefix = "streams."
     tensors = {n.removeprefix(prefix): t for n, t in read_tensors(path).items() if n.startswith(prefix)}
     if not tensors:
@@ -162,15 +163,12 @@ def _get_classifiers(streams: TwoStreams) -> tuple[Classifier | None, Classifier
     )
 
 
-def _iterate_clips(rows: Rows, index: np.ndarray, *, one_clip: bool) -> list[FeatureBatch]:
+def _iterate_clips(rows: FeatureRows, index: np.ndarray, *, one_clip: bool) -> list[FeatureBatch]:
     """Return batches of the first view of segments: one a clip, or a single one of all clips."""
-    from echoshift.train.cached.feature_bank import make_bank
-
-    bank = make_bank([rows], torch.device("cpu"))
     chosen = torch.from_numpy(index)
     view = torch.zeros_like(chosen)
     clips = [torch.full_like(chosen, clip) for clip in range(rows.n_clips)] if one_clip else [None]
-    return [bank.gather(chosen, view, clip) for clip in clips]
+    return [rows.gather(chosen, view, clip) for clip in clips]
 
 
 def _join_outputs(batch: FeatureBatch) -> torch.Tensor:
@@ -179,14 +177,16 @@ def _join_outputs(batch: FeatureBatch) -> torch.Tensor:
     return torch.cat(means, dim=-1)
 
 
-def _open_rows(places: DataPlaces, runs_dir: Path, record: RunRecord, network: int) -> tuple[Rows, tuple[Segment, ...]]:
+def _open_rows(
+    places: DataPlaces, runs_dir: Path, record: RunRecord, network: int
+) -> tuple[FeatureRows, tuple[Segment, ...]]:
     """Open the features of the test segments of a shift's domains, those that have any."""
     inputs = _find_inputs(places, runs_dir, record, network)
     segments = _list_test_segments(places, inputs, record)
     if not segments:
         raise RunError(f"no test segment of {record.shift} has features in {inputs.features}; extract them")
     ids = [segment.segment_id for segment in segments]
-    return open_stream(inputs, ids, (), _MAX_BYTES).test, segments
+    return open_stream(inputs, ids, _MAX_BYTES), segments
 
 
 def _list_test_segments(places: DataPlaces, inputs: StreamInputs, record: RunRecord) -> tuple[Segment, ...]:
