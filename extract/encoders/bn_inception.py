@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from echoshift.extract.encoders.registry import EncoderEntry, Shapes
-from echoshift.extract.sound.recipes import PLANAMENTE2021, plan_spectrogram_shape
+from echoshift.extract.recipes import PLANAMENTE2021, plan_spectrogram_shape
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, suggest
 
 
 class EncoderNetwork(nn.Module, ABC):
