@@ -20,12 +20,11 @@ import numpy as np
 import torch
 
 from echoshift.extract.demo.generating import generate_demo
-from echoshift.extract.extraction import ExtractionRequest, _open_work, _plan_jobs
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.shard_jobs import ExtractionJob
+from echoshift.extract.media import MediaSurvey
+from echoshift.extract.run import ExtractionJob, ExtractionRequest, _open_work, _plan_jobs
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.dask import ClusterRequest, connect_cluster, run_with_dask
 from echoshift.pipeline.execution import ShardReport, ShardTask, run_in_process

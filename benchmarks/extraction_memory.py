@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from echoshift.extract.demo.generating import write_mp4
-from echoshift.extract.extraction import ExtractionRequest, extract_features
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.run import ExtractionRequest, extract_features
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.segments import Manifest, Segment
 

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey, identify_segments
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.shard import process_shard
 from echoshift.extract.weights.load import load_encoder, resolve_weights
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.devices import keep_freed_memory
 from echoshift.pipeline.execution import ShardTask, commit_report

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from echoshift.extract.encoders.registry import EncoderEntry, Shapes
-from echoshift.extract.sound.recipes import ZHANG2022, plan_spectrogram_shape
+from echoshift.extract.recipes import ZHANG2022, plan_spectrogram_shape
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 

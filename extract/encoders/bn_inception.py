@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from echoshift.extract.encoders.registry import EncoderEntry, Shapes
-from echoshift.extract.sound.recipes import PLANAMENTE2021, plan_spectrogram_shape
+from echoshift.extract.recipes import PLANAMENTE2021, plan_spectrogram_shape
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
 if TYPE_CHECKING:

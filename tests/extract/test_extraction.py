@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from echoshift.extract.clips import plan_clips
-from echoshift.extract.extraction import ExtractionRequest, ExtractionSummary, extract_features
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.inference import load_network
-from echoshift.extract.pictures import prepare_clips
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.frames import prepare_clips
+from echoshift.extract.run import ExtractionRequest, ExtractionSummary, extract_features
+from echoshift.extract.shard import load_network
 from echoshift.extract.weights.load import list_weights, resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import SpecError, StoreBusyError
 from echoshift.pipeline.segments import Manifest, Segment

@@ -273,7 +273,7 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_wall_time_is_only_ever_written_down() -> None:
     """Everything that reads the wall clock is listed here, and none of it decides anything.
 
-    Times of change of files are compared for being the same (identity_check, file_maps), or shown (explaining).
+    Times of change of files are compared for being the same (media, file_maps), or shown (explain).
     """
     found = set()
     for package in ("pipeline", "extract"):
@@ -290,5 +290,5 @@ def test_wall_time_is_only_ever_written_down() -> None:
                 if isinstance(node, ast.Attribute) and node.attr in {"st_mtime", "st_mtime_ns", "st_ctime"}:
                     found.add(str(file.relative_to(CHECKOUT)))
     written = {"pipeline/store/layout.py", "extract/weights/load.py"}
-    compared = {"extract/identity_check.py", "pipeline/store/file_maps.py"}
-    assert found == written | compared | {"extract/explaining.py"}
+    compared = {"extract/media.py", "pipeline/store/file_maps.py"}
+    assert found == written | compared | {"extract/explain.py"}

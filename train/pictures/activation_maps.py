@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from echoshift.extract.clips import plan_clips
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
@@ -152,7 +152,7 @@ class ActivationMapper:
         """Plan when the pictures of an entry are shown, as reading it does."""
         spec = self._spec
         assert spec.frame is not None, "the visual encoder sees"
-        reader = media.open_pictures(segment, spec.frame.source, spec.decoder)
+        reader = media.open_frames(segment, spec.frame.source, spec.decoder)
         plan = plan_clips(
             spec.clip,
             segment.start_s,

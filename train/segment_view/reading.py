@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from echoshift.extract.media_survey import MediaSurvey, identify_sources
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import MediaSurvey, OpenMedia, identify_sources
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import ManifestError, MediaError, MediaTimeoutError, SpecError
 from echoshift.pipeline.segments import Segment

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from echoshift.extract.media import locate_media
-from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.media import MediaSurvey, locate_media
 from echoshift.extract.readers.container import (
     find_video_stream,
     get_container_start_s,

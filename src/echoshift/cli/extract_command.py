@@ -37,11 +37,11 @@ from echoshift.cli.spec_options import (
     resolve_specs,
 )
 from echoshift.cli.terminal import QuietOption
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.extract.extraction import ExtractionSummary
+    from echoshift.extract.run import ExtractionSummary
 
 EXIT_SOME_FAILED = 3
 
@@ -103,7 +103,7 @@ def extract(
     """Extract features into stores; resumes, skips what is done, ends with 3 if a segment failed or can't be read."""
     from echoshift.cli.cluster_options import end_on_sigterm, plan_cluster
     from echoshift.cli.terminal import make_notifier, show_progress
-    from echoshift.extract.extraction import ExtractionRequest, extract_features
+    from echoshift.extract.run import ExtractionRequest, extract_features
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest import locate_manifest, read_manifest
 

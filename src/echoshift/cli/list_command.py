@@ -68,7 +68,7 @@ def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[
         entries = list_encoders().values()
         return [{"name": e.name, "modality": e.modality, "outputs": ", ".join(e.default_outputs)} for e in entries]
     if what == Kind.recipes:
-        from echoshift.extract.presets import PRESETS
+        from echoshift.extract.recipes import PRESETS
 
         return [{"name": preset.name, "summary": preset.summary} for preset in PRESETS.values()]
     if what == Kind.weights:

@@ -19,8 +19,7 @@ from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.extract.media_survey import MediaSurvey
-    from echoshift.extract.needed_media import NeededMediaProbe
+    from echoshift.extract.media import MediaSurvey, NeededMediaProbe
     from echoshift.pipeline.cards import DatasetCard
     from echoshift.pipeline.segments import Segment
 
@@ -196,13 +195,13 @@ def show(
 
 
 def _make_probe(media: Path, card: DatasetCard) -> NeededMediaProbe:
-    from echoshift.extract.needed_media import NeededMediaProbe, find_needed_modalities
+    from echoshift.extract.media import NeededMediaProbe, find_needed_modalities
 
     return NeededMediaProbe(_survey(media, card), find_needed_modalities(card))
 
 
 def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
-    from echoshift.extract.media_survey import MediaSurvey
+    from echoshift.extract.media import MediaSurvey
 
     if not media.is_dir():
         raise ManifestError(f"no media folder {media}; say where the videos of {card.name} lie with --media")

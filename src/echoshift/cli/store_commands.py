@@ -105,8 +105,8 @@ def verify(
     from contextlib import nullcontext
 
     from echoshift.cli.check_printing import print_check
-    from echoshift.extract.run_options import RunOptions
-    from echoshift.extract.store_check import CheckOptions, check_store, repair_store
+    from echoshift.extract.check import CheckOptions, check_store, repair_store
+    from echoshift.extract.work import RunOptions
     from echoshift.pipeline.store.open import hold_store, open_store
 
     open_store(store)  # holding makes files beside it, so that it must be there
@@ -138,7 +138,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Say why a segment's row is done, stale, failed or pending, in one store or in all that may know it."""
-    from echoshift.extract.explaining import explain_everywhere, format_explanation
+    from echoshift.extract.explain import explain_everywhere, format_explanation
     from echoshift.pipeline.store.open import list_stores
 
     paths = [store] if store is not None else list_stores(cache)
@@ -178,7 +178,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Sum up what the features look like; ends with 1 and a line for every output that can't be right."""
-    from echoshift.extract.describing_audits import describe_audit
+    from echoshift.extract.check import describe_audit
     from echoshift.pipeline.store.audit import audit_output, find_audit_faults
     from echoshift.pipeline.store.open import open_store
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.pipeline.specs import FrameSpec
 from echoshift.train.pictures.activation_figure import draw_activation_maps, overlay_map
 from echoshift.train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures

@@ -1,25 +1,28 @@
-"""Turns samples into log spectrograms by the papers' recipes (METHODS section 3), on the device that holds them."""
+"""Turns samples into log spectrograms by the papers' recipes, and those into augmented views (METHODS section 3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.extract.clips import draw_array, draw_integer
+from echoshift.extract.recipes import plan_spectrogram_shape
 from echoshift.extract.torchvision_import import ensure_torchaudio
 from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.specs import AudioSpec
+from echoshift.pipeline.specs import AudioSpec, FeatureSpec
 
 STD_FLOOR = 1e-9
 TUKEY_SHAPE = 0.25
+# [A-code] draws the first masked band from 0..246 of 257, so that the two highest bands always stay.
+N_BAND_STARTS = 247
 
 
 def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tensor:
-    """Compute the log spectrogram of each window of sound.
+    """Compute the log spectrogram of each window of audio.
 
     `samples` is float [B, n], or B tensors [n_i] of any lengths, at `spec.rate_hz`, full scale +-1. The result is
     float32 [B, 1, F, N] on the samples' device, (F, N) being `plan_spectrogram_shape(spec)`.
@@ -29,7 +32,7 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
     one-sided density, no centring); log(S + floor).
     `planamente2021` [B, section 4.1; its reference 27 for what it doesn't say]: the first `n_samples`, zeros appended
     if there are fewer; what librosa.stft computes with center=True and pad_mode="constant" (zeros beyond both ends;
-    reflecting there would invent sound), the periodic Hann window in the middle of n_fft; log(|S|^2 + floor).
+    reflecting there would invent audio), the periodic Hann window in the middle of n_fft; log(|S|^2 + floor).
     `chen2020` [RegNet, the VAS data]: the first `n_samples`, tiled if there are fewer; |S| of librosa.stft as above,
     times librosa's mel filters (Slaney's scale and norm); 0.8 + 0.2 log10(max(mel, floor)), that is
     -80..20 dB brought to 0..1, clipped to it.
@@ -40,7 +43,7 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
     """
     rows = list(samples)
     if not rows:
-        raise SpecError("no window of sound was given")
+        raise SpecError("no window of audio was given")
     for row in rows:
         _check_samples(row)
     plan_spectrogram_shape(spec)
@@ -57,9 +60,9 @@ def rms_dbfs(samples: Tensor) -> float:
 
 def _check_samples(samples: Tensor) -> None:
     if samples.ndim != 1:
-        raise SpecError(f"a window of sound must be [n], has the shape {tuple(samples.shape)}")
+        raise SpecError(f"a window of audio must be [n], has the shape {tuple(samples.shape)}")
     if samples.numel() == 0:
-        raise SpecError("a window of sound has no samples: leave out what has no sound (has_audio) before this")
+        raise SpecError("a window of audio has no samples: leave out what has no audio (has_audio) before this")
     if not samples.is_floating_point():
         raise SpecError(f"samples must be floating point with full scale +-1, are {samples.dtype}")
 
@@ -127,3 +130,37 @@ def _stft_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
     signal = torch.nn.functional.pad(signal, (n_half, n_half + spec.n_samples - signal.shape[0]))
     spectrum = torch.fft.rfft(signal.unfold(0, spec.n_fft, spec.n_hop) * window)
     return spectrum.real.square() + spectrum.imag.square()
+
+
+def list_views(spectrogram: Tensor, spec: FeatureSpec, segment_id: str, window: int) -> Iterator[tuple[int, Tensor]]:
+    """List the entries that come from one window of a segment's audio, number and float32 [1, F, N].
+
+    The first is `spectrogram` itself; entry number window * n_sound_views + view.
+    """
+    audio = spec.audio
+    assert audio is not None, "called for stores of audio only"
+    first = window * audio.n_views
+    yield first, spectrogram
+    for view in range(1, audio.n_views):
+        yield first + view, augment_spectrogram(spectrogram, audio, spec.clip.seed, segment_id, view, window)
+
+
+def augment_spectrogram(
+    spectrogram: Tensor, spec: AudioSpec, seed: int, segment_id: str, view: int, window: int
+) -> Tensor:
+    """Add uniform noise of +-`noise` to a standardised spectrogram [1, F, N], and set `n_masked_bins` bands to 0.
+
+    float32, on the spectrogram's device, which keeps its values. Noise and place of the bands are drawn from the seed,
+    the segment's id, and the numbers of view and window alone (extract/clips.py): the same values on every
+    device, in every batch and worker. The first band is one of 0..246, or the last behind which the rest fits [A-code].
+    """
+    n_bins, n_masked = spectrogram.shape[1], spec.n_masked_bins
+    augmented = spectrogram.clone()
+    if spec.noise:
+        drawn = draw_array(tuple(spectrogram.shape), seed, segment_id, view, window, "noise")
+        augmented += torch.from_numpy((drawn * 2 - 1) * drawn.dtype.type(spec.noise)).to(augmented)
+    if n_masked:
+        n_starts = min(N_BAND_STARTS, n_bins - n_masked + 1)
+        start = draw_integer(0, n_starts - 1, seed, segment_id, view, window, "masked band")
+        augmented[:, start : start + n_masked] = 0
+    return augmented

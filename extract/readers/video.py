@@ -1,4 +1,4 @@
-"""Reads the pictures of a video file through PyAV; the default reader, exact on every file it accepts.
+"""Reads the frames of a video file through PyAV; the default reader, exact on every file it accepts.
 
 It indexes the shown time stamps by demuxing, seeks to the keyframe at or before the frame wanted, and decodes forward
 to its exact time stamp. A frame that is missed or flagged corrupt is tried again from one keyframe before, then from
@@ -8,35 +8,220 @@ cheaper than a seek.
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
-from echoshift.extract.readers.container import explain_av_error, open_container, pick_video_stream
-from echoshift.extract.readers.orientation import compute_rotation_deg, get_orientation, turn_upright
-from echoshift.extract.readers.protocol import VideoInfo, check_times, find_shown_frames
-from echoshift.extract.readers.shown_frames import index_shown_frames
+from echoshift.extract.readers.container import (
+    check_declared_end,
+    explain_av_error,
+    get_container_start_s,
+    get_declared_end_s,
+    open_container,
+    pick_video_stream,
+)
+from echoshift.extract.readers.interface import VideoInfo, check_times, find_shown_frames
 from echoshift.pipeline.errors import DecodeError
 
+Matrix = tuple[int, int, int, int]
+UPRIGHT: Matrix = (1, 0, 0, 1)
+_RESTART_S = 1.0  # decoding time stamps that fall back by more than this start over
+_WHOLE_FILE_FORMATS = ("matroska", "flv")  # declare one duration for all streams, and are read whole anyway
 _SEEK_GAIN = 12  # frames of decoding that a seek has to save; it empties the decoder's pipeline
 _FROM_START = -1
+
+
+def get_orientation(frame: Any) -> Matrix:
+    """Return the signs (a, b, c, d) of a frame's display matrix: a point (x, y) is shown at (a x + c y, b x + d y).
+
+    x points right and y down; angles are rounded to multiples of 90 degrees.
+    """
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return UPRIGHT
+    values = np.frombuffer(side_data, dtype=np.int32)
+    a, b, c, d = (int(values[i]) for i in (0, 1, 3, 4))
+    if a == b == c == d == 0:
+        return UPRIGHT
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (1 if a >= 0 else -1, 0, 0, 1 if d >= 0 else -1)
+    return (0, 1 if b >= 0 else -1, 1 if c >= 0 else -1, 0)
+
+
+def compute_rotation_deg(orientation: Matrix) -> int:
+    """Compute the clockwise turn of an orientation: 0, 90, 180 or 270 (a mirrored frame may be flipped besides)."""
+    a, b, _, _ = orientation
+    return round(math.degrees(math.atan2(b, a))) % 360
+
+
+def turn_upright(image: npt.NDArray[np.uint8], orientation: Matrix) -> npt.NDArray[np.uint8]:
+    """Turn and mirror a frame [H, W, C] as its orientation says; a view where possible."""
+    a, b, c, d = orientation
+    if b == 0:
+        horizontal, vertical = a, d
+    else:
+        image = image.swapaxes(0, 1)
+        horizontal, vertical = c, b
+    return image[:: -1 if vertical < 0 else 1, :: -1 if horizontal < 0 else 1]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownFrames:
+    """The index of one video stream.
+
+    Attributes:
+        keys: what names a frame when it comes out of the decoder, ascending, int64 [n]: its time stamp in ticks, or
+            its ordinal where `is_counted`.
+        keyframe_pts, keyframe_dts: ticks of the places where decoding can start, ascending, int64 [k].
+        tick_s: length of a tick in seconds (where counted: of a frame).
+        start_s: what is subtracted from ticks * tick_s to give the shared clock.
+        last_ticks: how long the last frame is shown.
+        is_counted: time stamps are missing or don't tell the order of showing, so frames were decoded and counted.
+    """
+
+    keys: npt.NDArray[np.int64]
+    keyframe_pts: npt.NDArray[np.int64]
+    keyframe_dts: npt.NDArray[np.int64]
+    tick_s: float
+    start_s: float
+    last_ticks: int
+    is_counted: bool = False
+
+    @property
+    def times_s(self) -> npt.NDArray[np.float64]:
+        """When each frame is first shown, float64 [n]."""
+        return self.keys.astype(np.float64) * self.tick_s - self.start_s
+
+    @property
+    def duration_s(self) -> float:
+        """When the last frame ends."""
+        return (int(self.keys[-1]) + self.last_ticks) * self.tick_s - self.start_s
+
+
+@dataclass(slots=True)
+class _Packets:
+    """What demuxing found, in decoding order."""
+
+    pts: array[int] = field(default_factory=lambda: array("q"))
+    keyframes: list[tuple[int, int]] = field(default_factory=list)
+    n_untimed: int = 0
+    is_reordered: bool = False
+    last_pts: int | None = None
+    last_duration: int = 0
+    file_end_s: float = 0.0
+
+
+def index_shown_frames(container: InputContainer, stream: Any, path: Path) -> ShownFrames:
+    """Index the frames that a stream shows, by demuxing; the container is left at its end.
+
+    Packets without a time stamp, marked discard (edit lists), empty, or that VP8 never shows are left out. Where no
+    packet has a time stamp (raw H.264), or the container's don't tell the order of showing (AVI with B-frames), the
+    frames are decoded once and counted, and their times follow from the mean rate.
+    Raises DecodeError if there are no frames, if time stamps start over, or if the file declares clearly more.
+    """
+    packets = _read_packets(container, stream, path)
+    is_unordered = (
+        container.format.name == "avi" and bool(stream.codec_context.has_b_frames) and not packets.is_reordered
+    )
+    if packets.n_untimed > len(packets.pts) or is_unordered:
+        return _count_frames(stream, path)
+    if not packets.pts:
+        raise DecodeError(f"{path} holds no frame in its video stream; fetch it again")
+    keys = np.unique(np.frombuffer(packets.pts, dtype=np.int64))
+    tick_s = float(stream.time_base)
+    last_ticks = packets.last_duration
+    if last_ticks <= 0:
+        rate_hz = float(stream.average_rate or stream.guessed_rate or 25)
+        last_ticks = max(round(float(np.median(np.diff(keys))) if len(keys) > 1 else 1 / rate_hz / tick_s), 1)
+    found_s = (int(keys[-1]) + last_ticks) * tick_s
+    check_declared_end(path, "frames", get_declared_end_s(container, stream), found_s)
+    start_s = get_container_start_s(container)
+    if container.format.name.startswith(_WHOLE_FILE_FORMATS) and container.duration is not None:
+        check_declared_end(path, "media", container.duration / av.time_base, packets.file_end_s)
+    keyframes = np.array(sorted(packets.keyframes), dtype=np.int64).reshape(-1, 2)
+    return ShownFrames(keys, keyframes[:, 0], keyframes[:, 1], tick_s, start_s, last_ticks)
+
+
+def _read_packets(container: InputContainer, stream: Any, path: Path) -> _Packets:
+    found = _Packets()
+    is_vp8 = stream.codec_context.name in ("vp8", "libvpx")
+    wants_all = container.format.name.startswith(_WHOLE_FILE_FORMATS)
+    restart_ticks = _RESTART_S / float(stream.time_base)
+    last_dts = last_seen = None
+    try:
+        for packet in container.demux() if wants_all else container.demux(stream):
+            if packet.size == 0:  # the flush at the end, and AVI's dropped frames
+                continue
+            if wants_all and packet.pts is not None and packet.time_base is not None:
+                end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                found.file_end_s = max(found.file_end_s, end_s)
+            if packet.stream_index != stream.index:
+                continue
+            pts, dts = packet.pts, packet.dts
+            if dts is not None:
+                if last_dts is not None and dts < last_dts - restart_ticks:
+                    raise DecodeError(
+                        f"{path}: time stamps start over after {last_dts * float(stream.time_base):.2f} s; "
+                        "remux the file so that they ascend"
+                    )
+                last_dts = dts
+            if pts is None:
+                found.n_untimed += 1
+                continue
+            found.is_reordered |= last_seen is not None and pts < last_seen
+            last_seen = pts
+            if packet.is_keyframe:
+                found.keyframes.append((pts, pts if dts is None else min(pts, dts)))
+            if packet.is_discard or (is_vp8 and not memoryview(packet)[0] & 0x10):  # VP8: show_frame bit
+                continue
+            found.pts.append(pts)
+            if found.last_pts is None or pts > found.last_pts:
+                found.last_pts, found.last_duration = pts, packet.duration or 0
+    except av.FFmpegError as error:
+        raise DecodeError(f"{path}: reading fails at packet {len(found.pts)}: {explain_av_error(error)}") from error
+    return found
+
+
+def _count_frames(stream: Any, path: Path) -> ShownFrames:
+    """Count frames by decoding all once."""
+    n_frames = 0
+    with open_container(path) as container:
+        counted = container.streams[stream.index]
+        counted.thread_type = "AUTO"
+        try:
+            for _ in container.decode(counted):
+                n_frames += 1
+        except av.FFmpegError as error:
+            raise DecodeError(
+                f"{path} has no usable time stamps, so it is decoded to count its frames, and that fails after "
+                f"{n_frames}: {explain_av_error(error)}"
+            ) from error
+        rate = counted.average_rate or counted.guessed_rate
+    if n_frames == 0 or not rate:
+        raise DecodeError(f"{path} has neither time stamps nor a frame rate; remux it into a container that has")
+    none = np.empty(0, dtype=np.int64)
+    return ShownFrames(np.arange(n_frames, dtype=np.int64), none, none, float(1 / rate), 0.0, 1, is_counted=True)
 
 
 class _ThreadedDecodeError(Exception):
     """Ends a walk with several threads, in which an error can't be laid to one packet."""
 
 
-class PyAvFrameReader:
-    """Reads the pictures of one video file by time (protocol `FrameReader`); full size, RGB, upright.
+class VideoReader:
+    """A FrameReader of one video file: full size, RGB, upright.
 
-    Pictures are bit for bit those of a sequential decode converted by `to_ndarray(format="rgb24")`, then turned by the
+    Frames are bit for bit those of a sequential decode converted by `to_ndarray(format="rgb24")`, then turned by the
     display matrix. The pixel aspect ratio is not applied. Of several streams it takes FFmpeg's best.
-    Raises MediaNotFoundError or DecodeError (no media, no pictures, cut short) when made. An MPEG-TS or a raw stream
+    Raises MediaNotFoundError or DecodeError (no media, no video, cut short) when made. An MPEG-TS or a raw stream
     declares no duration: one that is cut short just ends earlier.
     """
 
@@ -104,7 +289,7 @@ class PyAvFrameReader:
                 frames = np.empty((times.size, *image.shape), dtype=np.uint8)
             elif image.shape != frames.shape[1:]:
                 raise DecodeError(
-                    f"{self._path}: the picture at {self._times_s[position]:.3f} s is {image.shape[1]}x"
+                    f"{self._path}: the frame at {self._times_s[position]:.3f} s is {image.shape[1]}x"
                     f"{image.shape[0]}, others are {frames.shape[2]}x{frames.shape[1]}; encode the video at one size"
                 )
             for place in np.flatnonzero(inverse == nth):  # a boolean index would copy at half the speed
@@ -113,11 +298,11 @@ class PyAvFrameReader:
         return frames
 
     def close(self) -> None:
-        """Return back the file handle and the decoder."""
+        """Close the file and the decoder."""
         self._walk = self._held = None
         self._container.close()
 
-    def __enter__(self) -> PyAvFrameReader:
+    def __enter__(self) -> VideoReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -164,7 +349,7 @@ class PyAvFrameReader:
         return int(self._start_positions[nearest]) - here < _SEEK_GAIN
 
     def _advance(self, key: int) -> bool:
-        """Decode forward to a frame and holds it; False if it doesn't come, or not whole."""
+        """Decode forward to a frame and hold it; False if it doesn't come, or not whole."""
         if self._walk is None:
             return False
         try:
@@ -263,7 +448,7 @@ class PyAvFrameReader:
         self._start_positions = np.searchsorted(self._keys, self._starts)
 
     def _find_any_frame(self) -> av.VideoFrame:
-        """Find the first frame that comes out at all, for the facts about the pictures."""
+        """Find the first frame that comes out at all, for its shape."""
         for _ in ("with threads", "careful"):
             self._walk = self._decode_from(_FROM_START)
             try:
@@ -277,4 +462,4 @@ class PyAvFrameReader:
                 self._is_careful = True
         self._walk = None
         why = "" if self._fault is None else f" ({explain_av_error(self._fault)})"
-        raise DecodeError(f"{self._path}: not one of its pictures can be decoded{why}") from self._fault
+        raise DecodeError(f"{self._path}: not one of its frames can be decoded{why}") from self._fault

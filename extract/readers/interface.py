@@ -1,6 +1,6 @@
-"""What every reader of pictures offers, and the clock that all of them share.
+"""What every reader of frames offers, and the clock that all readers share.
 
-Time zero is the container's start time (what players show and `ffmpeg -ss` counts from), for picture and sound alike;
+Time zero is the container's start time (what players show and `ffmpeg -ss` counts from), for frames and audio alike;
 frames that lie loose start at zero by their number. The frame at time t is the last one shown at or before t + 1 ms
 (1 ms: containers such as Matroska round their time stamps to that); before the first frame it is the first one.
 """
@@ -21,14 +21,14 @@ TIME_TOLERANCE_S = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What is known of a video's pictures before any is decoded.
+    """The facts of a video's frames.
 
     Attributes:
         n_frames: shown frames.
         duration_s: when the last frame ends, on the shared clock.
         rate_hz: mean frame rate.
-        height, width: of the pictures as returned, after rotation.
-        rotation_deg: clockwise turn that was applied to show the picture upright: 0, 90, 180 or 270.
+        height, width: of the frames as returned, after rotation.
+        rotation_deg: clockwise turn that was applied to show the frames upright: 0, 90, 180 or 270.
     """
 
     n_frames: int
@@ -40,7 +40,7 @@ class VideoInfo:
 
 
 class FrameReader(Protocol):
-    """Reads the pictures of one video by time; is used by one thread, and closed by `close` or a `with` block."""
+    """The frames of one video by time; is used by one thread, and closed by `close` or a `with` block."""
 
     @property
     def info(self) -> VideoInfo:
@@ -61,7 +61,7 @@ class FrameReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Return back the file handle and the decoder."""
+        """Close the file and the decoder."""
         ...
 
     def __enter__(self) -> FrameReader: ...

@@ -1,7 +1,8 @@
-"""Decodes one sound track into gapless mono blocks whose every sample has its place on the shared clock."""
+"""Reads spans of a file's audio as mono samples at any rate, sample-accurate and on the clock of the frames."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from av.container import InputContainer
 from echoshift.extract.readers.container import (
     check_declared_end,
     explain_av_error,
+    find_audio_stream,
     get_container_start_s,
     get_declared_end_s,
     has_whole_index,
@@ -28,14 +30,17 @@ FROM_START_S = 20.0  # nearer to the start than this, decoding begins there: exa
 _BACK_S = (PREROLL_S, 10.0)  # how far before the span a seek aims, in turn; then the start
 _GAP_S = 0.015  # less than one AAC or MP3 frame is lost: time stamps jitter, none is missing
 _VORBIS_GAP_S = 0.05  # FFmpeg's time stamps of Vorbis are up to half a block off where block sizes change
+_MARGIN_TAPS = 256  # input samples, times the downsampling factor: well over half of swresample's 32-tap filter
 _N_ANCHOR = 24  # frames whose time stamps place the first one after a seek
 # Decoders whose packets and header say all there is to know, so that a new one can be made beside an open container.
 # Not Opus' and PCM's: they take the channels from the container.
 _SELF_CONTAINED = frozenset({"aac", "mp3float", "ac3", "eac3", "alac", "flac"})
 
 
-class SoundTrack:
-    """Decodes one sound track of one file; positions count samples of the track's rate from the container's start.
+class AudioTrack:
+    """The audio track of a file, decoded into gapless mono blocks.
+
+    Positions count samples of the track's rate from the container's start.
 
     It is made of a container that was just opened, and closes it. What is read is a function of the span alone. Where
     a coder stores noise by its level (AAC's noise substitution, AC-3's dither), a span after a seek has other noise
@@ -54,17 +59,17 @@ class SoundTrack:
         self._grid: tuple[int, int] | Literal[False] | None = False  # not looked for yet
         if self.rate_hz <= 0:
             self.close()
-            raise DecodeError(f"{path}: its sound declares no sample rate; encode it again")
+            raise DecodeError(f"{path}: its audio declares no sample rate; encode it again")
 
     def close(self) -> None:
-        """Return back the file handle and the decoder."""
+        """Close the file and the decoder."""
         self._container.close()
 
     def read_blocks(self, first: int, stop: int) -> Iterator[Samples]:
         """Read samples [first, stop) as consecutive blocks; they end earlier if and only if the track does.
 
         Zeros stand where the track has no sample: before its start and in gaps of at least 15 ms.
-        Raises DecodeError where the sound doesn't decode or the track is cut short.
+        Raises DecodeError where the audio doesn't decode or the track is cut short.
         """
         position, end = first, 0
         for place, mono in self._read_placed(first, stop):
@@ -100,7 +105,7 @@ class SoundTrack:
 
     def _check_end(self, end: int) -> None:
         declared_s = get_declared_end_s(self._container, self._stream)
-        check_declared_end(self._path, "sound", declared_s, end / self.rate_hz + self._start_s)
+        check_declared_end(self._path, "audio", declared_s, end / self.rate_hz + self._start_s)
 
     def _read_placed(self, first: int, stop: int) -> Iterator[tuple[int, Samples]]:
         """Yield (position, mono samples), gapless but for true gaps, from at or before `first` on."""
@@ -123,7 +128,7 @@ class SoundTrack:
         rest: Iterator[tuple[float | None, Samples]],
         grid: tuple[int, int] | None,
     ) -> Iterator[tuple[int, Samples]]:
-        """Count samples on from the first frame's place, and start anew where time stamps leave a gap."""
+        """Count samples on from the first frame's place, and start over where time stamps leave a gap."""
         if not head:
             return
         offsets, n_samples = [], 0
@@ -210,7 +215,7 @@ class SoundTrack:
                         raise self._explain(packet, "the decoder calls a frame corrupt")
                     yield stamp, self._mix(frame)
         except av.FFmpegError as error:
-            raise DecodeError(f"{self._path}: reading its sound fails: {explain_av_error(error)}") from error
+            raise DecodeError(f"{self._path}: reading its audio fails: {explain_av_error(error)}") from error
 
     def _get_end_s(self, packet: Any) -> float | None:
         if packet.pts is None or not packet.duration:
@@ -219,13 +224,13 @@ class SoundTrack:
 
     def _explain(self, packet: Any, why: str) -> DecodeError:
         where = "" if packet.pts is None else f" at {float(packet.pts * packet.time_base) - self._start_s:.3f} s"
-        return DecodeError(f"{self._path}: its sound can't be decoded{where}: {why}; the file is damaged there")
+        return DecodeError(f"{self._path}: its audio can't be decoded{where}: {why}; the file is damaged there")
 
     def _mix(self, frame: av.AudioFrame) -> Samples:
         """Mix a decoded frame into mono float32 [n] with FFmpeg's coefficients, scaled to sum to at most 1."""
         if frame.sample_rate != self.rate_hz:
             raise DecodeError(
-                f"{self._path}: its sound changes from {self.rate_hz} to {frame.sample_rate} Hz; encode it at one rate"
+                f"{self._path}: its audio changes from {self.rate_hz} to {frame.sample_rate} Hz; encode it at one rate"
             )
         kind = (frame.format.name, frame.layout.name)
         if kind == ("fltp", "mono"):
@@ -238,3 +243,126 @@ class SoundTrack:
         frame.pts = None
         mixed = [out.to_ndarray()[0] for out in self._mixer[1].resample(frame)]
         return np.concatenate(mixed) if mixed else np.empty(0, dtype=np.float32)
+
+
+class AudioReader:
+    """The audio of one file, read by the span; is used by one thread.
+
+    Of several tracks it takes FFmpeg's best one of the programme of the frames. Raises MediaNotFoundError or
+    DecodeError when made, if the file is missing or is no media file; a file without audio has `has_track` False.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        container = open_container(path)
+        stream = find_audio_stream(container)
+        self._track = None if stream is None else AudioTrack(path, container, stream)
+        if self._track is None:
+            container.close()
+
+    @property
+    def has_track(self) -> bool:
+        """Whether the file has an audio track that there is a decoder for."""
+        return self._track is not None
+
+    def read(self, start_s: float, stop_s: float, rate_hz: int) -> Samples:
+        """Read a span, see `read_audio`."""
+        n_wanted = round((stop_s - start_s) * rate_hz)
+        if self._track is None or n_wanted <= 0:
+            return np.empty(0, dtype=np.float32)
+        first = round(start_s * rate_hz)
+        return _resample_span(self._track, first, first + n_wanted, rate_hz)
+
+    def close(self) -> None:
+        """Close the file and the decoder."""
+        if self._track is not None:
+            self._track.close()
+
+    def __enter__(self) -> AudioReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_audio(path: Path, start_s: float, stop_s: float, rate_hz: int) -> Samples:
+    """Read a span of a file's audio, float32 [n] in about -1..1.
+
+    n is round((stop_s - start_s) * rate_hz) where the track covers the span, fewer where it ends earlier, and 0 where
+    the file has no track or the span lies beyond its end (`AudioReader.has_track` tells which). Before the track's
+    first sample, and in gaps of its time stamps, the samples are zero; start_s may be negative.
+    The first sample is the one nearest to start_s on the grid k / rate_hz of the shared clock (interface.py), so that a
+    span read alone equals the same span cut from the whole (but for noise that coders make up: AudioTrack).
+    Several channels are mixed as FFmpeg mixes them into 16-bit files (coefficients scaled to sum to at most 1);
+    resampling is swresample's, with its final flush.
+    Raises DecodeError where the audio doesn't decode, or ends clearly before the end that the file declares
+    (a WAV, MP3, Ogg or MPEG-TS that is cut short declares nothing, and just ends earlier).
+    """
+    with AudioReader(path) as reader:
+        return reader.read(start_s, stop_s, rate_hz)
+
+
+def probe_audio_end_s(path: Path) -> float:
+    """Return when a file's audio ends on the shared clock, by demuxing it; 0 without a track."""
+    with open_container(path) as container:
+        stream = find_audio_stream(container)
+        if stream is None:
+            return 0.0
+        try:
+            ends = [p.pts + (p.duration or 0) for p in container.demux(stream) if p.size and p.pts is not None]
+        except av.FFmpegError as error:
+            raise DecodeError(f"{path}: reading its audio fails: {explain_av_error(error)}") from error
+        end_s = max(ends, default=0) * float(stream.time_base)
+        check_declared_end(path, "audio", get_declared_end_s(container, stream), end_s)
+        return max(end_s - get_container_start_s(container), 0.0)
+
+
+def _resample_span(track: AudioTrack, first: int, stop: int, rate_hz: int) -> Samples:
+    """Resample so that samples [first, stop) of the grid k / rate_hz come out, fewer if the track ends earlier.
+
+    The resampler starts at a multiple of its phase period, at which input and output samples coincide, and far enough
+    ahead that its start is forgotten: so its phases are those of a resampler that began at time zero.
+    """
+    divisor = math.gcd(track.rate_hz, rate_hz)
+    in_period, out_period = track.rate_hz // divisor, rate_hz // divisor
+    margin = _MARGIN_TAPS * math.ceil(track.rate_hz / rate_hz)
+    n_periods = math.floor((first * in_period / out_period - margin) / in_period)
+    in_first, out_first = n_periods * in_period, n_periods * out_period
+    in_stop = math.ceil(stop * in_period / out_period) + margin
+    wanted = np.zeros(stop - first, dtype=np.float32)
+    n_in = 0
+
+    def blocks() -> Iterator[Samples]:
+        nonlocal n_in
+        for block in track.read_blocks(in_first, in_stop):
+            n_in += len(block)
+            yield block
+
+    position = out_first
+    for out in _resample(blocks(), track.rate_hz, rate_hz):
+        low, high = max(position, first), min(position + len(out), stop)
+        if low < high:
+            wanted[low - first : high - first] = out[low - position : high - position]
+        position += len(out)
+    if in_first + n_in >= in_stop:
+        return wanted
+    track_stop = -(-(in_first + n_in) * out_period // in_period)  # the first output sample past the track's end
+    return wanted[: max(min(track_stop, stop) - first, 0)]
+
+
+def _resample(blocks: Iterator[Samples], in_rate_hz: int, out_rate_hz: int) -> Iterator[Samples]:
+    if in_rate_hz == out_rate_hz:
+        yield from blocks
+        return
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=out_rate_hz)
+    n_given = 0
+    for block in blocks:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block)[None], format="fltp", layout="mono")
+        frame.sample_rate = in_rate_hz
+        frame.pts = n_given
+        n_given += len(block)
+        for out in resampler.resample(frame):
+            yield out.to_ndarray()[0]
+    if n_given:
+        for out in resampler.resample(None):
+            yield out.to_ndarray()[0]

@@ -1,4 +1,4 @@
-"""Names the recipes of the two papers (METHODS, section 2), so that features of either can be asked for by one word."""
+"""Holds the published recipes of spectrograms and the arithmetic of their shapes; needs no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,73 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from echoshift.extract.encoders.registry import EncoderEntry
-from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
 from echoshift.pipeline.errors import SpecError, suggest
+from echoshift.pipeline.specs import AudioSpec
+
+ZHANG2022 = AudioSpec(
+    recipe="zhang2022",
+    span="segment",
+    rate_hz=16000,
+    duration_s=10.0,
+    n_window=512,
+    n_hop=159,
+    n_fft=512,
+    log_floor=1e-7,
+    standardise=True,
+)
+"""A's spectrogram: 257 bands x 1004 frames of the segment's first ten seconds."""
+
+PLANAMENTE2021 = AudioSpec(
+    recipe="planamente2021",
+    span="clip",
+    rate_hz=24000,
+    duration_s=1.279,
+    n_window=240,
+    n_hop=120,
+    n_fft=511,
+    log_floor=1e-6,
+    standardise=False,
+)
+"""B's spectrogram: 256 bands x 256 frames of the 1.279 s around a clip."""
+
+CHEN2020 = AudioSpec(
+    recipe="chen2020",
+    span="segment",
+    rate_hz=22050,
+    duration_s=10.0,
+    n_window=1024,
+    n_hop=256,
+    n_fft=1024,
+    log_floor=1e-5,
+    standardise=False,
+    n_mels=80,
+    f_min_hz=125.0,
+    f_max_hz=7600.0,
+)
+"""The log-mels of the VAS data (RegNet, Chen et al. 2020): 80 bands x 862 frames, of which the data keep 860."""
+
+
+ZHANG2022_NOISE, ZHANG2022_N_MASKED_BINS = 0.05, 9
+"""What A's training adds to a standardised spectrogram, and how many bands it sets to 0 [A-code]."""
+
+
+def plan_spectrogram_shape(spec: AudioSpec) -> tuple[int, int]:
+    """Compute (n_bands, n_frames) of the spec's spectrogram; raises SpecError where its lengths can't go together."""
+    if spec.n_hop > spec.n_window or spec.n_window > spec.n_fft:
+        raise SpecError(
+            f"audio spec needs n_hop <= n_window <= n_fft, has {spec.n_hop}, {spec.n_window}, {spec.n_fft}: "
+            f"correct them, or take the preset of {spec.recipe}"
+        )
+    if spec.n_samples < spec.n_window:
+        raise SpecError(f"audio window of {spec.n_samples} samples is shorter than n_window = {spec.n_window}")
+    n_bands = spec.n_fft // 2 + 1 if spec.n_mels is None else spec.n_mels
+    if spec.n_masked_bins >= n_bands:
+        raise SpecError(f"n_masked_bins = {spec.n_masked_bins} masks all of the {n_bands} bands; take fewer, such as 9")
+    if spec.recipe == "zhang2022":
+        n_frames = (spec.n_samples - spec.n_window) // spec.n_hop + 1
+    else:
+        n_frames = (spec.n_samples + 2 * (spec.n_fft // 2) - spec.n_fft) // spec.n_hop + 1
+    return n_bands, n_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +120,7 @@ _PRESETS = (
     ),
     Preset(
         "zhang-sound-train",
-        "sound in 4 views, the first as it is, the others with noise and 9 bands masked; pictures as they are",
+        "audio in 4 views, the first as it is, the others with noise and 9 bands masked; frames as they are",
         {},
         audio={"n_views": 4, "noise": ZHANG2022_NOISE, "n_masked_bins": ZHANG2022_N_MASKED_BINS},
     ),
@@ -71,7 +135,7 @@ _PRESETS = (
     Preset("charades-test", "10 uniform clips of 64 x 8 frames at 24 Hz, centre crop", {**_CHARADES, "n_clips": 10}),
     Preset(
         "rna-train",
-        "1 random clip of 16 frames, random crop with scale jitter, mirrored half the time; sound around the clip",
+        "1 random clip of 16 frames, random crop with scale jitter, mirrored half the time; audio around the clip",
         {**_RNA, "sampling": "random", "n_clips": 1},
         {"crops": "random", "short_sides": (256, 320), "flip": 0.5},
         "part",
@@ -79,7 +143,7 @@ _PRESETS = (
     ),
     Preset(
         "rna-test",
-        "5 equidistant clips of 16 frames, centre crop; sound around each clip",
+        "5 equidistant clips of 16 frames, centre crop; audio around each clip",
         {**_RNA, "n_clips": 5},
         crop="part",
         audio=_RNA_AUDIO,
@@ -96,26 +160,3 @@ def find_preset(name: str) -> Preset:
     except KeyError as error:
         hint = suggest(name, PRESETS, listed_by="echoshift list recipes")
         raise SpecError(f"there is no preset {name!r}; {hint}") from error
-
-
-def apply_preset(preset: Preset, entry: EncoderEntry, parts: dict[str, dict[str, Any]]) -> None:
-    """Change the parts (clip, frame, audio) of an encoder's preprocessing to what a preset says.
-
-    An encoder smaller than 256 gets short sides and crops in proportion. For flow, whose rate is half of the pictures',
-    the number of frames and their stride stay the encoder's own where the preset doesn't span a time in seconds.
-    """
-    clip = dict(preset.clip)
-    if entry.modality == "flow":
-        clip = {key: value for key, value in clip.items() if key not in ("n_frames", "stride", "rate_hz")}
-    parts["clip"].update(clip)
-    if "frame" in parts and entry.frame is not None:
-        side = entry.frame.short_side
-        parts["frame"].update(preset.frame)
-        if "short_sides" in preset.frame:
-            parts["frame"]["short_sides"] = tuple(side * s // 256 for s in preset.frame["short_sides"])
-        if preset.crop == "part":
-            parts["frame"]["crop"] = side * 7 // 8
-    if "audio" in parts and preset.audio:
-        parts["audio"].update(preset.audio)
-    if "audio" in parts and parts["audio"]["span"] == "segment":
-        parts["clip"].update(n_clips=1, sampling="uniform")

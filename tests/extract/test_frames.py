@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from echoshift.extract import pictures
-from echoshift.extract.crops import plan_centre_crop, plan_resized_shape
-from echoshift.extract.pictures import prepare_clips
+from echoshift.extract import frames as frames_module
+from echoshift.extract.clips import plan_centre_crop, plan_resized_shape
+from echoshift.extract.frames import prepare_clips
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import FrameSpec
@@ -66,7 +66,7 @@ def test_a_picture_of_the_right_size_is_only_cut_and_normalised():
 def test_chunks_change_nothing(monkeypatch, n_bytes, height, width):
     frames = random_frames(3, 5, height, width)
     whole = torch.cat([prepare_clips(clip[None], KINETICS) for clip in frames])
-    monkeypatch.setitem(pictures.N_CHUNK_BYTES, "cpu", n_bytes)
+    monkeypatch.setitem(frames_module.N_CHUNK_BYTES, "cpu", n_bytes)
     assert torch.equal(prepare_clips(frames, KINETICS), whole)
 
 
@@ -77,9 +77,9 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
         sizes.append(picture.numel() * picture.element_size())
         return torch.nn.functional.interpolate(picture, *args, **kwargs)
 
-    monkeypatch.setattr(pictures, "interpolate", watched)
+    monkeypatch.setattr(frames_module, "interpolate", watched)
     prepare_clips(random_frames(2, 16, 540, 960), KINETICS)
-    assert len(sizes) > 8 and max(sizes) <= pictures.N_CHUNK_BYTES["cpu"]
+    assert len(sizes) > 8 and max(sizes) <= frames_module.N_CHUNK_BYTES["cpu"]
 
 
 def test_flow_has_two_channels():
@@ -88,7 +88,7 @@ def test_flow_has_two_channels():
     clips = prepare_clips(frames, spec)
     assert clips.shape == (1, 2, 8, 28, 28)
     assert clips.abs().max() <= 1
-    with pytest.raises(SpecError, match="flow pictures have 2 channels, these have 3"):
+    with pytest.raises(SpecError, match="flow frames have 2 channels, these have 3"):
         prepare_clips(random_frames(1, 8, 40, 50), spec)
 
 
@@ -100,12 +100,12 @@ def test_resized_shapes(size, expected):
     assert plan_resized_shape(*size, 256) == expected
 
 
-def test_wrong_pictures_are_refused():
+def test_wrong_frames_are_refused():
     with pytest.raises(SpecError, match=r"must be uint8 \[N, H, W, C\], are torch.float32 \[2, 8, 8, 3\]"):
         prepare_clips(torch.zeros(1, 2, 8, 8, 3), KINETICS)
     with pytest.raises(SpecError, match="must be uint8"):
         prepare_clips(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), KINETICS)
-    with pytest.raises(SpecError, match=r"no picture in \[0, 8, 8, 3\]"):
+    with pytest.raises(SpecError, match=r"no frame in \[0, 8, 8, 3\]"):
         prepare_clips(torch.zeros(1, 0, 8, 8, 3, dtype=torch.uint8), KINETICS)
 
 

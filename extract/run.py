@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress
-from operator import attrgetter
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction_plan import ExtractionPlan, StoreTarget
-from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from echoshift.extract.missing_media import (
-    UncheckedRows,
+from echoshift.extract.media import (
+    MediaSurvey,
+    count_clips_at_most,
     find_unchecked_rows,
+    identify_segments,
     require_media_of_done,
     require_some_media,
 )
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.shard_jobs import ExtractionJob
-from echoshift.extract.shard_sizing import choose_rows_per_shard
+from echoshift.extract.shard_rows import fail_shard
 from echoshift.extract.weights.load import WeightsRecord
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
+from echoshift.extract.workers import compute_shard_on_worker
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.dask import (
     ClusterRequest,
@@ -37,7 +37,14 @@ from echoshift.pipeline.dask import (
     run_with_dask,
 )
 from echoshift.pipeline.errors import SpecError, StoreReadOnlyError
-from echoshift.pipeline.execution import ShardReport, ShardTask, plan_tasks, run_in_process, select_rows
+from echoshift.pipeline.execution import (
+    ShardReport,
+    ShardTask,
+    commit_report,
+    plan_tasks,
+    run_in_process,
+    select_rows,
+)
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.failures import append_run, read_failures
@@ -50,6 +57,8 @@ from echoshift.pipeline.store.layout import (
     describe_writer,
     order_segments,
     plan_new_rows,
+    plan_rows_per_shard,
+    plan_shards,
 )
 from echoshift.pipeline.store.location import Location, Place, locate
 from echoshift.pipeline.store.lock import StoreHold, hold_store
@@ -62,9 +71,14 @@ from echoshift.pipeline.store.open import (
     open_store,
 )
 
+# A shard is the most that a kill costs, and on a CPU each of its rows takes seconds.
+MAX_ROWS_PER_SHARD_ON_CPU = 64
+
+T = TypeVar("T")
+
 
 class ExtractionProgress(Protocol):
-    """Told how far a run is."""
+    """What is told how far a run is."""
 
     def start(self, what: str, n_total: int) -> None:
         """Begin a stretch of work of n_total steps."""
@@ -136,22 +150,84 @@ class ExtractionSummary:
         return sum(store.n_unchecked for store in self.stores)
 
 
-@dataclass(slots=True)
-class _Work:
-    """One store under way."""
+@dataclass(frozen=True, slots=True)
+class RowChoice:
+    """Which rows of a store a run computes, bool [row] each.
 
-    store: FeatureStore
-    spec: FeatureSpec
-    weights: WeightsRecord
-    rows: list[Segment | None]
-    rows_sha256: bytes
-    in_manifest: np.ndarray
+    Attributes:
+        segments: of each row, None where the manifest no longer has it.
+        digests: what each row is to be made from, uint8 [row, 16].
+        wanted, kept: rows to compute, and done rows that stay as they are.
+        unchecked: done rows whose media can't be read now, the first for `unchecked_reason`; they are kept.
+    """
+
+    segments: list[Segment | None]
     digests: np.ndarray
     wanted: np.ndarray
     kept: np.ndarray
-    unchecked: UncheckedRows
+    unchecked: np.ndarray
+    unchecked_reason: str
+
+    @property
+    def in_manifest(self) -> np.ndarray:
+        """The rows that the manifest has."""
+        return np.asarray([segment is not None for segment in self.segments], dtype=bool)
+
+
+@dataclass(slots=True)
+class _StoreWork:
+    """One store under way."""
+
+    store: FeatureStore
+    target: StoreTarget
+    rows: RowChoice
     hold: StoreHold | None = None
     n_computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionJob:
+    """The work of stores that have the same rows, and so share each decode."""
+
+    plan: ExtractionPlan
+    works: Sequence[_StoreWork]
+
+    @property
+    def stores(self) -> Mapping[str, FeatureStore]:
+        """The stores by path."""
+        return {work.store.path: work.store for work in self.works}
+
+    def describe_work(self, task: ShardTask) -> ShardWork:
+        """Cut a shard's part out of the rows."""
+        of_shard = slice(task.shard.start_row, task.shard.stop_row)
+        digests = {work.store.path: work.rows.digests[of_shard] for work in self.works}
+        segments = tuple(self.works[0].rows.segments[of_shard])
+        return ShardWork(task, segments, {path: digests[path] for path in task.store_paths})
+
+    def compute(self, task: ShardTask, notify: Callable[[int], None]) -> ShardReport:
+        """Compute a shard in this process; `notify` is told of every row of the shard."""
+        from echoshift.extract.shard import process_shard  # brings torch, which a run with nothing to do needn't have
+
+        n_told = 0
+
+        def tell(n_rows: int) -> None:
+            nonlocal n_told
+            n_told += n_rows
+            notify(n_rows)
+
+        report = process_shard(self.plan, self.describe_work(task), self.stores, tell)
+        if n_told < task.shard.n_rows:  # rows that are kept, or have left the manifest
+            notify(task.shard.n_rows - n_told)
+        return report
+
+    def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
+        """Return what a Dask worker is to call; the same versions and files are checked there."""
+        return compute_shard_on_worker, (topic, self.plan, self.describe_work(task))
+
+    def give_up(self, task: ShardTask, reason: str) -> ShardReport:
+        """Make the report of a shard whose workers die: its rows have failed, and a retry may help."""
+        work, stores = self.describe_work(task), self.stores
+        return ShardReport(task, {path: fail_shard(stores[path], work, reason) for path in task.store_paths})
 
 
 def extract_features(
@@ -189,7 +265,7 @@ def extract_features(
             if made_by != source:  # the fingerprint knows an encoder's revision, not its code
                 notify_waiting(f"{path} was begun with {made_by or 'echoshift itself'}, and goes on with {source}")
         if not request.allow_full_disk:
-            check_space([(work.store.path, count_needed_bytes(work.store, work.wanted)) for work in works])
+            check_space([(work.store.path, count_needed_bytes(work.store, work.rows.wanted)) for work in works])
         jobs = _plan_jobs(request, works)
         duration_s = 0.0
         if any(tasks for _, tasks in jobs):
@@ -226,10 +302,11 @@ def _open_work(
     segments: dict[str, Segment],
     notify: Callable[[], None],
     refusal: StoreReadOnlyError | None,
-) -> _Work:
+) -> _StoreWork:
+    """Open a store with a row for every segment, or make it, and choose its rows to compute."""
     if refusal is not None and not has_store(path):
         raise refusal
-    identities = identify_segments(survey, list(segments.values()), spec, notify)
+    identities = identify_segments(survey, segments.values(), spec, notify)
     require_some_media(survey, segments.values(), spec)
     if has_store(path):
         store = open_store(path)
@@ -244,56 +321,84 @@ def _open_work(
             request.card.name,
             spec,
             [segment.segment_id for segment in order_segments(segments.values())],
-            n_clips=count_clips_at_most(survey, list(segments.values()), spec),
+            n_clips=count_clips_at_most(survey, segments.values(), spec),
             manifest_sha256=request.manifest.sha256,
             weights_source=f"{weights.ref}: {weights.source}",
             n_rows_per_shard=choose_rows_per_shard(request, survey),
             encoder_source=find_encoder(spec.encoder).source,
         )
-    rows = [segments.get(segment_id) for segment_id in store.segment_ids]
-    rows_sha256 = hashlib.sha256(store.read_array("segment_id").tobytes()).digest()
-    digests = compute_digests(rows, identities)
-    in_manifest = np.asarray([segment is not None for segment in rows])
-    selection = select_rows(store, digests, in_manifest, retry_failed=request.retry_failed)
-    state = store.read_array("state")
-    unchecked = find_unchecked_rows(survey, rows, spec, state == DONE)
-    selection &= ~unchecked.rows
-    require_media_of_done(survey, rows, spec, selection & (state == DONE), store.path)
-    if refusal is not None and selection.any():
+    rows = choose_rows(store, segments, identities, survey, retry_failed=request.retry_failed)
+    require_media_of_done(survey, rows.segments, spec, rows.wanted & (store.read_array("state") == DONE), store.path)
+    if refusal is not None and rows.wanted.any():
         raise refusal
-    kept = (state == DONE) & ~selection
-    return _Work(store, spec, weights, rows, rows_sha256, in_manifest, digests, selection, kept, unchecked)
+    return _StoreWork(store, StoreTarget(store.path, spec, weights), rows)
 
 
-def _plan_jobs(request: ExtractionRequest, works: Sequence[_Work]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
+def choose_rows(
+    store: FeatureStore,
+    segments: Mapping[str, Segment],
+    identities: Mapping[str, str],
+    survey: MediaSurvey,
+    *,
+    retry_failed: bool,
+) -> RowChoice:
+    """Choose the rows of a store to compute; done rows whose media can't be read now stay as they are."""
+    known = [segments.get(segment_id) for segment_id in store.segment_ids]
+    digests = compute_digests(known, identities)
+    is_done = store.read_array("state") == DONE
+    unchecked, reason = find_unchecked_rows(survey, known, store.spec, is_done)
+    in_manifest = np.asarray([segment is not None for segment in known], dtype=bool)
+    wanted = select_rows(store, digests, in_manifest, retry_failed=retry_failed) & ~unchecked
+    return RowChoice(known, digests, wanted, is_done & ~wanted, unchecked, reason)
+
+
+def choose_rows_per_shard(request: ExtractionRequest, survey: MediaSurvey) -> int:
+    """Choose the rows a shard: what the request says, else those of its stores that are there already.
+
+    Stores of one run share each decode only where their shards are the same. Where there is no store yet, it is what
+    the one with the smallest rows wants; on a CPU at most MAX_ROWS_PER_SHARD_ON_CPU.
+    """
+    from echoshift.pipeline.devices import resolve_device
+
+    if request.n_rows_per_shard is not None:
+        return request.n_rows_per_shard
+    wanted = 1
+    segments = request.manifest.segments
+    for spec, _ in request.encoders:
+        path = name_store(request.cache_dir, request.card.name, spec, request.backend)
+        if has_store(path):
+            return open_store(path).layout.n_rows_per_shard
+        wanted = max(wanted, plan_rows_per_shard(spec, len(segments), count_clips_at_most(survey, segments, spec)))
+    on_cpu = resolve_device(request.options.device).type == "cpu"
+    return min(wanted, MAX_ROWS_PER_SHARD_ON_CPU) if on_cpu else wanted
+
+
+def _plan_jobs(request: ExtractionRequest, works: Sequence[_StoreWork]) -> list[tuple[ExtractionJob, list[ShardTask]]]:
     """Join the stores whose rows are the same, so that they share each decode."""
-    alike: dict[tuple[int, bytes], list[_Work]] = {}
+    alike: dict[tuple[int, bytes], list[_StoreWork]] = {}
     for work in works:
-        alike.setdefault((work.store.layout.n_rows_per_shard, work.rows_sha256), []).append(work)
+        rows_sha256 = hashlib.sha256(work.store.read_array("segment_id").tobytes()).digest()
+        alike.setdefault((work.store.layout.n_rows_per_shard, rows_sha256), []).append(work)
     jobs = []
     for group in alike.values():
         plan = ExtractionPlan(
             media_root=request.media_root,
             media_layout=request.card.media,
-            targets={w.store.path: StoreTarget(w.store.path, w.spec, w.weights) for w in group},
+            targets={work.store.path: work.target for work in group},
             options=request.options,
-        )
-        job = ExtractionJob(
-            plan=plan,
-            rows=group[0].rows,
-            digests={work.store.path: work.digests for work in group},
-            stores={work.store.path: work.store for work in group},
             n_threads=None if request.cluster is None else count_threads_per_worker(request.cluster),
+            versions={} if request.cluster is None else describe_versions(),
         )
-        wanted, kept = ({w.store.path: rows(w) for w in group} for rows in (attrgetter("wanted"), attrgetter("kept")))
-        jobs.append((job, plan_tasks(wanted, group[0].store.layout, kept)))
+        wanted = {work.store.path: work.rows.wanted for work in group}
+        kept = {work.store.path: work.rows.kept for work in group}
+        jobs.append((ExtractionJob(plan, group), plan_tasks(wanted, group[0].store.layout, kept)))
     return jobs
 
 
 def _run_jobs(
     request: ExtractionRequest,
     jobs: Sequence[tuple[ExtractionJob, Sequence[ShardTask]]],
-    works: Sequence[_Work],
+    works: Sequence[_StoreWork],
     progress: ExtractionProgress,
 ) -> float:
     """Run all shards, here or on the request's cluster, and return the seconds it took, without the cluster's start."""
@@ -319,32 +424,29 @@ def _run_jobs(
         return time.perf_counter() - started
 
 
-def _summarise(work: _Work) -> StoreSummary:
-    in_manifest = work.in_manifest
-    state = work.store.read_array("state")[in_manifest]
-    silent = 0
-    if work.spec.audio is not None:
-        silent = int(((work.store.read_array("has_audio")[in_manifest] == 0) & (state == DONE)).sum())
-    failures = read_failures(work.store.path)
+def _summarise(work: _StoreWork) -> StoreSummary:
+    store, spec, in_manifest = work.store, work.target.spec, work.rows.in_manifest
+    state = np.where(in_manifest, store.read_array("state"), 255)
+    n_silent = 0
+    if spec.audio is not None:
+        n_silent = int(((store.read_array("has_audio") == 0) & (state == DONE)).sum())
+    failures = read_failures(store.path)
+    failed_ids = [store.segment_ids[row] for row in np.flatnonzero(state == FAILED).tolist()]
     return StoreSummary(
-        path=work.store.path,
-        spec=work.spec,
+        path=store.path,
+        spec=spec,
         n_done=int((state == DONE).sum()),
-        n_failed=int((state == FAILED).sum()),
+        n_failed=len(failed_ids),
         n_pending=int((state == 0).sum()),
-        n_silent=silent,
+        n_silent=n_silent,
         n_computed=work.n_computed,
-        n_unchecked=work.unchecked.n_rows,
-        unchecked_reason=work.unchecked.reason,
-        failures=tuple(
-            failures[segment.segment_id]
-            for segment in compress(work.rows, work.in_manifest & (work.store.read_array("state") == FAILED))
-            if segment is not None and segment.segment_id in failures
-        ),
+        n_unchecked=int(work.rows.unchecked.sum()),
+        unchecked_reason=work.rows.unchecked_reason,
+        failures=tuple(failures[segment_id] for segment_id in failed_ids if segment_id in failures),
     )
 
 
-def _describe_run(request: ExtractionRequest, work: _Work, duration_s: float) -> dict[str, object]:
+def _describe_run(request: ExtractionRequest, work: _StoreWork, duration_s: float) -> dict[str, object]:
     return {
         **describe_writer(),
         "manifest_sha256": request.manifest.sha256,
@@ -355,3 +457,60 @@ def _describe_run(request: ExtractionRequest, work: _Work, duration_s: float) ->
         "duration_s": round(duration_s, 3),
         "versions": describe_versions(),
     }
+
+
+def choose_spread(items: Sequence[T], n: int, seed: int) -> list[T]:
+    """Choose n items, one at random from each of n equal stretches of the sequence, in its order; all if there are n.
+
+    The same seed chooses the same.
+    """
+    if n >= len(items):
+        return list(items)
+    draw = random.Random(seed)
+    borders = [i * len(items) // n for i in range(n + 1)]
+    return [items[draw.randrange(first, stop)] for first, stop in pairwise(borders)]
+
+
+def extract_on_trial(
+    folder: Path,
+    encoders: Iterable[tuple[FeatureSpec, WeightsRecord]],
+    segments: Sequence[Segment],
+    survey: MediaSurvey,
+    options: RunOptions,
+    *,
+    backend: Backend = "zarr",
+    n_rows_per_shard: int | None = None,
+    n_clips: int | None = None,
+    notify: Callable[[int], None] = lambda n_rows: None,
+) -> list[FeatureStore]:
+    """Extract segments, one row each in the order given, into new stores below `folder`, one an encoder.
+
+    `n_rows_per_shard` None means one shard for all; `n_clips` None, as many as the segments need. `notify` is called
+    with the number of rows read since the last call. Failures go into the trial stores' ledgers.
+    """
+    from echoshift.extract.shard import process_shard  # brings torch
+
+    stores: dict[str, FeatureStore] = {}
+    targets: dict[str, StoreTarget] = {}
+    digests = {}
+    for spec, weights in encoders:
+        store = create_store(
+            name_store(folder, "trial", spec, backend),
+            "trial",
+            spec,
+            [segment.segment_id for segment in segments],
+            n_clips=n_clips or count_clips_at_most(survey, segments, spec),
+            manifest_sha256="",
+            weights_source=f"{weights.ref}: {weights.source}",
+            n_rows_per_shard=n_rows_per_shard or len(segments),
+        )
+        stores[store.path] = store
+        targets[store.path] = StoreTarget(store.path, spec, weights)
+        digests[store.path] = compute_digests(segments, identify_segments(survey, segments, spec))
+    plan = ExtractionPlan(survey.root, survey.layout, targets, options)
+    for shard in plan_shards(next(iter(stores.values())).layout):
+        rows = slice(shard.start_row, shard.stop_row)
+        of_shard = {path: digest[rows] for path, digest in digests.items()}
+        work = ShardWork(ShardTask(shard, tuple(stores)), tuple(segments[rows]), of_shard)
+        commit_report(stores, process_shard(plan, work, stores, notify))
+    return list(stores.values())

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from echoshift.extract.media import locate_media
-from echoshift.extract.media_survey import UNREADABLE, MediaSurvey, find_modality, identify_segments
+from echoshift.extract.media import UNREADABLE, MediaSurvey, identify_segments, list_modalities, locate_media
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import EchoshiftError, MediaError, StoreError, suggest
 from echoshift.pipeline.manifest import locate_manifest, read_manifest
@@ -244,7 +243,7 @@ def _match_siblings(
 
 def _describe_change(survey: MediaSurvey, segment: Segment, store: FeatureStore) -> str:
     try:
-        location = locate_media(survey.root, survey.layout, segment, find_modality(store.spec))
+        location = locate_media(survey.root, survey.layout, segment, list_modalities(store.spec)[0])
     except MediaError:
         return ""
     if location.kind == "none":
