@@ -9,7 +9,6 @@ Zarr.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import (
     Backend,
     RowFinder,
-    require_done,
     ShardIndex,
     VerifyFault,
     find_missing,

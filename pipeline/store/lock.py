@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 
 from echoshift.pipeline.errors import StoreBusyError, StoreError, StoreFullError
-from echoshift.pipeline.store.layout import describe_writer
 from echoshift.pipeline.store.failures import FailureLedger
+from echoshift.pipeline.store.layout import describe_writer
 from echoshift.pipeline.store.location import Location, Place, locate, telling_faults
 
 LOCK_POLL_S = 0.2
