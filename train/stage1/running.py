@@ -21,8 +21,7 @@ from echoshift.train.runs import (
     keep_latest,
     read_runs,
 )
-from echoshift.train.scores import Scores
-from echoshift.train.scoring import make_scores, open_test_split, plan_scores_step
+from echoshift.train.scores import Scores, make_scores, open_test_split, plan_scores_step
 from echoshift.train.stage1.audio_classifier import AudioPredictions
 from echoshift.train.stage1.encoder_steps import CHECKPOINT, export_store, predict
 from echoshift.train.stage1.exporting import VisualPredictions
