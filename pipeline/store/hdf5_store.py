@@ -1,9 +1,9 @@
-"""Keeps features in one local HDF5 file whose space is allocated at creation, so that no kill can damage it.
+"""Features in one local HDF5 file whose space is allocated at creation, so that no kill can damage it.
 
 Every dataset is contiguous and allocated early: writing rows changes raw data only, never the file's metadata. The file
 is opened for each write and closed again, without HDF5's own lock (hold_store has one), so that reading never stops a
-run; a checksum (crc32c) of each shard of each array stands in `checksums/`.
-HDF5 is local and single-writer; for several machines use Zarr.
+run. `checksums/` keeps a crc32c of each shard of each array. HDF5 is local and single-writer; for several machines use
+Zarr.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ import numpy as np
 
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.attributes import pack_attributes, unpack_attributes
-from echoshift.pipeline.store.faults import tell_store_faults
-from echoshift.pipeline.store.hdf5_rows import Hdf5Rows
-from echoshift.pipeline.store.interface import Backend, ShardIndex, VerifyFault
+from echoshift.pipeline.store.interface import (
+    Backend,
+    RowFinder,
+    ShardIndex,
+    VerifyFault,
+    find_missing,
+    plan_begun_states,
+    require_clips,
+    require_done,
+)
 from echoshift.pipeline.store.layout import (
     DONE,
     ROW_ARRAYS,
@@ -32,10 +38,12 @@ from echoshift.pipeline.store.layout import (
     decode_segment_ids,
     encode_segment_ids,
     measure_id_bytes,
+    pack_attributes,
     plan_arrays,
     plan_shards,
+    unpack_attributes,
 )
-from echoshift.pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips
+from echoshift.pipeline.store.location import tell_store_faults
 
 # No checksum, as in a store that is new.
 UNSEALED = 0
@@ -95,7 +103,6 @@ class Hdf5FeatureStore:
         self.layout = layout
         self._segment_ids: list[str] | None = None
         self._finder: RowFinder | None = None
-        self._rows = Hdf5Rows(self.path)
 
     @contextmanager
     def _open(self, mode: str = "r") -> Iterator[h5py.File]:
@@ -129,7 +136,11 @@ class Hdf5FeatureStore:
             return np.asarray(file[name][start_row : self.layout.n_rows if stop_row is None else stop_row])
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Read one output of done segments, in their order; Hdf5Rows says what holds while others write."""
+        """Read one output of done segments, in their order, through memory maps.
+
+        States are looked at before and after the copying, so that no row of a shard that is being computed comes back.
+        Checksums are not compared here: `store verify` does that.
+        """
         return self._read(segment_ids, output, None)
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
@@ -141,7 +152,24 @@ class Hdf5FeatureStore:
         ids = list(segment_ids)
         if self._finder is None:
             self._finder = RowFinder(self.segment_ids)
-        return self._rows.read_rows(f"outputs/{output}", self._finder.find(self.path, ids), ids, clips)
+        rows = self._finder.find(self.path, ids)
+        state, values = self._map("state"), self._map(f"outputs/{output}")
+        require_done(self.path, ids, state[rows])
+        copied = values[rows] if clips is None else values[rows, clips]
+        require_done(self.path, ids, state[rows])
+        return copied
+
+    def _map(self, name: str) -> np.ndarray:
+        """Map a dataset, which lies in the file in one piece; the map shows every change in the writer's order."""
+        # One handle for both: `extend` may replace the file in between.
+        with Path(self.path).open("rb") as raw:
+            with h5py.File(raw, "r") as file:
+                if name not in file:
+                    raise StoreError(f"{self.path} has no array {name!r}")
+                offset, shape, dtype = file[name].id.get_offset(), file[name].shape, file[name].dtype
+            if offset is None:
+                raise StoreError(f"{self.path}: {name} has no space of its own in the file; extract it again")
+            return np.memmap(raw, dtype, "r", offset, shape)
 
     def read_all(self, output: str) -> np.ndarray:
         """Read one output of every row."""

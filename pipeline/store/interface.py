@@ -1,15 +1,17 @@
-"""The one interface of a feature store and the report by which a shard's rows are committed."""
+"""The interface of a feature store, and what both backends do alike when they read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.layout import Shard, StoreLayout
+from echoshift.pipeline.store.layout import DONE, PENDING, STATE_NAMES, Shard, StoreLayout, plan_row_blocks
 
 Backend = Literal["zarr", "hdf5"]
 
@@ -148,3 +150,117 @@ class FeatureStore(Protocol):
     def find_checksum_faults(self) -> list[VerifyFault]:
         """Read every chunk of the shards that hold done rows and lists those absent or with a wrong checksum."""
         ...
+
+
+N_BLOCK_BYTES = 32 * 2**20
+
+
+def index_segments(store: FeatureStore) -> dict[str, int]:
+    """Map a segment's id to its row."""
+    return {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
+
+
+class RowFinder:
+    """The rows of a store's segments."""
+
+    def __init__(self, segment_ids: Iterable[str]) -> None:
+        self._row_of = {segment_id: row for row, segment_id in enumerate(segment_ids)}
+
+    def find(self, path: str, segment_ids: Sequence[str]) -> np.ndarray:
+        """Find the rows of segments, int64 [n]; raises StoreError naming the first that is absent from `path`."""
+        try:
+            return np.fromiter(map(self._row_of.__getitem__, segment_ids), np.int64, len(segment_ids))
+        except KeyError as error:
+            message = f"segment {error.args[0]} is not in {path}; extract the manifest that holds it"
+            raise StoreError(message) from error
+
+
+def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> None:
+    """Raise StoreError naming the first segment that is not done; `states` are those of its row, uint8 [n]."""
+    refused = states != DONE
+    if refused.any():
+        first = int(np.argmax(refused))
+        segment_id = next(s for i, s in enumerate(segment_ids) if i == first)
+        raise StoreError(
+            f"segment {segment_id} is {STATE_NAMES[int(states[first])]} in {path}; `echoshift store explain` says why"
+        )
+
+
+def require_clips(path: str, clips: np.ndarray, n_clips: int) -> None:
+    """Raise StoreError unless all clips, int64 [n], are among the `n_clips` that a row has at most."""
+    outside = (clips < 0) | (clips >= n_clips)
+    if outside.any():
+        raise StoreError(f"clip {clips[outside][0]} is asked for, {path} holds {n_clips} a segment")
+
+
+def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
+    """Describe for each row whether it is pending, or was made from something else than `digests` says, bool [row]."""
+    return np.asarray(
+        (store.read_array("state") == PENDING) | (store.read_array("digest") != digests).any(axis=1), dtype=bool
+    )
+
+
+def plan_begun_states(shard: Shard, states: np.ndarray, kept_rows: Sequence[int]) -> np.ndarray:
+    """Return the states of a shard that is begun, uint8 [n_rows]: pending but for `kept_rows`, which stay done.
+
+    Raises StoreError for a row that is to be kept and isn't done.
+    """
+    begun = np.full_like(states, PENDING)
+    places = np.asarray(kept_rows, np.int64) - shard.start_row
+    if (states[places] != DONE).any():
+        row = int(np.asarray(kept_rows)[states[places] != DONE][0])
+        raise StoreError(f"row {row} is to be kept, and isn't done; give the command again")
+    begun[places] = DONE
+    return begun
+
+
+@dataclass(frozen=True, slots=True)
+class DoneBlock:
+    """A stretch of a store's done rows with the facts of the index that go with them.
+
+    Attributes:
+        rows: row numbers, int64 [n].
+        values: one output, [n, clip, …], in the store's dtype.
+        exists: which clips exist, bool [n, clip].
+        has_sound: False where a store of sound found none, so that the values are NaN, bool [n].
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    exists: np.ndarray
+    has_sound: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class DoneIndex:
+    """What is known of every row: done or not, clips that exist, sound or not; each [row]."""
+
+    done: np.ndarray
+    n_valid: np.ndarray
+    has_sound: np.ndarray
+
+
+def read_done_index(store: FeatureStore) -> DoneIndex:
+    """Read a store's states, numbers of clips, and where there was sound; all True in a store of pictures."""
+    done = store.read_array("state") == DONE
+    has_sound = store.read_array("has_audio") == 1 if store.spec.holds_sound else np.ones(len(done), dtype=bool)
+    return DoneIndex(done, store.read_array("n_valid"), has_sound)
+
+
+def read_done_block(store: FeatureStore, output: str, start: int, stop: int, index: DoneIndex) -> DoneBlock:
+    """Read the done rows between two rows."""
+    chosen = index.done[start:stop]
+    values = store.read_array(f"outputs/{output}", start, stop)
+    rows = start + np.flatnonzero(chosen)
+    exists = np.arange(values.shape[1])[None] < index.n_valid[rows, None]
+    return DoneBlock(rows, values if chosen.all() else values[chosen], exists, index.has_sound[rows])
+
+
+def iterate_done_blocks(store: FeatureStore, output: str, n_block_bytes: int = N_BLOCK_BYTES) -> Iterator[DoneBlock]:
+    """Read one output of every done row, in row order, about `n_block_bytes` at a time."""
+    index = read_done_index(store)
+    shape = next(o.shape for o in store.spec.outputs if o.name == output)
+    n_row_bytes = store.layout.n_clips * math.prod(shape) * np.dtype(store.spec.dtype).itemsize
+    for start, stop in plan_row_blocks(store.layout, n_row_bytes, n_block_bytes):
+        if index.done[start:stop].any():
+            yield read_done_block(store, output, start, stop, index)

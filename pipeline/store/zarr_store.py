@@ -1,22 +1,31 @@
-"""Keeps features in a Zarr v3 group: uncompressed chunks with a crc32c each, one file a chunk."""
+"""Features in a Zarr v3 group: uncompressed chunks with a crc32c each, one file a chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
+from zarr.core.sync import sync
 
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.chunk_checking import find_chunk_faults
-from echoshift.pipeline.store.faults import tell_store_faults
-from echoshift.pipeline.store.index_chunks import read_rows, write_rows
-from echoshift.pipeline.store.interface import Backend, ShardIndex, VerifyFault
+from echoshift.pipeline.store.interface import (
+    Backend,
+    RowFinder,
+    ShardIndex,
+    VerifyFault,
+    find_missing,
+    plan_begun_states,
+    require_clips,
+    require_done,
+)
 from echoshift.pipeline.store.layout import (
+    DONE,
     ROW_ARRAYS,
     ArrayLayout,
     Shard,
@@ -25,10 +34,8 @@ from echoshift.pipeline.store.layout import (
     encode_segment_ids,
     plan_arrays,
 )
-from echoshift.pipeline.store.local_rows import LocalRows
-from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.raw_chunks import RawArray, describe_raw_array, read_whole
-from echoshift.pipeline.store.reading import RowFinder, find_missing, plan_begun_states, require_clips, require_done
+from echoshift.pipeline.store.local_reader import ChunkFiles, LocalReader, describe_chunk_files
+from echoshift.pipeline.store.location import Place, tell_store_faults
 
 
 def create_zarr_store(
@@ -74,8 +81,8 @@ class ZarrFeatureStore:
         self._segment_ids: list[str] | None = None
         self._arrays: dict[str, zarr.Array] = {}
         self._finder: RowFinder | None = None
-        self._raw: dict[str, RawArray | None] = {}
-        self._rows: LocalRows | None = None
+        self._files: dict[str, ChunkFiles | None] = {}
+        self._reader: LocalReader | None = None
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -111,7 +118,7 @@ class ZarrFeatureStore:
         )
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Read one output of done segments, in their order; LocalRows says what holds while others write."""
+        """Read one output of done segments, in their order; LocalReader says what holds while others write."""
         return self._read(segment_ids, output, None)
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
@@ -133,29 +140,26 @@ class ZarrFeatureStore:
 
     def read_all(self, output: str) -> np.ndarray:
         """Read one output of every row from the files as they are now, every checksum compared."""
-        local = self._find_local(f"outputs/{output}")
-        return read_whole(local[1], self.layout.n_rows) if local is not None else self.read_array(f"outputs/{output}")
+        return self.read_array(f"outputs/{output}")
 
-    def _find_local(self, name: str) -> tuple[LocalRows, RawArray] | None:
+    def _find_local(self, name: str) -> tuple[LocalReader, ChunkFiles] | None:
         """Find the files behind an output of a local store; None where zarr has to read it."""
         array = self._describe(name)
-        if self._rows is None:
-            state = self._describe("state")
-            self._rows = None if state is None else LocalRows(self.path, state)
-        return None if array is None or self._rows is None else (self._rows, array)
+        if self._reader is None and (state := self._describe("state")) is not None:
+            self._reader = LocalReader(self.path, state)
+        return None if array is None or self._reader is None else (self._reader, array)
 
-    def _describe(self, name: str) -> RawArray | None:
-        if name not in self._raw:
-            self._raw[name] = describe_raw_array(self._open_array(name))
-        return self._raw[name]
+    def _describe(self, name: str) -> ChunkFiles | None:
+        if name not in self._files:
+            self._files[name] = describe_chunk_files(self._open_array(name))
+        return self._files[name]
 
     def _write_rows(self, name: str, start_row: int, values: np.ndarray) -> None:
         """Write rows of an array of the index."""
-        array = None if self._group.read_only else self._describe(name)  # zarr has the words for what it may not write
-        if array is None:
+        try:
             self._open_array(name)[start_row : start_row + len(values)] = values
-        else:
-            write_rows(array, start_row, values)
+        except ValueError as error:  # a chunk that keeps rows beside them is read first
+            raise self._make_read_error(name, start_row, start_row + len(values), error) from error
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
         """Describe for each row whether it is pending or stale."""
@@ -182,9 +186,9 @@ class ZarrFeatureStore:
             self._open_array(array.name).resize(array.shape)
         self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
         self._group.attrs.update({"n_rows": layout.n_rows, "n_clips": layout.n_clips})
-        self.layout, self._segment_ids, self._finder, self._rows = layout, ids, None, None
+        self.layout, self._segment_ids, self._finder, self._reader = layout, ids, None, None
         self._arrays.clear()
-        self._raw.clear()
+        self._files.clear()
 
     def read_outputs(
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
@@ -202,8 +206,7 @@ class ZarrFeatureStore:
 
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
         """Set the shard's rows to pending but those kept, whose values each chunk that is written has again."""
-        array, rows = self._describe("state"), (shard.start_row, shard.stop_row)
-        states = self.read_array("state", *rows) if array is None else read_rows(array, *rows)
+        states = self.read_array("state", shard.start_row, shard.stop_row)
         begun = plan_begun_states(shard, states, kept_rows)
         if (states != begun).any():
             self._write_rows("state", shard.start_row, begun)
@@ -234,3 +237,86 @@ class ZarrFeatureStore:
         """Read every chunk that holds a done row."""
         names = [array.name for array in plan_arrays(self.spec, self.layout)]
         return find_chunk_faults(self._open_array, names, self.segment_ids)
+
+
+_INDEX_OF_CLIPS = ("times", "frames")
+
+
+def find_chunk_faults(
+    open_array: Callable[[str], zarr.Array], names: Sequence[str], segment_ids: Sequence[str]
+) -> list[VerifyFault]:
+    """List the faults of every chunk that holds a done row, each chunk read once, each fault at its first done row.
+
+    A chunk may be absent where no done row has a valid clip in it. A fault of `state` ends the check: nothing else can
+    be judged without it. Where `n_valid` has a fault, every row is taken to have one clip.
+    """
+    n_rows = len(segment_ids)
+    every, none, one = np.ones(n_rows, bool), np.zeros(n_rows, np.int32), np.ones(n_rows, np.int32)
+    state, n_valid = open_array("state"), open_array("n_valid")
+    faults = list(_check_array("state", state, every, none, segment_ids))
+    if faults:
+        return faults
+    done = np.asarray(state[:n_rows]) == DONE
+    faults = list(_check_array("n_valid", n_valid, done, one, segment_ids))
+    counts = one if faults else np.asarray(n_valid[:n_rows])
+    for name in names:
+        if name not in ("state", "n_valid"):
+            faults += _check_array(name, open_array(name), done, counts, segment_ids)
+    return faults
+
+
+def _check_array(
+    name: str, array: zarr.Array, done: np.ndarray, n_valid: np.ndarray, segment_ids: Sequence[str]
+) -> Iterator[VerifyFault]:
+    raw = describe_chunk_files(array)
+    present = _list_chunks(array, raw)
+    n_chunk_rows = array.chunks[0]
+    has_clips = name.startswith("outputs/") or name in _INDEX_OF_CLIPS
+    n_side = math.ceil(array.shape[1] / array.chunks[1]) if array.ndim > 1 else 1
+    for row_chunk in range(math.ceil(len(done) / n_chunk_rows)):
+        start, stop = row_chunk * n_chunk_rows, min((row_chunk + 1) * n_chunk_rows, len(done))
+        done_rows = done[start:stop]
+        if not done_rows.any():
+            continue
+        for side in range(n_side):
+            chunk = "/".join(["c", *[str(row_chunk), str(side), *["0"] * (array.ndim - 2)][: array.ndim]])
+            needed = done_rows & (n_valid[start:stop] > (side * array.chunks[1] if has_clips else 0))
+            if chunk not in present:
+                message = "is absent" if needed.any() else ""
+            elif raw is not None:
+                message = _check_file(raw, chunk)
+            else:
+                message = _check_remote(array, start, stop, side)
+            if message:
+                first = start + int(np.argmax(needed if needed.any() else done_rows))
+                yield VerifyFault(name, segment_ids[first], f"chunk {chunk} {message}")
+
+
+def _list_chunks(array: zarr.Array, raw: ChunkFiles | None) -> set[str]:
+    """List the chunks that are there, `c/0/0`, in one go: asking for each takes a request each on a remote store."""
+    if raw is not None:
+        folder = Path(raw.folder)
+        return {path.relative_to(folder).as_posix() for path in folder.glob("c/" + "/".join("*" * array.ndim))}
+    prefix = f"{array.store_path.path}/" if array.store_path.path else ""
+
+    async def list_keys() -> set[str]:
+        return {key.removeprefix(prefix) async for key in array.store_path.store.list_prefix(f"{prefix}c/")}
+
+    return sync(list_keys())
+
+
+def _check_file(files: ChunkFiles, name: str) -> str:
+    try:
+        data = Path(files.folder, name).read_bytes()
+    except FileNotFoundError:
+        return "was removed while it was checked"
+    return files.find_fault(len(data), data)
+
+
+def _check_remote(array: zarr.Array, start: int, stop: int, side: int) -> str:
+    clips = (slice(side * array.chunks[1], (side + 1) * array.chunks[1]),) if array.ndim > 1 else ()
+    try:
+        np.asarray(array[(slice(start, stop), *clips)])
+    except ValueError as error:
+        return f"can't be read: {error}"
+    return ""

@@ -145,9 +145,7 @@ def test_weights_that_overflow_in_the_last_step_are_an_error(
 
 def test_a_damaged_state_says_what_to_delete(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
     (tmp_path / STATE).write_bytes(b"half a file")
-    with pytest.raises(
-        RunError, match=r"isn't a whole training state.*delete it"
-    ):
+    with pytest.raises(RunError, match=r"isn't a whole training state.*delete it"):
         tiny_encoder.train(tmp_path, tiny_encoder.make_config(), sound)
 
 

@@ -19,25 +19,22 @@ import torch
 from torch import Tensor
 
 from echoshift.extract import shard as shard_module
-from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.clips import draw_integer
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.random_draws import draw_integer
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.media import MediaSurvey, OpenMedia, count_clips_at_most, identify_segments
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.train.stage1 import frames as frames_module
 from echoshift.train.stage1.clips import TrunkClips, derive_epoch_seed
-from echoshift.train.stage1.frames import FrameClips, KeptMedia, read_clips
+from echoshift.train.stage1.frames import DecodedClips, KeptMedia, read_clips
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "extract" / "tiny_dataset.py"))
 LAYOUT = MediaLayout()
@@ -149,13 +146,13 @@ def test_pictures_are_decoded_once_while_they_fit(
 ) -> None:
     spec = CASES["train"]
     n_opened = []
-    open_pictures = OpenMedia.open_pictures
+    open_frames = OpenMedia.open_frames
 
     def count(self: OpenMedia, segment: Segment, *arguments: object) -> object:
         n_opened.append(segment.segment_id)
-        return open_pictures(self, segment, *arguments)
+        return open_frames(self, segment, *arguments)
 
-    monkeypatch.setattr(OpenMedia, "open_pictures", count)
+    monkeypatch.setattr(OpenMedia, "open_frames", count)
     n_segment_bytes = 20 * 96 * 72 * 3  # 1.2 s at 15 Hz, the frames at both ends, and one more
     for n_fitting, n_expected in ((len(segments), 0), (8, 0), (7, len(segments))):
         with KeptMedia(media, LAYOUT, n_fitting * n_segment_bytes) as kept:
@@ -167,9 +164,9 @@ def test_pictures_are_decoded_once_while_they_fit(
                 assert kept._n_bytes <= n_fitting * n_segment_bytes
 
 
-def make_inputs(media: Path, segments: list[Segment], n_readers: int = 0, **options: object) -> FrameClips:
+def make_inputs(media: Path, segments: list[Segment], n_readers: int = 0, **options: object) -> DecodedClips:
     arguments = {"spec": CASES["train"], "seed": 3, "n_cached_mb": N_MB, **options}
-    return FrameClips(media, LAYOUT, segments, n_readers=n_readers, **arguments)  # type: ignore[arg-type]
+    return DecodedClips(media, LAYOUT, segments, n_readers=n_readers, **arguments)  # type: ignore[arg-type]
 
 
 def batch_ids(segments: list[Segment], size: int = 3) -> list[list[str]]:
@@ -349,7 +346,7 @@ def test_trunk_mode_gives_stored_views_and_tests_and_agrees_with_the_frames(
         cached = list(inputs.iterate_clips(ids, adapted))
         assert [name for name, _, _ in cached] == ids
         with make_inputs(media, segments) as frames:
-            from echoshift.extract.inference import load_network
+            from echoshift.extract.shard import load_network
 
             network = load_network("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), "cpu")
             for (name, clips, facts), (_, trunk, stored) in zip(

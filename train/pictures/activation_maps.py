@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from echoshift.extract.clips import plan_clips
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureBatch
@@ -150,7 +150,7 @@ class ActivationMapper:
         """Plan when the pictures of an entry are shown, as reading it does."""
         spec = self._spec
         assert spec.frame is not None, "the visual encoder sees"
-        reader = media.open_pictures(segment, spec.frame.source, spec.decoder)
+        reader = media.open_frames(segment, spec.frame.source, spec.decoder)
         plan = plan_clips(
             spec.clip,
             segment.start_s,

@@ -80,7 +80,7 @@ def make_activation_maps(
     `source_only`, if there is one. `target` "" is the class that each run finds most probable. Raises RunError where no
     run fits, MediaError where the segment can't be read, ManifestError for an unknown segment.
     """
-    from echoshift.extract.open_media import OpenMedia
+    from echoshift.extract.media import OpenMedia
     from echoshift.pipeline.errors import MediaNotFoundError
     from echoshift.train.pictures.activation_figure import draw_activation_maps
     from echoshift.train.pictures.activation_maps import ActivationMapper

@@ -7,9 +7,8 @@ import wave
 
 import numpy as np
 
-from echoshift.extract.clips import plan_audio_windows, plan_clips
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.readers.protocol import find_shown_frames
+from echoshift.extract.media import OpenMedia
+from echoshift.extract.readers.interface import find_shown_frames
 from echoshift.pipeline.errors import MediaNotFoundError, SegmentOutsideVideoError
 from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
 from echoshift.pipeline.specs import FeatureSpec
@@ -25,7 +24,7 @@ def read_shown_frames(media: OpenMedia, segment: Segment, n_frames: int) -> tupl
 
     Raises MediaError naming what can't be read.
     """
-    reader = media.open_pictures(segment, "rgb", "pyav")
+    reader = media.open_frames(segment, "rgb", "pyav")
     stop_s = min(segment.stop_s, reader.info.duration_s)
     if segment.stop_s > reader.info.duration_s + END_TOLERANCE_S or segment.start_s >= stop_s:
         raise SegmentOutsideVideoError(
@@ -60,13 +59,13 @@ def read_segment_sound(media: OpenMedia, segment: Segment, rate_hz: int) -> Segm
 
     Raises MediaNotFoundError where there is none to hear, saying which: no track, or one of zeros alone.
     """
-    from echoshift.extract.readers.pyav_audio import PyAvAudioReader
+    from echoshift.extract.readers.audio import AudioReader
 
     location = media.locate(segment, "audio")
     if location.kind == "none":
         raise MediaNotFoundError("the video lies as loose frames, which have no sound")
     stop_s = min(segment.stop_s, segment.start_s + MAX_SOUND_S)
-    with PyAvAudioReader(location.path) as reader:
+    with AudioReader(location.path) as reader:
         if not reader.has_track:
             raise MediaNotFoundError(f"{location.path.name} has no sound track")
         samples = reader.read(segment.start_s, stop_s, rate_hz)
@@ -103,16 +102,15 @@ def read_spectrogram(media: OpenMedia, segment: Segment, spec: FeatureSpec, *, i
     """
     import torch
 
-    from echoshift.extract.shard_inputs import SoundWindow
-    from echoshift.extract.sound.spectrograms import log_spectrogram
-    from echoshift.extract.sound_reading import read_sound
+    from echoshift.extract.audio import log_spectrogram
+    from echoshift.extract.rows import AudioWindow, plan_windows_of, read_audio_windows
 
     audio = spec.audio
     assert audio is not None, "chosen among encoders of sound"
     found = {
-        item.entry: item.samples
-        for item in read_sound(media, 0, segment, "", spec)
-        if isinstance(item, SoundWindow) and len(item.samples)
+        item.number: item.samples
+        for item in read_audio_windows(media, segment, "", spec)
+        if isinstance(item, AudioWindow) and len(item.samples)
     }
     if not found:
         raise MediaNotFoundError("there is no sound in the segment, so that no encoder hears it")
@@ -122,7 +120,7 @@ def read_spectrogram(media: OpenMedia, segment: Segment, spec: FeatureSpec, *, i
     if audio.span == "segment":
         hop = len(found[entry]) / audio.n_hop
         n_own = min(n_own, max(1, round(hop)))
-    start_s, stop_s = _find_window(media, segment, spec, entry)
+    start_s, stop_s = plan_windows_of(media, segment, spec)[entry].tolist()
     top_hz = audio.f_max_hz if audio.f_max_hz is not None else audio.rate_hz / 2
     return SegmentSpectrogram(
         values=values,
@@ -153,20 +151,3 @@ def encode_spectrogram(values: np.ndarray) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def _find_window(media: OpenMedia, segment: Segment, spec: FeatureSpec, entry: int) -> tuple[float, float]:
-    assert spec.audio is not None, "a spec of sound"
-    clips = None
-    if spec.audio.span == "clip":
-        reader = media.open_pictures(segment, "rgb", spec.decoder)
-        clips = plan_clips(
-            spec.clip,
-            segment.start_s,
-            segment.stop_s,
-            reader.frame_times_s,
-            reader.info.duration_s,
-            segment.segment_id,
-        )
-    windows = plan_audio_windows(spec.audio, segment.start_s, segment.stop_s, clips)
-    return float(windows[entry, 0]), float(windows[entry, 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.sound.recipes import ZHANG2022
+from echoshift.extract.recipes import ZHANG2022
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, OutputSpec
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echoshift.extract.clips import draw_integer
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.extract.random_draws import draw_integer
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
 from echoshift.train.predictions import AudioPredictions
 from echoshift.train.stage1.clips import derive_epoch_seed
 from echoshift.train.stage1.config import AudioClassifierConfig

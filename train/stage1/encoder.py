@@ -16,8 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from echoshift.extract.encoders.inference_form import Precision, prepare_for_inference
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.pipeline.errors import SpecError, WeightsError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, WeightsError, suggest
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256, write_tensors
 from echoshift.train.stage1.config import AttentionConfig, Stage1Config
 from echoshift.train.stage1.objective import EncoderObjective, build_objective

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.pipeline.rows import order_segments
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.holding import hold_store
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
-from echoshift.pipeline.store.layout import DONE, PENDING, Shard, plan_rows_per_shard, plan_shards
-from echoshift.pipeline.store.opening import create_store, has_store, open_store
+from echoshift.pipeline.store.layout import DONE, PENDING, Shard, order_segments, plan_rows_per_shard, plan_shards
+from echoshift.pipeline.store.lock import hold_store
+from echoshift.pipeline.store.open import create_store, has_store, open_store
 from echoshift.train.predictions import Predictions
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.clips import ClipFacts

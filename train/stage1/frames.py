@@ -18,20 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from echoshift.extract.clip_assembly import ClipAssembler
-from echoshift.extract.extraction_plan import StoreTarget
-from echoshift.extract.media import Modality
-from echoshift.extract.media_survey import MediaSurvey, identify_sources
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.readers.protocol import FrameReader, VideoInfo, find_shown_frames
-from echoshift.extract.row_reading import read_pictures
-from echoshift.extract.shard_inputs import PictureFacts
+from echoshift.extract.frames import ClipAssembler
+from echoshift.extract.media import MediaSurvey, Modality, OpenMedia, identify_sources
+from echoshift.extract.readers.interface import FrameReader, VideoInfo, find_shown_frames
+from echoshift.extract.rows import FrameClips, read_frames
 from echoshift.extract.weights.load import WeightsRecord
+from echoshift.extract.work import StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import ManifestError, MediaError, MediaMemoryError, MediaTimeoutError, SpecError
-from echoshift.pipeline.rows import compute_digest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import compute_digest
 from echoshift.train.stage1.clips import ClipFacts, derive_epoch_seed
 
 TIMEOUT_S = 300.0
@@ -64,11 +61,11 @@ def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> Segment
     """
     target = StoreTarget(_PATH, spec, WeightsRecord("", spec.weights, "", None))  # reading asks for the spec alone
     taken: dict[int, Tensor] = {}
-    assembler = ClipAssembler({_PATH: spec}, _CPU, lambda _path, _row, entry, clip: taken.__setitem__(entry, clip))
-    facts: PictureFacts | None = None
+    assembler = ClipAssembler({_PATH: spec}, _CPU, lambda _path, entry, clip: taken.__setitem__(entry, clip))
+    facts: FrameClips | None = None
     try:
-        for item in read_pictures(media, 0, segment, [target]):
-            if isinstance(item, PictureFacts):
+        for item in read_frames(media, segment, [target]):
+            if isinstance(item, FrameClips):
                 facts = item
                 assembler.begin(item)
             else:
@@ -84,7 +81,7 @@ def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> Segment
     return SegmentClips(
         clips[0][None] if len(clips) == 1 else torch.stack(clips),
         facts.times.repeat(n_crops, axis=0),
-        facts.frames.repeat(n_crops, axis=0),
+        facts.spans.repeat(n_crops, axis=0),
     )
 
 
@@ -109,11 +106,11 @@ class KeptMedia(OpenMedia):
         self._kept: OrderedDict[tuple[str, Modality, str], _KeptFrames] = OrderedDict()
         self._videos: dict[tuple[str, ...], tuple[VideoInfo, npt.NDArray[np.float64]]] = {}
 
-    def open_pictures(self, segment: Segment, modality: Modality, decoder: _Decoder) -> FrameReader:
+    def open_frames(self, segment: Segment, modality: Modality, decoder: _Decoder) -> FrameReader:
         """Return a reader of a segment's frames, which opens the media only for what isn't kept."""
 
         def open_media() -> FrameReader:
-            return super(KeptMedia, self).open_pictures(segment, modality, decoder)
+            return super(KeptMedia, self).open_frames(segment, modality, decoder)
 
         video = (segment.video_id, segment.domain, segment.split, modality, decoder)
         if video not in self._videos:
@@ -240,7 +237,7 @@ class _Requests(Sampler[Any]):
         return iter(self.requests)
 
 
-class FrameClips:
+class DecodedClips:
     """A ClipSource that decodes, under the name `clip`.
 
     `spec` is that of training and has one entry a segment; its clip seed is replaced by one of (seed, epoch).
@@ -303,7 +300,7 @@ class FrameClips:
                 _end_processes(loader)
         self._idle.clear()
 
-    def __enter__(self) -> FrameClips:
+    def __enter__(self) -> DecodedClips:
         return self
 
     def __exit__(self, *exc: object) -> None:

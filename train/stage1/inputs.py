@@ -13,37 +13,33 @@ import torch
 
 from echoshift.extract.encoders.network import require_trunk
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction import ExtractionProgress, ExtractionRequest, extract_features
-from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.flow_choice import choose_flow
-from echoshift.extract.media import locate_media
-from echoshift.extract.media_survey import MediaSurvey, identify_segments
+from echoshift.extract.feature_specs import StoreOptions, choose_flow, make_feature_spec
+from echoshift.extract.media import MediaSurvey, identify_segments, locate_media
 from echoshift.extract.readers.container import (
     find_video_stream,
     get_container_start_s,
     get_declared_end_s,
     open_container,
 )
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
+from echoshift.extract.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
+from echoshift.extract.run import ExtractionProgress, ExtractionRequest, extract_features
 from echoshift.extract.weights.load import WeightsRecord, default_weights, resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.errors import MediaError, RunError
-from echoshift.pipeline.manifest_check import find_media_faults, number_rows
-from echoshift.pipeline.rows import compute_digests
+from echoshift.pipeline.manifest import find_media_faults, number_rows
 from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
+from echoshift.pipeline.store.layout import DONE, compute_digests
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import has_store, name_store, open_store
-from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.open import has_store, name_store, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.splits import ShiftSplits, keep_segments
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.clips import ClipSource, TrunkClips
 from echoshift.train.stage1.config import SoundConfig, Stage1Config, VisualConfig
 from echoshift.train.stage1.encoder import GatedEncoder
-from echoshift.train.stage1.frames import FrameClips
+from echoshift.train.stage1.frames import DecodedClips
 from echoshift.train.steps import hash_json
 
 
@@ -146,7 +142,7 @@ class RunInputs:
         train_store, *test_stores = self.trunk_stores
         return TrunkClips(train_store, test_stores, seed=seed)
 
-    def open_frames(self, seed: int, device: torch.device) -> FrameClips:
+    def open_frames(self, seed: int, device: torch.device) -> DecodedClips:
         """Open what decodes clips of any preset; raises RunError without media.
 
         Where `visual.n_readers` leaves it open no process decodes beside a CPU that trains, up to 8 beside a GPU.
@@ -160,7 +156,7 @@ class RunInputs:
         if n_readers is None:
             n_readers = min(8, max(1, (os.cpu_count() or 2) - 1)) if device.type == "cuda" else 0
         spec = self.train.spec
-        return FrameClips(
+        return DecodedClips(
             places.media_root,
             places.card.media,
             list_segments(self.splits),

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from echoshift.pipeline.devices import describe_device, resolve_device
-from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.pipeline.devices import describe_device, keep_freed_memory, resolve_device
 from echoshift.pipeline.specs import fingerprint
 from echoshift.train.predictions import Predictions
 from echoshift.train.ranks import Ranks
