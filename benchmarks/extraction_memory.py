@@ -120,7 +120,7 @@ def extract_once(run: Run, root: Path) -> Outcome:
 
 
 def count_clips(store_path: str) -> int:
-    from echoshift.pipeline.store.opening import open_store
+    from echoshift.pipeline.store.open import open_store
 
     return int(open_store(store_path).read_array("n_valid").sum())
 

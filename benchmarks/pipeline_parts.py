@@ -18,10 +18,9 @@ from echoshift.extract.weights.load import WeightsRecord
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.errors import MediaError
 from echoshift.pipeline.execution import ShardTask
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.layout import Shard
+from echoshift.pipeline.store.layout import Shard, compute_digests
 
 Encoders = Sequence[tuple[FeatureSpec, WeightsRecord]]
 

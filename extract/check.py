@@ -19,25 +19,24 @@ from echoshift.extract.weights.load import WeightsRecord, list_weights, resolve_
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import DatasetCard, read_dataset_card
 from echoshift.pipeline.errors import EchoshiftError, SpecError, StoreError, WeightsError
-from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
-from echoshift.pipeline.rows import compute_digests, order_segments
+from echoshift.pipeline.manifest import locate_manifest, read_manifest
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.auditing import NORM_QUANTILES, Fp16Error, OutputAudit, measure_fp16_error
+from echoshift.pipeline.store.audit import NORM_QUANTILES, Fp16Error, OutputAudit, measure_fp16_error
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore, VerifyFault
-from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.layout import DONE, compute_digests, order_segments
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import open_store
-from echoshift.pipeline.store.repairing import (
+from echoshift.pipeline.store.open import open_store
+from echoshift.pipeline.store.verify import (
     IndexDamage,
     RepairReport,
     find_faulty_rows,
     find_index_damage,
     requeue_rows,
     restore_segment_ids,
+    verify_store,
 )
-from echoshift.pipeline.store.verifying import verify_store
 
 SPAN_TOLERANCE_S = 1e-6  # of arithmetic on float64 seconds
 N_BAR_CHARACTERS = 40

@@ -211,7 +211,7 @@ def check_cache(cache: str) -> Iterator[Finding]:
 
 
 def _check_folder(folder: Path) -> Finding:
-    from echoshift.pipeline.store.faults import count_free_bytes
+    from echoshift.pipeline.store.location import count_free_bytes
 
     remedy = "choose another with --cache or ECHOSHIFT_CACHE, or change its owner"
     if folder.exists() and not folder.is_dir():
@@ -234,7 +234,7 @@ def _check_folder(folder: Path) -> Finding:
 
 def _check_stores(cache: str) -> Iterator[Finding]:
     from echoshift.pipeline.store.layout import DONE, FAILED
-    from echoshift.pipeline.store.opening import list_stores, open_store
+    from echoshift.pipeline.store.open import list_stores, open_store
 
     n_stores, n_bytes = Counter[str](), 0
     for path in list_stores(cache):
@@ -298,7 +298,7 @@ def check_datasets(manifests: Path) -> Iterator[Finding]:
 def _check_dataset(name: str, manifests: Path) -> Finding | None:
     """Look at one dataset; None where it has a card alone."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
 
     card = read_dataset_card(name, manifests)
     path = locate_manifest(name, manifests)

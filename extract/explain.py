@@ -11,16 +11,14 @@ from typing import Literal
 
 from echoshift.extract.media import UNREADABLE, MediaSurvey, identify_segments, list_modalities, locate_media
 from echoshift.pipeline.cards import read_dataset_card
-from echoshift.pipeline.errors import EchoshiftError, MediaError, StoreError
-from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
-from echoshift.pipeline.rows import NO_MEDIA, compute_digest
+from echoshift.pipeline.errors import EchoshiftError, MediaError, StoreError, suggest
+from echoshift.pipeline.manifest import locate_manifest, read_manifest
 from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
+from echoshift.pipeline.store.layout import DONE, FAILED, NO_MEDIA, compute_digest
 from echoshift.pipeline.store.location import Place, locate
-from echoshift.pipeline.store.opening import open_store
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.store.open import open_store
 
 Status = Literal["done", "stale", "failed", "pending", "absent", "unknown"]
 N_CLIPS_SHOWN = 10

@@ -14,10 +14,9 @@ from echoshift.extract.media import locate_media
 from echoshift.extract.recipes import Preset, find_preset
 from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.cards import DatasetCard
-from echoshift.pipeline.errors import MediaNotFoundError, SpecError
+from echoshift.pipeline.errors import MediaNotFoundError, SpecError, suggest
 from echoshift.pipeline.segments import Manifest
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec
-from echoshift.pipeline.suggestions import suggest
 
 SPEC_PARTS = ("clip", "frame", "audio")
 

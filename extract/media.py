@@ -17,9 +17,9 @@ from echoshift.extract.readers.interface import FrameReader
 from echoshift.pipeline.cards import DatasetCard, MediaLayout
 from echoshift.pipeline.errors import MediaChangedError, MediaError, MediaNotFoundError
 from echoshift.pipeline.importers.folder import VIDEO_ENDINGS
-from echoshift.pipeline.rows import NO_MEDIA, compute_digest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import NO_MEDIA, compute_digest
 
 if TYPE_CHECKING:
     from echoshift.extract.readers.audio import AudioReader

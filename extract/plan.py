@@ -20,14 +20,21 @@ from echoshift.extract.media import (
 )
 from echoshift.extract.run import ExtractionRequest, choose_rows, choose_rows_per_shard, choose_spread, extract_on_trial
 from echoshift.pipeline.execution import plan_tasks
-from echoshift.pipeline.rows import order_segments, plan_new_rows
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.faults import count_free_bytes
 from echoshift.pipeline.store.interface import Backend
-from echoshift.pipeline.store.layout import DONE, FAILED, StoreLayout, measure_id_bytes, plan_arrays, plan_shards
-from echoshift.pipeline.store.location import Location, Place, locate
-from echoshift.pipeline.store.opening import has_store, name_store, open_store
+from echoshift.pipeline.store.layout import (
+    DONE,
+    FAILED,
+    StoreLayout,
+    measure_id_bytes,
+    order_segments,
+    plan_arrays,
+    plan_new_rows,
+    plan_shards,
+)
+from echoshift.pipeline.store.location import Location, Place, count_free_bytes, locate
+from echoshift.pipeline.store.open import has_store, name_store, open_store
 
 Level = Literal["Stage 1", "Stage 2"]
 

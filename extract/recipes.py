@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.errors import SpecError, suggest
 from echoshift.pipeline.specs import AudioSpec
-from echoshift.pipeline.suggestions import suggest
 
 ZHANG2022 = AudioSpec(
     recipe="zhang2022",

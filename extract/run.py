@@ -29,8 +29,13 @@ from echoshift.extract.weights.load import WeightsRecord
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.extract.workers import compute_shard_on_worker
 from echoshift.pipeline.cards import DatasetCard
-from echoshift.pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
-from echoshift.pipeline.dask_execution import run_with_dask
+from echoshift.pipeline.dask import (
+    ClusterRequest,
+    connect_cluster,
+    count_threads_per_worker,
+    describe_cluster,
+    run_with_dask,
+)
 from echoshift.pipeline.errors import SpecError, StoreReadOnlyError
 from echoshift.pipeline.execution import (
     ShardReport,
@@ -40,17 +45,31 @@ from echoshift.pipeline.execution import (
     run_in_process,
     select_rows,
 )
-from echoshift.pipeline.rows import compute_digests, order_segments, plan_new_rows
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.attributes import describe_versions, describe_writer
-from echoshift.pipeline.store.holding import StoreHold, hold_store
+from echoshift.pipeline.store.failures import append_run, read_failures
 from echoshift.pipeline.store.interface import Backend, Failure, FeatureStore
-from echoshift.pipeline.store.layout import DONE, FAILED, plan_rows_per_shard, plan_shards
-from echoshift.pipeline.store.ledger import append_run, read_failures
+from echoshift.pipeline.store.layout import (
+    DONE,
+    FAILED,
+    compute_digests,
+    describe_versions,
+    describe_writer,
+    order_segments,
+    plan_new_rows,
+    plan_rows_per_shard,
+    plan_shards,
+)
 from echoshift.pipeline.store.location import Location, Place, locate
-from echoshift.pipeline.store.opening import create_store, has_store, name_store, open_store
-from echoshift.pipeline.store.space import check_space, count_needed_bytes
+from echoshift.pipeline.store.lock import StoreHold, hold_store
+from echoshift.pipeline.store.open import (
+    check_space,
+    count_needed_bytes,
+    create_store,
+    has_store,
+    name_store,
+    open_store,
+)
 
 # A shard is the most that a kill costs, and on a CPU each of its rows takes seconds.
 MAX_ROWS_PER_SHARD_ON_CPU = 64

@@ -27,10 +27,9 @@ from echoshift.extract.rows import (
 from echoshift.extract.shard_rows import OutputWriter, ShardRows
 from echoshift.extract.weights.load import WeightsRecord, load_any_encoder
 from echoshift.extract.work import ExtractionPlan, ShardWork, StoreTarget
-from echoshift.pipeline.devices import resolve_device
+from echoshift.pipeline.devices import keep_freed_memory, resolve_device
 from echoshift.pipeline.errors import MediaMemoryError, SpecError
 from echoshift.pipeline.execution import ShardReport
-from echoshift.pipeline.freed_memory import keep_freed_memory
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 
 

@@ -15,10 +15,9 @@ from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.work import ExtractionPlan, ShardWork
 from echoshift.pipeline.errors import ClusterError, EchoshiftError
 from echoshift.pipeline.execution import ShardReport
-from echoshift.pipeline.rows import compute_digests
-from echoshift.pipeline.store.attributes import describe_versions
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.layout import compute_digests, describe_versions
+from echoshift.pipeline.store.open import open_store
 
 if TYPE_CHECKING:
     from distributed import Worker

@@ -23,7 +23,7 @@ from echoshift.extract.shard import load_network
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, FeatureSpec, fingerprint
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 RNG = np.random.default_rng(5)
 

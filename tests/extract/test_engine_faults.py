@@ -20,12 +20,12 @@ import pytest
 
 from echoshift.pipeline.cards import DatasetCard, write_card
 from echoshift.pipeline.errors import EchoshiftError
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
@@ -322,7 +322,7 @@ def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
 
 @pytest.mark.slow
 def test_workers_that_cannot_see_the_store_are_one_error(start: Start, tmp_path: Path) -> None:
-    blind = "import echoshift.pipeline.store.opening as o, deadly2"
+    blind = "import echoshift.pipeline.store.open as o, deadly2"
     (tmp_path / "deadly2.py").write_text(
         "import multiprocessing, echoshift.extract.workers\nfrom echoshift.pipeline.errors import StoreError\n"
         "def refuse(path):\n    raise StoreError(f'no feature store at {path}')\n"

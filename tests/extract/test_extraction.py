@@ -21,10 +21,10 @@ from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.layout import FAILED
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import open_store
+from echoshift.pipeline.store.verify import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)

@@ -19,8 +19,8 @@ from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpe
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import create_store, list_stores, name_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import create_store, list_stores, name_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 INDEX = ("times", "frames", "n_valid", "digest", "state")
 SOUND_INDEX = ("has_audio", "loudness_dbfs")

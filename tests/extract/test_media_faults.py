@@ -17,11 +17,10 @@ from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import MediaLayout, read_dataset_card
 from echoshift.pipeline.errors import MediaChangedError
-from echoshift.pipeline.manifest_csv import read_manifest
-from echoshift.pipeline.rows import compute_digests
-from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.manifest import read_manifest
+from echoshift.pipeline.store.failures import read_failures
+from echoshift.pipeline.store.layout import DONE, FAILED, compute_digests
+from echoshift.pipeline.store.open import list_stores, open_store
 
 
 def open_pictures(tiny):

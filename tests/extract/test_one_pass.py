@@ -24,13 +24,12 @@ from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store import layout
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 
 @pytest.fixture

@@ -27,12 +27,11 @@ from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreT
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.train.stage1 import frame_inputs
 from echoshift.train.stage1.clip_reading import read_clips
 from echoshift.train.stage1.frame_inputs import FrameInputs

@@ -19,7 +19,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureBatch

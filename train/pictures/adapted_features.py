@@ -11,7 +11,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import read_visual
 from echoshift.train.pictures.embedding import MAX_POINTS, EmbeddedFeatures, choose_segments, embed

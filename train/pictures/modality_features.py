@@ -12,7 +12,7 @@ import torch
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
 from echoshift.train.alignment.config import AlignmentStageConfig
 from echoshift.train.alignment.method import find_method as find_alignment_method

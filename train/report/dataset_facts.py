@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echoshift.pipeline.cards import DatasetCard
-from echoshift.pipeline.manifest_summary import summarise_manifest
+from echoshift.pipeline.manifest import summarise_manifest
 from echoshift.pipeline.segments import Manifest, Segment
 
 TRAIN = "train"

@@ -11,11 +11,11 @@ import numpy as np
 
 from echoshift.pipeline.segments import Manifest
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 N_NORM_ROWS = 256
 N_NORM_BYTES = 64 * 2**20

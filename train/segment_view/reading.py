@@ -17,7 +17,7 @@ from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from echoshift.train.segment_view.gates import CheckpointGates, read_facts, summarise_gates

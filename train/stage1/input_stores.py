@@ -15,14 +15,12 @@ from echoshift.extract.run import ExtractionProgress, ExtractionRequest, extract
 from echoshift.extract.weights.load import WeightsRecord, default_weights, resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
+from echoshift.pipeline.store.layout import DONE, compute_digests
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import has_store, name_store, open_store
-from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.open import has_store, name_store, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.stage1.config import SoundConfig, VisualConfig
 

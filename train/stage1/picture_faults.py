@@ -14,7 +14,7 @@ from echoshift.extract.readers.container import (
     open_container,
 )
 from echoshift.pipeline.errors import MediaError
-from echoshift.pipeline.manifest_check import find_media_faults, number_rows
+from echoshift.pipeline.manifest import find_media_faults, number_rows
 from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
 from echoshift.pipeline.specs import FeatureSpec
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from echoshift.extract.clips import draw_integer
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
 from echoshift.train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
 
 N_AHEAD = 2

@@ -11,7 +11,7 @@ from echoshift.cli.json_answers import make_jsonable, print_json
 
 if TYPE_CHECKING:
     from echoshift.extract.check import ReextractionReport, StoreCheck
-    from echoshift.pipeline.store.repairing import RepairReport
+    from echoshift.pipeline.store.verify import RepairReport
 
 N_STALE_NAMED = 10
 

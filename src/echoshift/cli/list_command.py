@@ -13,9 +13,8 @@ from echoshift.cli.json_answers import JsonOption, print_json
 from echoshift.cli.spec_options import ManifestsOption
 from echoshift.cli.terminal import print_table
 from echoshift.cli.train_completion import STAGES, list_grid_titles, list_preset_stages, list_stage_settings
-from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.errors import RunError, suggest
 from echoshift.pipeline.places import MANIFESTS_DIR, list_cards
-from echoshift.pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from echoshift.cli.setting_keys import SettingKey

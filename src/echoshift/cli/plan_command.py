@@ -74,7 +74,7 @@ def plan(
     from echoshift.extract.run import ExtractionRequest
     from echoshift.extract.work import RunOptions
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
 
     card = read_dataset_card(dataset, manifests)
     choices = SpecChoices(encoders, weights, outputs, preset, set_, flow, dtype, precision, decoder)

@@ -16,8 +16,7 @@ from echoshift.cli.completion import (
     complete_recipe,
     complete_spec_setting,
 )
-from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, suggest
 
 if TYPE_CHECKING:
     from echoshift.extract.weights.load import WeightsRecord

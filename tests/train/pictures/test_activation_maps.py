@@ -27,7 +27,7 @@ IDS = ("t-test-0", "t-test-1")
 def mapped(compared: Any) -> Any:
     """Return a mapper of the checkpoint with two segments' maps."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import read_manifest
+    from echoshift.pipeline.manifest import read_manifest
     from echoshift.train.data_places import DataPlaces
 
     card = read_dataset_card("tiny", compared.root)

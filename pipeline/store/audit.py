@@ -1,4 +1,4 @@
-"""Sums up what a store's features look like, so that a person sees a broken network, a dead output or a lossy type."""
+"""Statistics of a store's features, to show a broken network, a dead output or a lossy type."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from echoshift.pipeline.errors import StoreError
-from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.errors import StoreError, suggest
+from echoshift.pipeline.store.interface import DoneIndex, FeatureStore, read_done_index
 from echoshift.pipeline.store.layout import plan_row_blocks
-from echoshift.pipeline.store.reading import DoneIndex, read_done_index
-from echoshift.pipeline.suggestions import suggest
 
 NORM_QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 N_NORM_BINS = 20

@@ -1,17 +1,18 @@
-"""Makes a card for a dataset that brings none, from the names that its files hold."""
+"""Segments and cards from a user's own manifest."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import permutations
+from pathlib import Path
 
 from pydantic import ValidationError
 
 from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift
-from echoshift.pipeline.errors import CardError
+from echoshift.pipeline.errors import CardError, find_nearest
+from echoshift.pipeline.manifest import read_manifest, read_unchecked_segments, require_counts
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.suggestions import find_nearest
 
 SPLIT_ORDER = ("train", "validation", "val", "test")
 
@@ -61,3 +62,29 @@ def list_doubts(card: DatasetCard, segments: Iterable[Segment]) -> Iterator[str]
             yield f"{rare!r} ({counts[rare]} segments) may be a misspelt {alike[0]!r} ({counts[alike[0]]})"
     if len(card.domains) < 2:
         yield f"one domain alone, {card.domains[0]!r}, makes no shift"
+
+
+def import_own_csv(path: Path, card: DatasetCard, allow_counts: bool = False) -> tuple[Segment, ...]:
+    """Read a manifest (.csv or .parquet) for `write_manifest` to copy, which writes every column in the house's order.
+
+    Raises ManifestError with every fault, or where counts differ from those of the card.
+    """
+    segments = read_manifest(path, card).segments
+    require_counts(segments, card, path, allow_counts)
+    return segments
+
+
+def card_from_csv(path: Path, name: str) -> DatasetCard:
+    """Make a card of what a manifest holds; multi-label where any segment has several labels or none.
+
+    Raises ManifestError where the file is no table, CardError where its names make no dataset (a single class).
+    """
+    segments = read_unchecked_segments(path)
+    return make_card_from_names(
+        name,
+        f"Made from {path.name}.",
+        classes={label for segment in segments for label in segment.labels},
+        domains={segment.domain for segment in segments},
+        splits={segment.split for segment in segments},
+        multi_label=any(len(segment.labels) != 1 for segment in segments),
+    )

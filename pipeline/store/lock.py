@@ -1,9 +1,4 @@
-"""Guards the one writer a store has: the system's file lock on a disk, a lease with a heartbeat on an object store.
-
-Nothing here compares clocks. The kernel frees a file lock when its process dies, however it dies. A lease is counted
-up by its holder; whoever wants it watches the counter, on a monotonic clock of its own, and takes over only what stood
-still.
-"""
+"""The lock of a store's one writer."""
 
 from __future__ import annotations
 
@@ -20,10 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from echoshift.pipeline.errors import LeaseLostError, StoreBusyError, StoreError, StoreFullError
-from echoshift.pipeline.store.attributes import describe_writer
-from echoshift.pipeline.store.faults import telling_faults
-from echoshift.pipeline.store.ledger import FailureLedger
-from echoshift.pipeline.store.location import Location, Place, locate
+from echoshift.pipeline.store.failures import FailureLedger
+from echoshift.pipeline.store.layout import describe_writer
+from echoshift.pipeline.store.location import Location, Place, locate, telling_faults
 
 
 @dataclass(frozen=True, slots=True)

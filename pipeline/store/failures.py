@@ -1,4 +1,4 @@
-"""Keeps, beside a store, which segments failed and why, and a line for every run that wrote to it."""
+"""The failure ledger beside a store, and its history of runs."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from echoshift.pipeline.suggestions import find_nearest, suggest
+from echoshift.pipeline.errors import find_nearest, suggest
 
 GRIDS = ("a-table2", "a-table2-stage1", "a-table2-stage2", "b-table1a", "b-table1b")
 

@@ -11,7 +11,7 @@ import pytest
 _PROBE = """
 import resource, sys
 import numpy as np
-from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.pipeline.devices import keep_freed_memory
 if sys.argv[1] != "untouched":
     assert keep_freed_memory(sys.argv[1] == "kept")
 np.ones(16 << 20)
