@@ -172,7 +172,7 @@ def check_spans(store: FeatureStore, segments: list[Segment | None], rows: np.nd
     spans = np.asarray([(s.start_s, s.stop_s) if s is not None else (np.nan, np.nan) for s in segments]).reshape(-1, 2)
     margin_s = SPAN_TOLERANCE_S
     if spec.audio is not None and spec.audio.span == "clip":
-        margin_s += spec.audio.duration_s / 2  # windows stand around the middle of clips that lie inside
+        margin_s += spec.audio.duration_s / 2  # windows lie around the middle of clips that lie inside
     exists = (np.arange(times.shape[1])[None] < n_valid[:, None]) & rows[:, None]
     with np.errstate(invalid="ignore"):
         inside = (times[..., 0] >= spans[:, None, 0] - margin_s) & (times[..., 1] <= spans[:, None, 1] + margin_s)
@@ -366,7 +366,7 @@ def compare_values(
     b = fresh.astype(np.float64).reshape(len(fresh), -1)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return RowComparison(
-            segment_id, output, "different", math.inf, math.inf, 0.0, "features where there is no sound"
+            segment_id, output, "different", math.inf, math.inf, 0.0, "features where there is no audio"
         )
     norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -411,7 +411,7 @@ def _compare_row(
 
 def describe_audit(audit: OutputAudit) -> Iterator[str]:
     """Describe one output in some thirty lines."""
-    silent = f", {audit.n_silent} without sound left out" if audit.n_silent else ""
+    silent = f", {audit.n_silent} without audio left out" if audit.n_silent else ""
     yield f"{audit.output}: {audit.n_vectors} clips of {audit.n_rows} done rows{silent}"
     yield f"  values  mean {audit.mean:.5g}, std {audit.std:.5g}, min {audit.min:.5g}, max {audit.max:.5g}"
     yield f"  dead    {100 * audit.share_dead:.2f} % of {audit.n_dims} dimensions have one value throughout"

@@ -188,7 +188,7 @@ def _explain_staleness(
     What proves that the times changed: the digest is that of today's video with the times the row covers; or other
     rows of the video still match. What suggests that the video changed: no row of it matches.
     """
-    imported = store.spec.imported is not None  # then the source's content stands for the media's
+    imported = store.spec.imported is not None  # then the content of its source is its identity
     identity = store.spec.weights if imported else identify_segments(survey, [segment], store.spec)[segment.segment_id]
     digest = store.read_array("digest", row, row + 1)[0].tobytes()
     if digest == compute_digest(identity, segment.start_s, segment.stop_s):

@@ -68,7 +68,7 @@ class AudioTrack:
     def read_blocks(self, first: int, stop: int) -> Iterator[Samples]:
         """Read samples [first, stop) as consecutive blocks; they end earlier if and only if the track does.
 
-        Zeros stand where the track has no sample: before its start and in gaps of at least 15 ms.
+        The samples are zero where the track has none: before its start and in gaps of at least 15 ms.
         Raises DecodeError where the audio doesn't decode or the track is cut short.
         """
         position, end = first, 0

@@ -361,7 +361,7 @@ def test_a_store_of_views_holds_what_the_network_makes_of_each(tiny, tiny_datase
 
     assert tiny.verify(store.path, "--sample", "100")[0] == 0
     explained = tiny.run("store", "explain", "v-1", store.path, *tiny.places)[1]
-    assert "3 views of each window of sound" in explained and "noise of +-0.05 and 9 bands masked" in explained
+    assert "3 views of each window of audio" in explained and "noise of +-0.05 and 9 bands masked" in explained
     assert "up to date" in explained
 
 
