@@ -73,7 +73,7 @@ class AlignmentMethod(_Module):
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute the weighted terms beside the class loss, by name; one that is left out is 0."""
         return {}
 
