@@ -126,11 +126,11 @@ def test_cuda_equals_cpu():
 
 
 CLIPS = ClipSpec(n_frames=4, stride=2, rate_hz=10, sampling="random", n_clips=2, n_views=3, seed=5)
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+UNSCALED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def frame_spec(**fields: object) -> FrameSpec:
-    return FrameSpec.model_validate({"short_side": 64, "crop": 56, **PLAIN, **fields})
+    return FrameSpec.model_validate({"short_side": 64, "crop": 56, **UNSCALED, **fields})
 
 
 def place(frames: torch.Tensor, spec: FrameSpec, crop: Crop) -> torch.Tensor:
