@@ -96,7 +96,7 @@ def run_grid(
 
 def _plan_stage1(missing: Sequence[PlannedRun], places: DataPlaces, runs_dir: Path, resolve: Resolve) -> list[_Task]:
     """Plan each run of Stage 1 once, exporting features where a row of Stage 2 or alignment reads them."""
-    from echoshift.train.stage1.run_context import Stage1Request
+    from echoshift.train.stage1.steps import Stage1Request
 
     records = read_runs(runs_dir / RESULTS)
     needed: dict[tuple[str, str, int], NeededStage1] = {}
@@ -130,7 +130,7 @@ def _plan_stage1(missing: Sequence[PlannedRun], places: DataPlaces, runs_dir: Pa
 def run_one_stage1(request: Any) -> None:
     """Run Stage 1 in this process, silently."""
     from echoshift.train.ranks import Ranks
-    from echoshift.train.stage1.running import run_stage1
+    from echoshift.train.stage1.run import run_stage1
 
     run_stage1(request, SilentWatcher(), ranks=Ranks())
 
@@ -189,7 +189,7 @@ def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[Faile
 
 def _make_portable(argument: Any) -> Any:
     """Make paths absolute, and have a worker, which may not start processes, decode by itself."""
-    from echoshift.train.stage1.run_context import Stage1Request
+    from echoshift.train.stage1.steps import Stage1Request
 
     if isinstance(argument, DataPlaces):
         where = str(argument.cache_dir)
