@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from echoshift.cli.json_answers import make_jsonable, print_json
+from echoshift.cli.terminal import make_jsonable, print_json
 from echoshift.pipeline.store.location import locate
 
 
