@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from echoshift.cli import demo_commands, manifest_commands, store_commands, weights_commands
+from echoshift.cli import demo, manifests, stores, weights
 from echoshift.cli.doctor import doctor
 from echoshift.cli.extraction import extract, plan
 from echoshift.cli.grids import ablate, table
@@ -42,10 +42,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Activity recognition in video under domain shift, bridged by sound.",
 )
-app.add_typer(manifest_commands.app, name="manifest")
-app.add_typer(weights_commands.app, name="weights")
-app.add_typer(store_commands.app, name="store")
-app.add_typer(demo_commands.app, name="demo")
+app.add_typer(manifests.app, name="manifest")
+app.add_typer(weights.app, name="weights")
+app.add_typer(stores.app, name="store")
+app.add_typer(demo.app, name="demo")
 app.command()(plan)
 app.command()(extract)
 app.command()(stage1)
@@ -96,5 +96,5 @@ def _show_usage_error(error: TyperException) -> None:
         return
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "echoshift"
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
     print(f"error: {command}: {message[:1].lower()}{message[1:]}; see `{command} --help`", file=sys.stderr)

@@ -31,7 +31,6 @@ from echoshift.cli.options import (
     resolve_specs,
 )
 from echoshift.cli.terminal import JsonOption, QuietOption, print_json
-from echoshift.extract.work import RunOptions
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
@@ -193,8 +192,9 @@ def extract(
         int | None, typer.Option(help="Threads that read media; default: the device's own number.", min=1)
     ] = None,
     segment_timeout: Annotated[
-        float, typer.Option(help="Seconds that a decoder may hang before its segment fails.", min=1)
-    ] = RunOptions().segment_timeout_s,
+        float | None,
+        typer.Option(help="Seconds that a decoder may hang before its segment fails; default: 120.", min=1),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(help="Worker processes, each with a GPU or a share of the cores; jobs under --slurm.", min=1),
@@ -225,6 +225,7 @@ def extract(
     from echoshift.cli.options import end_on_sigterm, plan_cluster
     from echoshift.cli.terminal import make_notifier, show_progress
     from echoshift.extract.run import ExtractionRequest, extract_features
+    from echoshift.extract.work import RunOptions
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest import locate_manifest, read_manifest
 
@@ -240,7 +241,7 @@ def extract(
         cache_dir=cache,
         backend=backend,
         encoders=resolve_specs(card, listed, media_root, choices),
-        options=RunOptions(device, batch, readers, segment_timeout),
+        options=RunOptions(device, batch, readers, *([] if segment_timeout is None else [segment_timeout])),
         cluster=cluster,
         retry_failed=retry_failed,
         n_rows_per_shard=rows_per_shard,

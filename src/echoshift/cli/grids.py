@@ -209,7 +209,7 @@ def describe_table(made: Table, grid: Grid, rule: RuleName | None) -> dict[str, 
 def _write(made: Table, form: TableForm, to: Path | None) -> None:
     """Write the table into a file where one is named; the ending decides the form, then --form, then Markdown."""
     if to is not None:
-        by_ending = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
+        by_ending: dict[str, TableForm] = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
         chosen = by_ending.get(to.suffix, "markdown" if form == "text" else form)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(_format(made, chosen), encoding="utf-8")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,10 +11,6 @@ import typer
 from echoshift.cli.completion import complete_dataset, complete_segment, complete_store
 from echoshift.cli.terminal import JsonOption, QuietOption, make_jsonable, print_json, print_table, show_progress
 from echoshift.pipeline.places import MANIFESTS_DIR
-from echoshift.pipeline.specs import fingerprint
-from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.open import list_stores, open_store
 
 if TYPE_CHECKING:
     from echoshift.extract.check import ReextractionReport, StoreCheck
@@ -42,7 +36,7 @@ ImportName = Literal["npz", "epic100"]
 @app.command("ls")
 def list_(cache: CacheOption = "cache", as_json: JsonOption = False) -> None:
     """List the stores below the cache, with what is in them."""
-    from echoshift.cli.stores import summarise_stores
+    from echoshift.pipeline.store.open import summarise_stores
 
     found = summarise_stores(cache)
     if as_json:
@@ -261,47 +255,6 @@ def import_(
     typer.echo(
         f"{summary.path}: {summary.n_done} done ({summary.n_written} written now), {summary.n_pending} without features"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSummary:
-    """One store in numbers; `outputs` are the shapes of one clip by name, `n_bytes` is what it takes on disk."""
-
-    store: str
-    dataset: str
-    encoder: str
-    fingerprint: str
-    outputs: Mapping[str, tuple[int, ...]]
-    n_clips: int
-    dtype: str
-    n_done: int
-    n_failed: int
-    n_rows: int
-    n_bytes: int
-
-
-def summarise_stores(cache: Place) -> list[StoreSummary]:
-    """Sum up every store below a cache, by path; raises StoreError naming one that can't be opened."""
-    summaries = []
-    for path in list_stores(cache):
-        store = open_store(path)
-        state = store.read_array("state")
-        summaries.append(
-            StoreSummary(
-                store=str(path),
-                dataset=str(store.attributes["dataset"]),
-                encoder=store.spec.encoder,
-                fingerprint=fingerprint(store.spec),
-                outputs={output.name: output.shape for output in store.spec.outputs},
-                n_clips=store.layout.n_clips,
-                dtype=store.spec.dtype,
-                n_done=int((state == DONE).sum()),
-                n_failed=int((state == FAILED).sum()),
-                n_rows=store.layout.n_rows,
-                n_bytes=path.measure_bytes(),
-            )
-        )
-    return summaries
 
 
 N_STALE_NAMED = 10

@@ -69,7 +69,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(Text(column), justify="right" if is_number else "left", overflow="fold")
     for line in lines:
         table.add_row(*map(Text, line))
-    Console(width=100_000 if plain else None, no_color=plain, highlight=False).print(table)
+    if not plain:
+        Console().print(table)
+        return
+    console = Console(width=100_000, no_color=True, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 class Progress(Protocol):
