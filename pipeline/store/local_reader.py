@@ -101,7 +101,9 @@ class LocalReader:
     def __init__(self, path: str, state: ChunkFiles) -> None:
         self._path, self._state = path, state
         self._states = np.zeros(state.shape[0], np.uint8)
-        self._identities: list[FileIdentity | None] = [None] * math.ceil(state.shape[0] / state.chunks[0])
+        # The maps are kept: as long as a file is held the system gives its inode to no other.
+        n_files = math.ceil(state.shape[0] / state.chunks[0])
+        self._state_files: list[tuple[FileIdentity, np.ndarray] | None] = [None] * n_files
         self._maps: OrderedDict[str, tuple[FileIdentity, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -130,16 +132,20 @@ class LocalReader:
     def _update_states(self) -> bool:
         """Read the files of states that were replaced since the last look; return whether one was."""
         changed = False
-        for i, held in enumerate(self._identities):
+        for i, held in enumerate(self._state_files):
             path = self._state.name_chunk(i, 0)
             now = identify_file(path)
-            if now != held:
-                data = Path(path).read_bytes() if now is not None else bytes(self._state.n_chunk_bytes)
-                if now is not None and (fault := self._state.find_fault(len(data), data)):
+            if now == (held and held[0]):
+                continue
+            part = self._states[i * self._state.chunks[0] :][: self._state.chunks[0]]
+            if now is None:
+                part[:], self._state_files[i] = 0, None
+            else:
+                data = np.memmap(path, np.uint8, "r") if now[2] else np.zeros(0, np.uint8)
+                if fault := self._state.find_fault(len(data), data.tobytes()):
                     raise StoreError(f"{path} {fault}; `echoshift store verify` lists every fault")
-                part = self._states[i * self._state.chunks[0] :][: self._state.chunks[0]]
-                part[:] = np.frombuffer(data, np.uint8, len(part))
-                self._identities[i], changed = now, True
+                part[:], self._state_files[i] = data[: len(part)], (now, data)
+            changed = True
         return changed
 
     def _copy_rows(

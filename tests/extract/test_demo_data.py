@@ -45,7 +45,7 @@ def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     with av.open(str(path)) as container:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return np.array([time_s for time_s, _ in frames]), np.stack([picture for _, picture in frames])
+    return np.array([time_s for time_s, _ in frames]), np.stack([image for _, image in frames])
 
 
 def read_track(path: Path) -> tuple[float, np.ndarray]:

@@ -85,3 +85,18 @@ def test_a_damaged_chunk_of_the_index_is_named_and_kept(tmp_path: Path, array: s
     with pytest.raises(StoreError, match=rf"x\.zarr: {array} rows \d+ to \d+: .*checksum.*`echoshift store verify`"):
         fill(open_store(tmp_path / "x.zarr"), (1,))
     assert chunk.read_bytes() == damaged
+
+
+def test_a_damaged_chunk_is_refused_unless_all_of_its_rows_are_given(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "x.zarr")
+    fill(store)
+    chunk = tmp_path / "x.zarr/n_valid/c/0"
+    whole = chunk.read_bytes()
+    for damaged in (b"\x08" + whole[1:], whole[:-1]):
+        chunk.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"n_valid rows 0 to 8: .*; `echoshift store verify` lists"):
+            fill(store, (0,))
+        assert chunk.read_bytes() == damaged
+        assert store.read_array("state")[:8].tolist() == [PENDING] * 8
+        ZarrFeatureStore._write_rows(store, "n_valid", 0, np.full(20, 3))  # type: ignore[arg-type]
+        assert chunk.read_bytes() == whole
