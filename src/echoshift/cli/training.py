@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from echoshift.train.grids import Stage
     from echoshift.train.runs import RunRecord
     from echoshift.train.settings import RunSettings
-    from echoshift.train.stage1.running import Stage1Outcome
+    from echoshift.train.stage1.run import Stage1Outcome
     from echoshift.train.watching import EpochWatcher
 
 
@@ -119,7 +119,7 @@ def stage1(
     from echoshift.cli.terminal import make_notifier, show_progress
     from echoshift.pipeline.errors import RunError, suggest
     from echoshift.train.ranks import join_ranks
-    from echoshift.train.stage1.running import STEPS, Stage1Request, run_stage1
+    from echoshift.train.stage1.run import STEPS, Stage1Request, run_stage1
 
     for name in rerun or []:
         if name not in STEPS:
@@ -236,7 +236,7 @@ def _run_missing_stage1(
     from echoshift.train.stage2.inputs import list_needed
 
     for needed in list_needed(settings, shift, seed, runs_dir):
-        from echoshift.train.stage1.running import Stage1Request, run_stage1
+        from echoshift.train.stage1.run import Stage1Request, run_stage1
 
         notify(f"{shift.name}, seed {seed}: Stage 1 isn't done with these settings; running it first")
         run_stage1(Stage1Request(places, needed.shift, needed.seed, needed.config, runs_dir), progress, notify)
