@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from echoshift.cli import store_commands
+from echoshift.cli import stores as store_commands
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
 from echoshift.pipeline.store import audit as auditing
 from echoshift.pipeline.store.audit import NORM_QUANTILES, audit_output, find_audit_faults, measure_fp16_error
