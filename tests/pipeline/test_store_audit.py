@@ -70,7 +70,6 @@ def make_parts(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, np.ndarr
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_numbers_are_those_of_plain_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(auditing, "N_AUDIT_BLOCK_BYTES", 2000)  # 13 blocks and more, merged in two steps
-    monkeypatch.setattr(auditing, "N_MERGED_AT_A_TIME", 4)
     values, state, sound, n_valid = make_parts(dtype)
     store = make_store(tmp_path / "x.zarr", values, state, sound, n_valid)
     told: list[int] = []
