@@ -20,7 +20,7 @@ from echoshift.train.alignment.method import build_method, find_method
 from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.features import FeatureRows
 from echoshift.train.loop import NO_LABEL, Schedule, TrainedRun, TrainingData, TrainingJob
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.run_method import (
     TARGET_TEST,
     MethodRequest,
