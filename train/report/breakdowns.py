@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from echoshift.train.grids import PlannedRun
-from echoshift.train.intervals import MeanInterval, compute_interval
 from echoshift.train.runs import RunKey, RunRecord, SelectionRule
+from echoshift.train.scores import MeanInterval, compute_interval
 from echoshift.train.tables import PERCENT
 
 MAX_SHOWN_CLASSES = 40
