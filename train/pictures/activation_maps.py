@@ -28,13 +28,11 @@ from echoshift.train.runs import RunRecord
 from echoshift.train.segment_view.gates import read_facts
 from echoshift.train.segment_view.run_predictions import describe_run
 from echoshift.train.splits import TRAIN, find_shift
-from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
-from echoshift.train.stage1.clip_reading import read_clips
+from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
-from echoshift.train.stage1.encoder_steps import CHECKPOINT
-from echoshift.train.stage1.gated_encoder import CLIP
-from echoshift.train.stage1.input_stores import choose_sound, choose_visual
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.encoder import CHECKPOINT, CLIP, build_encoder, read_checkpoint
+from echoshift.train.stage1.frames import read_clips
+from echoshift.train.stage1.inputs import choose_audio, choose_visual
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -76,12 +74,12 @@ class ActivationMapper:
         config = Stage1Config.model_validate_json(facts.config)
         self._places, self._run = places, describe_run(record)
         hears = config.attention.enabled or config.objective.enabled
-        self._sound = SoundFeatures(_find_sound(places, facts.sound)) if hears else None
+        self._sound = AudioFeatures(_find_sound(places, facts.sound)) if hears else None
         choice = choose_visual(config.visual, places, config.visual.test_preset)
         self._spec: FeatureSpec = choice.spec
         sound_network = None
         if config.objective.enabled:
-            sound_network = load_encoder(config.sound.encoder, choose_sound(config.sound).weights)
+            sound_network = load_encoder(config.sound.encoder, choose_audio(config.sound).weights)
         source = find_shift(places.card, record.shift).source
         there = {segment.domain for segment in places.manifest if segment.split == TRAIN}
         self._model = build_encoder(
@@ -90,7 +88,7 @@ class ActivationMapper:
             len(facts.classes),
             config,
             seed=0,
-            sound_network=sound_network,
+            audio_network=sound_network,
             source_domains=sorted(there & set(source)),
             multi_label=places.card.task == "multi-label",
         )
@@ -136,7 +134,7 @@ class ActivationMapper:
         maps, heard = self._sound.read_maps(ids), torch.from_numpy(self._sound.has_audio(ids))
         with torch.no_grad():
             gates = model.compute_gates(maps, heard)
-            audio = None if model.objective is None else model.objective.sound(maps, heard)
+            audio = None if model.objective is None else model.objective.audio(maps, heard)
         if model.objective is None:
             return lambda clip: model.gated({CLIP: clip}, gates)
         streams = cast(TwoStreams, model.objective.method.streams)

@@ -9,7 +9,7 @@ from pathlib import Path
 from echoshift.pipeline.errors import RunError
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from echoshift.train.segment_view.run_predictions import find_method, find_objective
-from echoshift.train.stage1.encoder_steps import CHECKPOINT as ENCODER
+from echoshift.train.stage1.encoder import CHECKPOINT as ENCODER
 
 
 @dataclass(frozen=True, slots=True)

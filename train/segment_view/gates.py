@@ -13,10 +13,9 @@ from echoshift.pipeline.errors import WeightsError
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
 from echoshift.train.segment_view.view import Channel, GateGroup
-from echoshift.train.stage1.audio_adaptive_encoder import CheckpointFacts
-from echoshift.train.stage1.audio_attention import AudioAttention
+from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.encoder import AudioAttention, CheckpointFacts
 
 N_EXTREME = 5
 _ATTENTION = "attention."
@@ -30,7 +29,7 @@ class CheckpointGates:
 
     def __init__(self, path: Path, store: FeatureStore) -> None:
         self.path = path
-        self._sound = SoundFeatures(store)
+        self._sound = AudioFeatures(store)
         header, tensors = read_header(path), read_tensors(path)
         facts = read_facts(path)
         if facts.identify(tensors) != header["identity"]:

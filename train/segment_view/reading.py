@@ -25,7 +25,7 @@ from echoshift.train.segment_view.pictures_and_sound import read_segment_sound, 
 from echoshift.train.segment_view.run_predictions import PredictionReader, StoredPredictions, describe_run
 from echoshift.train.segment_view.sound_specs import choose_sound_spec
 from echoshift.train.segment_view.view import ClassScore, Part, SegmentGate, SegmentPrediction, SegmentView
-from echoshift.train.stage1.encoder_steps import CHECKPOINT
+from echoshift.train.stage1.encoder import CHECKPOINT
 
 N_FRAMES, N_TOP = 5, 5
 _Read = TypeVar("_Read")

@@ -14,9 +14,9 @@ import numpy as np
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Manifest
-from echoshift.train.prediction_table import PredictionTable, read_prediction_table
+from echoshift.train.predictions import PredictionTable, read_prediction_table
 from echoshift.train.runs import RunRecord
-from echoshift.train.scoring import read_hits
+from echoshift.train.scores import read_hits
 from echoshift.train.splits import TEST, find_shift
 from echoshift.train.steps import RECORD, hash_json
 

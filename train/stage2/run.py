@@ -15,7 +15,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.train.features import FeatureRows
 from echoshift.train.loop import NO_LABEL, Schedule, TrainingData, TrainingJob
-from echoshift.train.prediction_table import PredictionTable, read_prediction_table
+from echoshift.train.predictions import PredictionTable, read_prediction_table
 from echoshift.train.run_method import (
     SOURCE_VAL,
     TARGET_TEST,

@@ -18,7 +18,7 @@ from echoshift.train.pictures.activation_figure import draw_activation_maps, ove
 from echoshift.train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures
 from echoshift.train.pictures.making import make_activation_maps
 from echoshift.train.pictures.run_choice import RunChoice, choose_stage1_run
-from echoshift.train.stage1.clip_reading import read_clips
+from echoshift.train.stage1.frames import read_clips
 
 IDS = ("t-test-0", "t-test-1")
 

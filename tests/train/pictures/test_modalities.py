@@ -22,7 +22,7 @@ from echoshift.train.pictures.modality_features import (
 from echoshift.train.pictures.norm_histograms import compute_norms, draw_norm_histograms
 from echoshift.train.pictures.norm_shares import compute_shares, draw_shares, share_norm
 from echoshift.train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.report.feature_section import make_feature_section
 from echoshift.train.runs import RESULTS, read_runs
 from echoshift.train.segment_view.run_predictions import find_method

@@ -22,8 +22,8 @@ from echoshift.train.segment_view import reading
 from echoshift.train.segment_view.gates import CheckpointGates, summarise_gates
 from echoshift.train.segment_view.reading import SegmentViews, ViewOptions, rank_classes, read_segment_view
 from echoshift.train.segment_view.view import SegmentPrediction
-from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
 from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.encoder import build_encoder, read_checkpoint
 
 
 def find_sound(tiny: Any) -> Any:
