@@ -11,10 +11,9 @@ from typing import Any
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import EchoshiftError
 from echoshift.train.grids import Grid, PlannedRun, Stage, list_grids, list_shifts, plan_runs, read_grid
-from echoshift.train.hits import average_hits
 from echoshift.train.report.breakdowns import Breakdown, LooseRuns, break_down, gather_loose
 from echoshift.train.runs import RunKey, RunRecord, SelectionRule, keep_latest
-from echoshift.train.tables import Table, make_table
+from echoshift.train.tables import Table, average_hits, make_table
 
 PRESETS = ("paper", "released", "quick")
 RULES: tuple[SelectionRule, ...] = ("last", "mean_last", "source_val", "target_oracle")

@@ -26,8 +26,7 @@ from echoshift.train.report.blocks import (
 from echoshift.train.report.breakdowns import PARTS, Breakdown, ClassBar, LooseRuns
 from echoshift.train.report.grid_facts import MAX_BREAKDOWNS, GridFacts, GridsFacts
 from echoshift.train.runs import RunKey, RunRecord
-from echoshift.train.table_formats import lay_out
-from echoshift.train.tables import Table, TableRow
+from echoshift.train.tables import Table, TableRow, lay_out
 
 TEXT = False  # of a column: it holds no numbers
 MAX_RUNS = 2000

@@ -16,7 +16,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Manifest
 from echoshift.train.predictions import PredictionTable, read_prediction_table
 from echoshift.train.runs import RunRecord
-from echoshift.train.scoring import read_hits
+from echoshift.train.scores import read_hits
 from echoshift.train.splits import TEST, find_shift
 from echoshift.train.steps import RECORD, hash_json
 
