@@ -25,7 +25,7 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media_survey import MediaSurvey
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.shard_jobs import ExtractionJob
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.clusters import ClusterRequest, connect_cluster
 from echoshift.pipeline.dask_execution import run_with_dask

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.demo.generating import write_mp4
 from echoshift.extract.extraction import ExtractionRequest, extract_features
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.run_options import RunOptions
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.segments import Manifest, Segment
 

@@ -39,7 +39,7 @@ from echoshift.extract.media_survey import MediaSurvey
 from echoshift.extract.row_readers import choose_n_readers
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.trial_extraction import choose_spread, extract_on_trial
-from echoshift.extract.weights.resolve import default_weights, resolve_weights
+from echoshift.extract.weights.load import default_weights, resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.devices import resolve_device
 from echoshift.pipeline.segments import Segment

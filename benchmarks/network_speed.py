@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
 from echoshift.extract.encoders.inference_form import DTYPES, choose_precision_hint, prepare_for_inference
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.devices import resolve_device
 from echoshift.pipeline.freed_memory import keep_freed_memory

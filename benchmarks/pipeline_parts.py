@@ -17,7 +17,7 @@ from echoshift.extract.row_readers import RowReaders
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.shard_inputs import PictureFacts, PictureStretch, ShardInput, SoundWindow
 from echoshift.extract.sound.spectrograms import log_spectrogram
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.errors import MediaError
 from echoshift.pipeline.execution import ShardTask
 from echoshift.pipeline.rows import compute_digests

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
-from echoshift.extract.weights.resolve import load_encoder, resolve_weights
+from echoshift.extract.encoders.network import EncoderNetwork
+from echoshift.extract.weights.load import load_encoder, resolve_weights
 from echoshift.pipeline.specs import AudioSpec, FeatureSpec, FrameSpec
 
 

@@ -29,7 +29,7 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media_survey import MediaSurvey, identify_segments
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.shard import process_shard
-from echoshift.extract.weights.resolve import load_encoder, resolve_weights
+from echoshift.extract.weights.load import load_encoder, resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask, commit_report
 from echoshift.pipeline.freed_memory import keep_freed_memory

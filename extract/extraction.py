@@ -27,7 +27,7 @@ from echoshift.extract.missing_media import (
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.shard_jobs import ExtractionJob
 from echoshift.extract.shard_sizing import choose_rows_per_shard
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.clusters import ClusterRequest, connect_cluster, count_threads_per_worker, describe_cluster
 from echoshift.pipeline.dask_execution import run_with_dask

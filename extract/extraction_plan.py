@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from echoshift.extract.run_options import RunOptions
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask
 from echoshift.pipeline.segments import Segment

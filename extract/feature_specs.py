@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from echoshift.extract.encoders.registry import EncoderEntry, find_encoder
+from echoshift.extract.encoders.registry import EncoderEntry, find_encoder, is_trunk_output
 from echoshift.extract.presets import apply_preset, find_preset
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec
 from echoshift.pipeline.suggestions import suggest
@@ -84,7 +84,7 @@ def _name_fault(encoder: str, error: ValidationError) -> SpecError:
 def _expand_outputs(names: Sequence[str], entry: EncoderEntry, known: tuple[str, ...]) -> tuple[str, ...]:
     levels = {
         "default": entry.default_outputs,
-        "trunk": tuple(name for name in known if name.startswith("trunk") or name == "map"),
+        "trunk": tuple(filter(is_trunk_output, known)),
         "all": known,
     }
     expanded = [(name,) if name in known else levels.get(name, (name,)) for name in names]

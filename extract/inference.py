@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import torch
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
 from echoshift.extract.encoders.inference_form import Precision, prepare_for_inference
+from echoshift.extract.encoders.network import compute_outputs
 from echoshift.extract.extraction_plan import StoreTarget
 from echoshift.extract.shard_rows import ShardRows
-from echoshift.extract.weights.resolve import WeightsRecord, load_encoder
+from echoshift.extract.weights.load import WeightsRecord, load_any_encoder
 from echoshift.pipeline.errors import MediaMemoryError, SpecError
 from echoshift.pipeline.freed_memory import keep_freed_memory
 from echoshift.pipeline.specs import FeatureSpec
@@ -22,13 +22,13 @@ def choose_batch(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=8)
-def load_network(encoder: str, weights: WeightsRecord, device: str) -> EncoderNetwork:
+def load_network(encoder: str, weights: WeightsRecord, device: str) -> torch.nn.Module:
     """Load an encoder once a process."""
-    return load_encoder(encoder, weights, torch.device(device))
+    return load_any_encoder(encoder, weights, torch.device(device))
 
 
 @lru_cache(maxsize=8)
-def load_inference_form(encoder: str, weights: WeightsRecord, device: str, precision: Precision) -> EncoderNetwork:
+def load_inference_form(encoder: str, weights: WeightsRecord, device: str, precision: Precision) -> torch.nn.Module:
     """Load the form of an encoder that extraction runs, once a process; freed memory is kept from then on."""
     keep_freed_memory()
     return prepare_for_inference(load_network(encoder, weights, "cpu"), torch.device(device), precision)
@@ -87,7 +87,7 @@ class ShardEncoder:
             torch.inference_mode(),
             torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False),
         ):
-            outputs = self._network(batch, names)
+            outputs = compute_outputs(self._network, batch, names)
             found = {name: outputs[name].float() for name in names}
         for output in self._spec.outputs:
             if tuple(found[output.name].shape) != (len(batch), *output.shape):

@@ -15,7 +15,7 @@ from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.media_survey import MediaSurvey
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.trial_extraction import choose_spread, extract_on_trial
-from echoshift.extract.weights.resolve import WeightsRecord, list_weights, resolve_weights
+from echoshift.extract.weights.load import WeightsRecord, list_weights, resolve_weights
 from echoshift.pipeline.errors import StoreError, WeightsError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec

@@ -11,7 +11,7 @@ from typing import TypeVar
 from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
 from echoshift.extract.run_options import RunOptions
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.execution import ShardTask, commit_report
 from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment

@@ -1,4 +1,4 @@
-"""Draws the pictures of a planned demo video."""
+"""Draws the frames of a planned demo video."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from echoshift.extract.demo.planning import Motion, Shot, VideoPlan
-from echoshift.extract.demo.worlds import FRAME_RATE_HZ, HEIGHT, PROP_COLOURS, WIDTH, World
+from echoshift.extract.demo.planning import FRAME_RATE_HZ, HEIGHT, PROP_COLOURS, WIDTH, Motion, Shot, VideoPlan, World
 
 Floats = npt.NDArray[np.float32]
 
 MARGIN = 6
-"""Pixels of backdrop around the picture, for the camera to shake in."""
+"""Pixels of backdrop around the frame, for the camera to shake in."""
 
 
 def draw_video(plan: VideoPlan) -> Iterator[npt.NDArray[np.uint8]]:
-    """Draw a video shot by shot, uint8 [T, HEIGHT, WIDTH, 3]; the same plan gives the same pictures."""
+    """Draw a video shot by shot, uint8 [T, HEIGHT, WIDTH, 3]; the same plan gives the same frames."""
     rng = np.random.default_rng([*plan.seed, 0])
     backdrop = _draw_backdrop(plan.world, rng)
     times_s = np.arange(plan.n_frames) / FRAME_RATE_HZ
@@ -67,15 +66,15 @@ def _draw_shot(
     lefts = np.clip(MARGIN + shake_px[1] + sway_px, 0, 2 * MARGIN)
     rows = tops[:, None] + np.arange(HEIGHT)
     columns = lefts[:, None] + np.arange(WIDTH)
-    pictures = setting[rows[:, :, None], columns[:, None, :]]
+    frames = setting[rows[:, :, None], columns[:, None, :]]
 
     # The actor rests in its first and last pose outside the action.
     elapsed_s = np.clip(times_s, shot.start_s, shot.stop_s) - shot.start_s
     x, y, size, angle = trace_motion(shot.activity, shot.motion, elapsed_s).astype(np.float32)
     body, mark = _shape_actor(world, x - shake_px[1], y - shake_px[0], size * np.float32(shot.motion.radius_px), angle)
-    _paint(pictures, body, np.array(world.actor_colours[shot.i_colour], dtype=np.float32))
-    _paint(pictures, mark, np.array(world.mark_colour, dtype=np.float32))
-    return _film(pictures, world, rng)
+    _paint(frames, body, np.array(world.actor_colours[shot.i_colour], dtype=np.float32))
+    _paint(frames, mark, np.array(world.mark_colour, dtype=np.float32))
+    return _film(frames, world, rng)
 
 
 def _smooth_walk(n_frames: int, step_px: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -89,9 +88,9 @@ def _smooth_walk(n_frames: int, step_px: float, rng: np.random.Generator) -> npt
     return np.rint(places).astype(np.int64)
 
 
-def _paint(pictures: Floats, cover: Floats, colour: Floats) -> None:
-    """Lay a colour over pictures [..., H, W, 3] in place where `cover` [..., H, W] is 1."""
-    pictures += cover[..., None] * (colour - pictures)
+def _paint(frames: Floats, cover: Floats, colour: Floats) -> None:
+    """Lay a colour over frames [..., H, W, 3] in place where `cover` [..., H, W] is 1."""
+    frames += cover[..., None] * (colour - frames)
 
 
 def _shape_actor(world: World, x: Floats, y: Floats, radius: Floats, angle: Floats) -> tuple[Floats, Floats]:
@@ -155,15 +154,15 @@ def _draw_backdrop(world: World, rng: np.random.Generator) -> Floats:
     return first + cover * (second - first)
 
 
-def _film(pictures: Floats, world: World, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Turn painted pictures into what the domain's camera records."""
+def _film(frames: Floats, world: World, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Turn painted frames into what the domain's camera records."""
     quarter = np.float32(0.25)
     for _ in range(world.n_blurs):
-        padded = np.pad(pictures, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
-        pictures = quarter * (padded[:, :-2] + padded[:, 1:-1] + padded[:, 1:-1] + padded[:, 2:])
-        padded = np.pad(pictures, ((0, 0), (0, 0), (1, 1), (0, 0)), mode="edge")
-        pictures = quarter * (padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 1:-1] + padded[:, :, 2:])
-    grain = rng.standard_normal(pictures.shape[:3], dtype=np.float32) * np.float32(world.noise)
-    pictures = (pictures - 128) * np.float32(world.contrast) + np.float32(128 + world.brightness) + grain[..., None]
-    recorded = np.clip(np.rint(pictures), 0, 255).astype(np.uint8)
+        padded = np.pad(frames, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
+        frames = quarter * (padded[:, :-2] + padded[:, 1:-1] + padded[:, 1:-1] + padded[:, 2:])
+        padded = np.pad(frames, ((0, 0), (0, 0), (1, 1), (0, 0)), mode="edge")
+        frames = quarter * (padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 1:-1] + padded[:, :, 2:])
+    grain = rng.standard_normal(frames.shape[:3], dtype=np.float32) * np.float32(world.noise)
+    frames = (frames - 128) * np.float32(world.contrast) + np.float32(128 + world.brightness) + grain[..., None]
+    recorded = np.clip(np.rint(frames), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(recorded[:, :, ::-1]) if world.mirrored else recorded

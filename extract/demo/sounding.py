@@ -1,12 +1,11 @@
-"""Makes the sound track of a planned demo video: room tone, and what the audible activities sound like."""
+"""Makes the audio track of a planned demo video: room tone, and what the audible activities sound like."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from echoshift.extract.demo.planning import Shot, VideoPlan
-from echoshift.extract.demo.worlds import PITCHES_HZ, SAMPLE_RATE_HZ, World
+from echoshift.extract.demo.planning import PITCHES_HZ, SAMPLE_RATE_HZ, Shot, VideoPlan, World
 
 Samples = npt.NDArray[np.float64]
 

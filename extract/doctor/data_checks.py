@@ -76,8 +76,7 @@ def _check_stores(cache: str) -> Iterator[Finding]:
 
 def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
     """Look at which weights of the catalogue are installed; what isn't is no fault until a command needs it."""
-    from echoshift.extract.weights.install import find_weights_dir
-    from echoshift.extract.weights.resolve import list_weights
+    from echoshift.extract.weights.load import find_weights_dir, list_weights
 
     folder = find_weights_dir(weights_dir)
     rows = list_weights(weights_dir)
@@ -92,9 +91,6 @@ def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
 def check_datasets(manifests: Path) -> Iterator[Finding]:
     """Look at every card and manifest: can they be read, and are the videos where commands look first?"""
     names = list_cards(manifests)
-    if not names:
-        remedy = "name the folder with --manifests or ECHOSHIFT_MANIFESTS, or import one: `echoshift manifest import`"
-        yield Finding("fail", "datasets", f"no card in {manifests}", remedy)
     without = []
     for name in names:
         try:
@@ -110,7 +106,7 @@ def check_datasets(manifests: Path) -> Iterator[Finding]:
             yield finding
     if without:
         level_fine = len(without) < len(names)
-        remedy = "`echoshift manifest import --help`, or `echoshift demo generate` for synthetic ones"
+        remedy = "`echoshift manifest import --help`, `echoshift demo generate`, or --manifests (ECHOSHIFT_MANIFESTS)"
         message = f"{', '.join(without)}: card, but no manifest"
         yield Finding("ok", "datasets", message) if level_fine else Finding("warn", "datasets", message, remedy)
 

@@ -1,1 +1,1 @@
-"""Holds one network a file, each with its preprocessing, its split and its named outputs."""
+"""One network a file, each with its preprocessing, its split, its named outputs and its inference form."""

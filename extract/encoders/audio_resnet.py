@@ -1,76 +1,31 @@
-"""Builds the ResNets that encode log spectrograms, from timm's ResNet."""
+"""ResNets on log spectrograms, from timm's ResNet: ResNet-18 with VGGSound's classes, and a small one for the demo."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.registry import EncoderEntry, Shapes
+from echoshift.extract.sound.recipes import ZHANG2022, plan_spectrogram_shape
 from echoshift.extract.torchvision_import import ensure_torchvision
-from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from echoshift.extract.encoders.network import EncoderNetwork
 
 
-class AudioResNet(EncoderNetwork):
-    """A ResNet on one-channel spectrograms, split after layer3, the features of the attention (METHODS 4, 5.5).
-
-    x: [B, 1, F, N], any F and N. Outputs of ResNet-18 for 257 x 1004: map [256, 17, 63] (layer3), pooled [512] (mean of
-    layer4), logits [309].
-    """
-
-    trunk_names = ("map",)
-    head_names = ("pooled", "logits")
-    stages: ClassVar = {
-        "stem": ("net.conv1", "net.bn1"),
-        "layer1": ("net.layer1",),
-        "layer2": ("net.layer2",),
-        "layer3": ("net.layer3",),
-        "layer4": ("net.layer4",),
-        "classifier": ("net.fc",),
-    }
-    split_stage = "layer4"
-    classified_output = "pooled"
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    @property
-    def trunk_channels(self) -> dict[str, int]:
-        """The channels after layer3."""
-        stages: Any = self.net.feature_info
-        return {"map": next(stage["num_chs"] for stage in stages if stage["module"] == "layer3")}
-
-    def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute everything up to and including layer3."""
-        if x.ndim != 4 or x.shape[1] != 1:
-            raise SpecError(f"the network takes [B, 1, F, N], not {list(x.shape)}")
-        for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"):
-            x = self.net.get_submodule(name)(x)
-        return {"map": x}
-
-    def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute layer4, its mean over frequency and time, and the logits."""
-        features = self.features(trunk_outputs)
-        return {**features, "logits": self.net.get_submodule("fc")(features["pooled"])}
-
-    def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute layer4 and its mean over frequency and time."""
-        top = self.net.get_submodule("layer4")(trunk_outputs["map"]).float()  # means are float32 in any precision
-        return {"pooled": torch.mean(top, dim=(2, 3))}
-
-
-def build_resnet18_audio(n_classes: int = 309) -> AudioResNet:
+def build_resnet18_audio() -> EncoderNetwork:
     """Build ResNet-18 with one input channel and VGGSound's 309 classes."""
     ensure_torchvision()
     import timm
 
-    return AudioResNet(timm.create_model("resnet18", in_chans=1, num_classes=n_classes, zero_init_last=False))
+    return _cut(timm.create_model("resnet18", in_chans=1, num_classes=309, zero_init_last=False))
 
 
-def build_resnet_demo(n_classes: int = 6) -> AudioResNet:
+def build_resnet_demo() -> EncoderNetwork:
     """Build a ResNet of one block a stage and an eighth to a quarter of ResNet-18's width, for two CPU cores."""
     ensure_torchvision()
     from timm.models.resnet import BasicBlock, ResNet
@@ -79,11 +34,116 @@ def build_resnet_demo(n_classes: int = 6) -> AudioResNet:
     net = ResNet(
         block,
         (1, 1, 1, 1),
-        num_classes=n_classes,
+        num_classes=6,
         in_chans=1,
         stem_type="deep",
         stem_width=8,
         channels=(16, 32, 64, 128),
         zero_init_last=False,
     )
-    return AudioResNet(net)
+    return _cut(net)
+
+
+def _cut(net: Any) -> EncoderNetwork:
+    import torch
+    from timm.models.resnet import BasicBlock
+    from torch import Tensor, nn
+
+    from echoshift.extract.encoders.inference_form import FusedConv, FusedResidualBlock, replace_modules
+    from echoshift.extract.encoders.network import EncoderNetwork, check_spectrogram_shape
+
+    class AudioResNet(EncoderNetwork):
+        """A ResNet on one-channel spectrograms, split after layer3, the features of the attention (METHODS 4, 5.5).
+
+        x: [B, 1, F, N], any F and N. Outputs of ResNet-18 for 257 x 1004: map [256, 17, 63] (layer3), pooled [512]
+        (mean of layer4), logits [309].
+        """
+
+        trunk_names = ("map",)
+        head_names = ("pooled", "logits")
+        stages: ClassVar = {
+            "stem": ("net.conv1", "net.bn1"),
+            "layer1": ("net.layer1",),
+            "layer2": ("net.layer2",),
+            "layer3": ("net.layer3",),
+            "layer4": ("net.layer4",),
+            "classifier": ("net.fc",),
+        }
+        split_stage = "layer4"
+        classified_output = "pooled"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        @property
+        def trunk_channels(self) -> dict[str, int]:
+            """The channels after layer3."""
+            stages: Any = self.net.feature_info
+            return {"map": next(stage["num_chs"] for stage in stages if stage["module"] == "layer3")}
+
+        def trunk(self, x: Tensor) -> dict[str, Tensor]:
+            """Compute everything up to and including layer3."""
+            check_spectrogram_shape(x)
+            for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"):
+                x = self.net.get_submodule(name)(x)
+            return {"map": x}
+
+        def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """Compute layer4, its mean over frequency and time, and the logits."""
+            features = self.features(trunk_outputs)
+            return {**features, "logits": self.net.get_submodule("fc")(features["pooled"])}
+
+        def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """Compute layer4 and its mean over frequency and time."""
+            top = self.net.get_submodule("layer4")(trunk_outputs["map"]).float()  # means are float32 in any precision
+            return {"pooled": torch.mean(top, dim=(2, 3))}
+
+        def fuse(self, dtype: torch.dtype) -> bool:
+            """Fuse the stem's convolutions and the residual blocks."""
+
+            def fuse_block(block: Any) -> nn.Module:
+                pairs = ((block.conv1, block.bn1), (block.conv2, block.bn2))
+                return FusedResidualBlock(pairs, None if block.downsample is None else tuple(block.downsample), dtype)
+
+            replace_modules(self.net, BasicBlock, fuse_block)
+            # The deep stem: convolution, norm, ReLU twice, then one convolution.
+            layers: list[Any] = list(self.net.conv1) if isinstance(self.net.conv1, nn.Sequential) else [self.net.conv1]
+            pairs = zip(layers[::3], [*layers[1::3], self.net.bn1], strict=True)
+            self.net.conv1 = nn.Sequential(*(FusedConv(conv, norm, has_relu=True, dtype=dtype) for conv, norm in pairs))
+            self.net.bn1 = self.net.act1 = nn.Identity()
+            return True
+
+    return AudioResNet()
+
+
+def plan_outputs(n_map: int, n_classes: int, clip: ClipSpec, audio: FrameSpec | AudioSpec) -> Shapes:
+    """Compute the shape of every output for one window of audio; the clip has no say in them."""
+    assert isinstance(audio, AudioSpec), "this encoder hears"
+    n_bands, n_windows = plan_spectrogram_shape(audio)
+    return {"map": (n_map, -(-n_bands // 16), -(-n_windows // 16)), "pooled": (2 * n_map,), "logits": (n_classes,)}
+
+
+ENTRIES = (
+    EncoderEntry(
+        name="resnet18_audio",
+        modality="audio",
+        revision=2,
+        clip=ClipSpec(n_frames=32, stride=2, rate_hz=60, n_clips=1),
+        audio=ZHANG2022,
+        default_outputs=("map", "pooled"),
+        build=build_resnet18_audio,
+        output_shapes=partial(plan_outputs, 256, 309),
+    ),
+    EncoderEntry(
+        name="resnet_demo",
+        modality="audio",
+        revision=2,
+        clip=ClipSpec(n_frames=8, stride=2, rate_hz=15, n_clips=1),
+        audio=ZHANG2022.model_copy(update={"duration_s": 2.0}),
+        default_outputs=("map", "pooled"),
+        build=build_resnet_demo,
+        output_shapes=partial(plan_outputs, 64, 6),
+        default_weights="random:0",
+    ),
+)

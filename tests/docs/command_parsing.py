@@ -16,7 +16,7 @@ from echoshift.cli.app import app
 from echoshift.cli.spec_options import list_names
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.train.grids import read_grid
 from echoshift.train.splits import find_shift

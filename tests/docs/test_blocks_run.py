@@ -107,6 +107,6 @@ def test_commands_run_on_the_demo(demo_block: Any, finished_demo: Any, blocks: M
     assert finished_demo.run(demo_block.text).strip()
     if "adding-an-encoder" in demo_block.name:
         stores = [open_store(path) for path in list_stores(finished_demo.root / "cache")]
-        [store] = [store for store in stores if store.spec.encoder == "two_convolutions"]
-        assert store.attributes["encoder_source"].startswith("two-convolutions 1.0 (two_convolutions:ENTRY)")
+        [store] = [store for store in stores if store.spec.encoder == "frame_averages"]
+        assert store.attributes["encoder_source"].startswith("frame-averages 1.0 (frame_averages:ENTRY)")
         assert (store.read_array("state") == 1).sum() == 540

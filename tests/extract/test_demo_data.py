@@ -11,9 +11,7 @@ import pytest
 
 from echoshift.extract.demo.drawing import draw_video, trace_motion
 from echoshift.extract.demo.generating import generate_demo, locate_demo_video, write_demo_video
-from echoshift.extract.demo.planning import count_activities, plan_demo, plan_segments
-from echoshift.extract.demo.sounding import sound_video
-from echoshift.extract.demo.worlds import (
+from echoshift.extract.demo.planning import (
     ACTIVITIES,
     FRAME_RATE_HZ,
     HEIGHT,
@@ -22,7 +20,11 @@ from echoshift.extract.demo.worlds import (
     SILENT_ACTIVITIES,
     WIDTH,
     WORLDS,
+    count_activities,
+    plan_demo,
+    plan_segments,
 )
+from echoshift.extract.demo.sounding import sound_video
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.segments import Segment

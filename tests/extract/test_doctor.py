@@ -141,20 +141,20 @@ def test_cards_and_manifests_are_read(tiny) -> None:
     fine, bare = check_datasets(tiny.root)
     assert fine == Finding("ok", "datasets", fine.message)
     assert fine.message.startswith("tiny: 2 segments; ")
-    assert bare.message == "other: card, but no manifest"
+    assert "epic" in bare.message and bare.message.endswith("other: card, but no manifest")
     (tiny.root / "tiny.csv").write_text("segment_id\n")
     (tiny.root / "other.toml").write_text("name = ")
-    broken_card, broken_manifest = check_datasets(tiny.root)
+    broken_card, broken_manifest, _ = check_datasets(tiny.root)
     assert (broken_card.level, broken_manifest.level) == ("fail", "fail")
     assert "other.toml is not valid TOML" in broken_card.message
     assert broken_manifest.remedy == "`echoshift manifest check tiny` names every fault"
 
 
-def test_no_weights_is_a_warning_and_no_card_a_failure(tmp_path: Path) -> None:
+def test_no_weights_and_no_manifest_are_warnings(tmp_path: Path) -> None:
     (none,) = check_weights(tmp_path)
     assert none.level == "warn"
     assert none.message.startswith("0 of ")
-    assert levels(check_datasets(tmp_path)) == ["fail"]
+    assert levels(check_datasets(tmp_path)) == ["warn"]
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on() -> None:
@@ -188,4 +188,4 @@ def test_the_command_prints_a_line_each_or_one_document_and_ends_with_1(tiny, mo
     assert document["fine"] is False
     assert document["counts"]["fail"] == 1
     assert sum(document["counts"].values()) == len(document["findings"]) == len(lines) - 1
-    assert document["findings"][-1]["remedy"] == "correct the card"
+    assert "correct the card" in [finding["remedy"] for finding in document["findings"]]

@@ -1,19 +1,26 @@
-"""Tests the list of encoders: specifications, shapes of outputs, builders and messages."""
+"""Tests the list of encoders: one file an encoder, specifications, shapes of outputs, stages and messages."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from echoshift.extract.encoders.registry import ENCODERS, find_encoder
+from echoshift.extract import encoders
+from echoshift.extract.encoders.network import compute_outputs, require_trunk
+from echoshift.extract.encoders.registry import find_encoder, list_builtin_encoders, list_encoders
 from echoshift.extract.sound.recipes import plan_spectrogram_shape
-from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.errors import PluginError, SpecError
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 
-_BIG = [name for name in ENCODERS if not name.endswith("_demo")]
+ENCODERS = list_builtin_encoders()
+_SPLITS = {"slowfast": "res5", "slowonly": "res5", "i3d": "Mixed_5b", "resnet": "layer4", "resnet18": "layer4",
+           "bninception": "inception_4e"}  # fmt: skip
 _PARAMETERS = {
     # mmaction2's metafile.yml; PyTorchVideo's model zoo says 34.57 M and 62.83 M.
     "slowfast_r50_mmaction": 34_565_560,
@@ -24,6 +31,7 @@ _PARAMETERS = {
     # pytorchcv's table says 11,295,240 with three input channels: 64 filters of 7 x 7 more, twice.
     "bninception_audio": 11_295_240 - 2 * 64 * 49,
 }
+_SMALL = [name for name in ENCODERS if "r101" not in name and name != "slowfast_r50"]
 
 
 def _small_input(name: str) -> tuple[ClipSpec, FrameSpec | AudioSpec, torch.Tensor]:
@@ -37,31 +45,107 @@ def _small_input(name: str) -> tuple[ClipSpec, FrameSpec | AudioSpec, torch.Tens
     return clip, frame, torch.randn(2, len(frame.mean), 8, 40, 40)
 
 
-def test_registry_and_weights_are_listed_without_torch() -> None:
+def test_encoders_and_weights_are_listed_without_torch() -> None:
     probe = (
-        "import sys, echoshift.extract.weights.resolve; from echoshift.extract.encoders.registry import ENCODERS; "
-        "e = ENCODERS['slowfast_r101']; print(e.output_shapes(e.clip, e.frame)['pooled'], 'torch' in sys.modules)"
+        "import sys, echoshift.extract.weights.load; from echoshift.extract.encoders.registry import list_encoders; "
+        "e = list_encoders()['slowfast_r101']; print(e.output_shapes(e.clip, e.spec)['pooled'], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split("\n")[0] == "(2304,) False"
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a folder whose files count as files of extract/encoders/."""
+    monkeypatch.setattr(encoders, "__path__", [*encoders.__path__, str(tmp_path)])
+    list_builtin_encoders.cache_clear()
+    yield tmp_path
+    list_builtin_encoders.cache_clear()
+    for name in ("added", "added_too"):
+        sys.modules.pop(f"{encoders.__name__}.{name}", None)
+        vars(encoders).pop(name, None)
+
+
+_ADDED = """
+from echoshift.extract.encoders.registry import EncoderEntry
+from echoshift.pipeline.specs import ClipSpec, FrameSpec
+
+def build():
+    from torch import nn
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean(dim=(2, 3, 4))
+
+    return Mean()
+
+ENTRY = EncoderEntry(
+    name="added", modality="rgb", revision=1, clip=ClipSpec(n_frames=8, stride=2, rate_hz=15, n_clips=5),
+    frame=FrameSpec(input="rgb", short_side=64, crop=64, mean=(0.0,) * 3, std=(1.0,) * 3),
+    build=build, output_shapes=lambda clip, frame: {"pooled": (3,)},
+)
+"""
+
+
+def test_a_file_in_the_folder_is_an_encoder(folder: Path) -> None:
+    (folder / "added.py").write_text(_ADDED)
+    entry = list_encoders()["added"]
+    assert set(list_encoders()) == {"added", *ENCODERS}
+    assert find_encoder("added") is entry
+    x = torch.arange(6.0).reshape(2, 3, 1, 1, 1)
+    network = entry.build()
+    assert compute_outputs(network, x, ["pooled"])["pooled"].tolist() == x.flatten(1).tolist()
+    with pytest.raises(SpecError, match="added has no trunk: it only extracts, Stage 1 can't train it"):
+        require_trunk(network, "added")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "extract/encoders/added_too.py needs an EncoderEntry in ENTRY, or several in ENTRIES"),
+        (_ADDED, "extract/encoders/added_too.py: the name 'added' is taken; take another"),
+        (
+            _ADDED.replace('modality="rgb"', 'modality="flow"'),
+            "needs a `frame` for rgb or flow, or an `audio`",
+        ),
+        (_ADDED.replace('{"pooled": (3,)}', '{"tokens": (3,)}'), "plans no shape for its default outputs pooled"),
+        (_ADDED.replace("lambda clip, frame", "lambda clip"), "can't plan its outputs: TypeError"),
+    ],
+)
+def test_a_wrong_file_is_named(folder: Path, text: str, message: str) -> None:
+    (folder / "added.py").write_text(_ADDED)
+    (folder / "added_too.py").write_text(text)
+    with pytest.raises(PluginError) as caught:
+        list_builtin_encoders()
+    assert message in str(caught.value)
+
+
+def test_outputs_without_a_trunk_are_what_forward_returns() -> None:
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return {"tokens": x, "pooled": x.mean(dim=1)} if x.ndim == 3 else [x]
+
+    x = torch.randn(2, 4, 5)
+    assert list(compute_outputs(Named(), x, ["pooled", "tokens"])) == ["pooled", "tokens"]
+    with pytest.raises(SpecError, match="Named returns no 'logits', which its entry plans; it returns tokens, pooled"):
+        compute_outputs(Named(), x, ["logits"])
+    with pytest.raises(SpecError, match="Named returns a list; forward returns a tensor, or a dict of named tensors"):
+        compute_outputs(Named(), x[0], ["pooled"])
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_entry_makes_a_valid_feature_spec(name: str) -> None:
-    entry = ENCODERS[name]
-    spec = entry.frame or entry.audio
-    assert spec is not None
-    shapes = entry.output_shapes(entry.clip, spec)
+    entry = find_encoder(name)
+    shapes = entry.output_shapes(entry.clip, entry.spec)
     outputs = tuple(OutputSpec(name=output, shape=shapes[output]) for output in entry.default_outputs)
     FeatureSpec(
         encoder=name, weights="0" * 64, clip=entry.clip, frame=entry.frame, audio=entry.audio, outputs=outputs,
         revision=entry.revision,
     )  # fmt: skip
     assert entry.name == name
-    assert entry.modality == ("audio" if entry.frame is None else entry.frame.input)
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if "r101" not in name and name != "slowfast_r50"])
+@pytest.mark.parametrize("name", _SMALL)
 def test_outputs_have_the_planned_shapes_and_trunk_plus_head_is_forward(name: str) -> None:
     torch.manual_seed(0)
     clip, spec, x = _small_input(name)
@@ -79,18 +163,55 @@ def test_outputs_have_the_planned_shapes_and_trunk_plus_head_is_forward(name: st
     assert all(torch.equal(trunk[key], kept[key]) for key in kept)
 
 
-@pytest.mark.parametrize("name", _PARAMETERS)
-def test_number_of_parameters_is_the_published_one(name: str) -> None:
+@pytest.mark.parametrize("name", ENCODERS)
+def test_stages_hold_every_weight_once_and_in_order(name: str) -> None:
     with torch.device("meta"):
         network = find_encoder(name).build()
-    assert sum(parameter.numel() for parameter in network.parameters()) == _PARAMETERS[name]
+    stages = list(network.stages)
+    assert stages[-1] == "classifier" and network.split_stage == _SPLITS[name.split("_")[0]]
+    numbers = []
+    for weight in network.state_dict():
+        holders = [s for s, prefixes in network.stages.items() if any(weight.startswith(f"{p}.") for p in prefixes)]
+        assert len(holders) == 1, (weight, holders)
+        assert network.find_stage(weight) == holders[0]
+        numbers.append(stages.index(holders[0]))
+    assert numbers == sorted(numbers) and set(numbers) == set(range(len(stages)))
+    with pytest.raises(SpecError, match=f"no stage for 'nothing'; there are {stages[0]}, "):
+        network.find_stage("nothing")
+    assert sum(parameter.numel() for parameter in network.parameters()) == _PARAMETERS.get(
+        name, sum(parameter.numel() for parameter in network.parameters())
+    )
+
+
+@pytest.mark.parametrize("name", ["slowfast_demo", "slowonly_r50_flow", "i3d_rgb", "resnet_demo", "bninception_audio"])
+def test_the_split_stage_begins_the_head_and_the_classifier_sees_what_is_said(name: str) -> None:
+    torch.manual_seed(0)
+    network = find_encoder(name).build().eval().requires_grad_(False)
+    x = _small_input(name)[2][:1]
+    stages = list(network.stages)
+    trunk = network.trunk(x)
+    assert network.trunk_channels == {key: value.shape[1] for key, value in trunk.items()}
+    features = network.features(trunk)
+    whole = network.head(trunk)
+    assert list(whole) == list(network.head_names) and list(features) == [n for n in whole if n != "logits"]
+    assert all(torch.equal(features[key], whole[key]) for key in features)
+    assert features[network.classified_output].shape == (1, network.n_classified)
+    saved = {key: value.clone() for key, value in network.state_dict().items()}
+    for stage in stages:
+        for module in network.iterate_stage_modules(stage):
+            for parameter in module.parameters(recurse=False):
+                parameter.zero_()
+        moved = any(not torch.equal(value, trunk[key]) for key, value in network.trunk(x).items())
+        assert moved == (stages.index(stage) < stages.index(network.split_stage)), stage
+        moved = not torch.equal(network.features(trunk)[network.classified_output], features[network.classified_output])
+        assert moved == (stages.index(network.split_stage) <= stages.index(stage) < len(stages) - 1), stage
+        network.load_state_dict(saved)
 
 
 def test_default_shapes_are_those_of_the_paper() -> None:
     for name in ("slowfast_r50", "slowfast_r101_mmaction"):
-        entry = ENCODERS[name]
-        assert entry.frame is not None
-        at_224 = entry.frame.model_copy(update={"crop": 224})
+        entry = find_encoder(name)
+        at_224 = entry.spec.model_copy(update={"crop": 224})
         assert entry.output_shapes(entry.clip, at_224) == {
             "trunk_slow": (1280, 8, 14, 14),
             "trunk_fast": (128, 32, 14, 14),
@@ -103,25 +224,20 @@ def test_default_shapes_are_those_of_the_paper() -> None:
         charades = ClipSpec(n_frames=64, stride=8, n_clips=10)
         assert entry.output_shapes(charades, at_224)["tokens_slow"] == (16, 2048)
         assert entry.output_shapes(charades, at_224)["tokens_fast"] == (64, 256)
-    audio = ENCODERS["resnet18_audio"]
-    assert audio.audio is not None
-    assert audio.output_shapes(audio.clip, audio.audio)["map"] == (256, 17, 63)
+    audio = find_encoder("resnet18_audio")
+    assert audio.output_shapes(audio.clip, audio.spec)["map"] == (256, 17, 63)
 
 
 def test_head_isnt_run_when_only_the_trunk_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     network = find_encoder("slowfast_demo").build().eval()
-
-    def refuse(_outputs: object) -> None:
-        raise AssertionError("the head ran")
-
-    monkeypatch.setattr(network, "head", refuse)
+    monkeypatch.setattr(network, "head", lambda _outputs: pytest.fail("the head ran"))
     assert list(network(torch.zeros(1, 3, 8, 32, 32), ["trunk_fast"])) == ["trunk_fast"]
 
 
 def test_messages() -> None:
     with pytest.raises(SpecError, match=r"no encoder 'slowfast_r_101'; did you mean 'slowfast_r101'\?"):
         find_encoder("slowfast_r_101")
-    with pytest.raises(SpecError, match="no encoder 'zzz'; there are slowfast_r50, "):
+    with pytest.raises(SpecError, match=r"no encoder 'zzz'; there are .*slowfast_r50, "):
         find_encoder("zzz")
     network = find_encoder("slowfast_demo").build()
     with pytest.raises(SpecError, match="SlowFast has no output 'feature'; it has trunk_slow, trunk_fast, pooled"):
@@ -130,7 +246,5 @@ def test_messages() -> None:
         network(torch.zeros(1, 3, 6, 32, 32), ["pooled"])
     with pytest.raises(SpecError, match=r"takes \[B, 3, T, H, W\], not \[1, 2, 8, 32, 32\]"):
         network(torch.zeros(1, 2, 8, 32, 32), ["pooled"])
-    entry = ENCODERS["resnet_demo"]
-    assert ENCODERS["slowfast_demo"].frame is not None
-    with pytest.raises(SpecError, match="an audio encoder needs an AudioSpec"):
-        entry.output_shapes(entry.clip, ENCODERS["slowfast_demo"].frame)
+    with pytest.raises(SpecError, match=r"takes \[B, 1, F, N\], not \[1, 2, 32, 32\]"):
+        find_encoder("resnet_demo").build()(torch.zeros(1, 2, 32, 32), ["pooled"])

@@ -17,7 +17,7 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.inference import load_network
 from echoshift.extract.pictures import prepare_clips
 from echoshift.extract.run_options import RunOptions
-from echoshift.extract.weights.resolve import list_weights, resolve_weights
+from echoshift.extract.weights.load import list_weights, resolve_weights
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import SpecError, StoreBusyError
 from echoshift.pipeline.segments import Manifest, Segment

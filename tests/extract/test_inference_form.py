@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import pytest
 import torch
 from torch import nn
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
-from echoshift.extract.encoders.fused_layers import FusedConv, fold_norm
-from echoshift.extract.encoders.inception_i3d import SamePaddedMaxPool
-from echoshift.extract.encoders.inference_form import choose_precision_hint, prepare_for_inference
+from echoshift.extract.encoders.inference_form import (
+    FusedConv,
+    choose_precision_hint,
+    fold_norm,
+    prepare_for_inference,
+)
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.errors import SpecError
 
@@ -85,7 +86,7 @@ def test_without_onednn_torchs_own_convolutions_give_the_same(monkeypatch: pytes
     x = torch.randn(1, 1, 65, 80)
     with torch.inference_mode():
         wanted = network(x, ["map", "pooled"])
-        monkeypatch.setattr("echoshift.extract.encoders.fused_layers.has_onednn", lambda _device, _dtype: False)
+        monkeypatch.setattr("echoshift.extract.encoders.inference_form.has_onednn", lambda _device, _dtype: False)
         found = prepare_for_inference(network, _CPU)(x, ["map", "pooled"])
     for key in wanted:
         torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-5)
@@ -93,7 +94,7 @@ def test_without_onednn_torchs_own_convolutions_give_the_same(monkeypatch: pytes
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precision_is_the_forms_own(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echoshift.extract.encoders.fused_layers.has_onednn", lambda _device, _dtype: False)
+    monkeypatch.setattr("echoshift.extract.encoders.inference_form.has_onednn", lambda _device, _dtype: False)
     network = _build("resnet_demo")
     form = prepare_for_inference(network, _CPU, precision)  # type: ignore[arg-type]
     x = torch.randn(1, 1, 33, 40)
@@ -123,37 +124,12 @@ def test_norm_is_folded_by_hand() -> None:
         assert fused(torch.tensor([[[[2.0, -1.0]]]])).flatten().tolist() == [24.5, 0.0]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (2, 2)])
-def test_pooling_without_a_padded_copy_is_exact(n: int, kernel: int, stride: int) -> None:
-    x = torch.randn(2, 3, n, n, 5) - 3
-    padding: list[int] = []
-    for size in (5, n, n):
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        padding += [total // 2, total - total // 2]
-    padded = nn.functional.pad(x, padding, value=float("-inf"))
-    wanted = nn.functional.max_pool3d(padded, kernel, stride)
-    assert torch.equal(SamePaddedMaxPool((kernel,) * 3, (stride,) * 3)(x), wanted)
-
-
 def test_what_has_no_form_is_named_and_the_hint_fits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Odd(EncoderNetwork):
-        trunk_names, head_names = (), ()
-        trunk_channels: ClassVar[dict[str, int]] = {}
-
-        def trunk(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"x": x}
-
-        def head(self, trunk_outputs: object) -> dict[str, torch.Tensor]:
-            return {}
-
-        features = head
-
-    with pytest.raises(SpecError, match="Odd has no inference form in bf16; use fp32"):
-        prepare_for_inference(Odd(), _CPU, "bf16")
-    odd = Odd()
+    odd = nn.Linear(2, 3)
+    with pytest.raises(SpecError, match="Linear has no inference form in bf16; use fp32"):
+        prepare_for_inference(odd, _CPU, "bf16")
     form = prepare_for_inference(odd, _CPU)
-    assert type(form) is Odd and form is not odd and not form.training
+    assert type(form) is nn.Linear and form is not odd and not form.training
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     for has_amx, wanted in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)

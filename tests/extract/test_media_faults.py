@@ -14,7 +14,7 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.identity_check import MediaWatch
 from echoshift.extract.media_survey import MediaSurvey, identify_segments
 from echoshift.extract.run_options import RunOptions
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import MediaLayout, read_dataset_card
 from echoshift.pipeline.errors import MediaChangedError
 from echoshift.pipeline.manifest_csv import read_manifest

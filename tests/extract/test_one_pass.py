@@ -23,7 +23,7 @@ from echoshift.extract.pictures import prepare_clips
 from echoshift.extract.readers.pyav_video import PyAvFrameReader
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.shard import process_shard
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask, commit_report
 from echoshift.pipeline.rows import compute_digests

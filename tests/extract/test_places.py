@@ -289,6 +289,6 @@ def test_wall_time_is_only_ever_written_down() -> None:
                     found.add(str(file.relative_to(CHECKOUT)))
                 if isinstance(node, ast.Attribute) and node.attr in {"st_mtime", "st_mtime_ns", "st_ctime"}:
                     found.add(str(file.relative_to(CHECKOUT)))
-    written = {"pipeline/store/attributes.py", "extract/weights/install.py"}
+    written = {"pipeline/store/attributes.py", "extract/weights/load.py"}
     compared = {"extract/identity_check.py", "pipeline/store/file_maps.py"}
     assert found == written | compared | {"extract/explaining.py"}

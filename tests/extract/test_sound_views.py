@@ -19,7 +19,7 @@ from echoshift.extract.readers.pyav_audio import read_audio
 from echoshift.extract.sound.recipes import ZHANG2022
 from echoshift.extract.sound.spectrograms import log_spectrogram
 from echoshift.extract.sound.views import augment_spectrogram
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, FeatureSpec, fingerprint
 from echoshift.pipeline.store.opening import list_stores, open_store

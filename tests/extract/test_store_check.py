@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from echoshift.extract.reextraction import compare_values, derive_tolerance
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.store.layout import DONE, PENDING, Shard
 from echoshift.pipeline.store.opening import hold_store, list_stores, open_store
 
@@ -269,7 +269,7 @@ def test_without_media_the_store_itself_is_still_checked(tiny) -> None:
 def test_weights_that_are_not_there_are_named_with_the_remedy(tiny, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from echoshift.extract.weights.resolve import load_encoder
+    from echoshift.extract.weights.load import load_encoder
 
     tiny.add_videos("v")
     weights = tmp_path / "mine.safetensors"

@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from echoshift.extract.clips import plan_clips
 from echoshift.extract.crops import Crop, plan_crop, plan_resized_shape
-from echoshift.extract.encoders.registry import ENCODERS
+from echoshift.extract.encoders.registry import list_builtin_encoders
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.pictures import Placement, place_pictures
 from echoshift.extract.presets import PRESETS
 from echoshift.extract.random_draws import draw
 from echoshift.extract.torchvision_import import ensure_torchvision
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 
@@ -150,7 +150,7 @@ def test_views_that_would_be_the_same_are_refused():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", list_builtin_encoders())
 def test_every_preset_fits_every_encoder(preset, encoder):
     record = resolve_weights("random:0", "slowfast_demo")
     if (preset, encoder) == ("zhang-sound-train", "bninception_audio"):

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.weights import checkpoint_formats
+from echoshift.extract.weights import formats
 from echoshift.extract.weights.catalogue import read_catalogue
-from echoshift.extract.weights.checkpoint_formats import FORMATS, CheckpointFormat, convert_tensors
+from echoshift.extract.weights.formats import FORMATS, CheckpointFormat, convert_tensors
 from echoshift.pipeline.errors import WeightsError
 
 _DEPTHS = {"slowfast_r50": (3, 4, 6, 3), "slowfast_r101": (3, 4, 23, 3)}
@@ -401,8 +401,8 @@ def test_a_checkpoint_of_the_other_variant_is_refused() -> None:
 
 
 def test_two_names_for_one_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    clumsy = CheckpointFormat(lambda _name: "logits.conv3d.bias")
-    monkeypatch.setattr(checkpoint_formats, "FORMATS", {"clumsy": clumsy})
+    clumsy = CheckpointFormat(((r".*", "logits.conv3d.bias"),))
+    monkeypatch.setattr(formats, "FORMATS", {"clumsy": clumsy})
     twice = {"logits.conv3d.bias": torch.zeros(400), "alias": torch.zeros(400)}
     with pytest.raises(WeightsError, match=r"a file: alias and logits\.conv3d\.bias are both logits\.conv3d\.bias"):
         convert_tensors(twice, "clumsy", _expected("i3d_rgb"), "a file")
@@ -422,9 +422,9 @@ def test_what_lies_beside_the_tensors_is_left_alone(
     encoder, make = _CASES[format_name]
     state, path = make(), tmp_path / "published.pth"
     torch.save({**beside, container: state}, path)
-    read = checkpoint_formats.read_checkpoint(path, format_name)
+    read = formats.read_checkpoint(path, format_name)
     assert list(read) == list(state)
     assert set(convert_tensors(read, format_name, _expected(encoder), "a file")) == set(_expected(encoder))
     torch.save(beside, path)
     with pytest.raises(WeightsError, match=f"published.pth has no entry '{container}', where {format_name} keeps"):
-        checkpoint_formats.read_checkpoint(path, format_name)
+        formats.read_checkpoint(path, format_name)

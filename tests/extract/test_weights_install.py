@@ -19,17 +19,25 @@ import pytest
 import torch
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.weights import catalogue, fetch, install, weights_files
+from echoshift.extract.weights import load
 from echoshift.extract.weights.catalogue import (
+    CATALOGUE_PATH,
     CatalogueEntry,
+    compute_file_sha256,
+    fetch_checkpoint,
     find_catalogue_entry,
     read_catalogue,
     read_catalogue_file,
 )
-from echoshift.extract.weights.checkpoint_formats import read_checkpoint
-from echoshift.extract.weights.fetch import compute_file_sha256, fetch_checkpoint
-from echoshift.extract.weights.install import find_weights_dir, install_weights
-from echoshift.extract.weights.resolve import check_weights, list_weights, load_encoder, resolve_weights
+from echoshift.extract.weights.formats import read_checkpoint
+from echoshift.extract.weights.load import (
+    check_weights,
+    find_weights_dir,
+    install_weights,
+    list_weights,
+    load_encoder,
+    resolve_weights,
+)
 from echoshift.pipeline.errors import WeightsError
 from echoshift.pipeline.tensor_files import read_header
 
@@ -104,7 +112,7 @@ def test_interrupted_install_leaves_nothing_that_looks_installed(
         if any(path.suffix == ".safetensors" for path in tmp_path.glob("[!.]*")):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights_files.os, "fsync", fail_at_the_record)
+    monkeypatch.setattr(load.os, "fsync", fail_at_the_record)
     with pytest.raises(KeyboardInterrupt):
         install_weights("i3d-rgb-piergiaj", i3d_file, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["i3d-rgb-piergiaj.safetensors"]
@@ -229,7 +237,7 @@ def test_folder_is_the_given_one_then_the_variables_then_the_cache(
     assert find_weights_dir(tmp_path / "given") == tmp_path / "given"
     assert find_weights_dir() == tmp_path
     monkeypatch.delenv("ECHOSHIFT_WEIGHTS")
-    monkeypatch.setattr(install, "user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(load, "user_cache_dir", lambda name: str(tmp_path / name))
     assert find_weights_dir() == tmp_path / "echoshift" / "weights"
 
 
@@ -244,7 +252,7 @@ def test_catalogue_prefers_one_entry_an_encoder_and_refuses_faults(tmp_path: Pat
     assert all(entry.url is None or entry.url.endswith(f"/{entry.file}") for entry in entries)
     assert all(entry.licence and entry.classes for entry in entries)
     path = tmp_path / "c.toml"
-    text = catalogue.CATALOGUE_PATH.read_text(encoding="utf-8")
+    text = CATALOGUE_PATH.read_text(encoding="utf-8")
     path.write_text(text.replace('"i3d-flow-piergiaj"', '"i3d-rgb-piergiaj"'), encoding="utf-8")
     with pytest.raises(WeightsError, match="name 'i3d-rgb-piergiaj' is listed twice"):
         read_catalogue_file(path)
@@ -260,4 +268,4 @@ def test_record_with_other_fields_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"name": "x"}), encoding="utf-8")
     with pytest.raises(WeightsError, match=r"x\.json hasn't the fields classes, encoder"):
         list_weights(tmp_path)
-    assert fetch.compute_file_sha256(tmp_path / "x.safetensors").startswith("e3b0c442")
+    assert compute_file_sha256(tmp_path / "x.safetensors").startswith("e3b0c442")

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.weights.install import find_weights_dir
-from echoshift.extract.weights.resolve import load_encoder, resolve_weights
+from echoshift.extract.weights.load import find_weights_dir, load_encoder, resolve_weights
 
 _NAME = "i3d-rgb-kinetics400"
 # DeepMind's TensorFlow names; one layer of Mixed_5b is called Conv3d_0a_3x3 there by mistake.

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from echoshift.extract.encoders.registry import ENCODERS, find_encoder
-from echoshift.extract.weights.resolve import default_weights, load_encoder, resolve_weights
+from echoshift.extract.encoders.registry import find_encoder, list_builtin_encoders
+from echoshift.extract.weights.load import default_weights, load_encoder, resolve_weights
 from echoshift.pipeline.errors import SpecError, WeightsError
 from echoshift.pipeline.tensor_files import tensor_sha256
 
@@ -42,7 +42,7 @@ def test_random_weights_are_the_same_in_every_process() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     code = (
         "import torch; torch.set_num_threads(1); torch.rand(3);"
-        "from echoshift.extract.weights.resolve import resolve_weights;"
+        "from echoshift.extract.weights.load import resolve_weights;"
         f"print(*[resolve_weights('random:7', encoder).sha256 for encoder in {encoders}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -50,7 +50,7 @@ def test_random_weights_are_the_same_in_every_process() -> None:
 
 
 def test_defaults() -> None:
-    assert {encoder: default_weights(encoder) for encoder in ENCODERS} == {
+    assert {encoder: default_weights(encoder) for encoder in list_builtin_encoders()} == {
         "slowfast_r50": "slowfast-r50-pytorchvideo",
         "slowfast_r101": "slowfast-r101-pytorchvideo",
         "slowfast_r50_mmaction": "slowfast-r50-mmaction2",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.errors import RunError
 from echoshift.train.stage1.audio_classifier import AudioPredictions, predict_audio, train_audio_classifier

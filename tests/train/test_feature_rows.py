@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import RunError, StoreError
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.errors import SpecError, WeightsError
 from echoshift.train.stage1.gated_encoder import GatedEncoder
@@ -93,7 +93,7 @@ def test_zeros_on_one_path_silence_that_path_alone() -> None:
     network = build_network().eval()
     encoder = build_encoder().eval()
     clip = make_clip()
-    n_slow = network.variant.n_slow
+    n_slow = 32 * 16  # the slow channels after res5
     with torch.inference_mode():
         plain = network(clip, ["pooled_avg"])["pooled_avg"]
         trunk = network.trunk(clip)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.demo.generating import write_mp4
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.media_survey import MediaSurvey
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.segments import Segment
 from echoshift.train.stage1.picture_faults import find_without_pictures

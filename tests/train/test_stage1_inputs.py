@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.demo.generating import write_mp4
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.opening import list_stores

@@ -25,7 +25,7 @@ from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, ide
 from echoshift.extract.open_media import OpenMedia
 from echoshift.extract.random_draws import draw_integer
 from echoshift.extract.run_options import RunOptions
-from echoshift.extract.weights.resolve import resolve_weights
+from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError
 from echoshift.pipeline.execution import ShardTask, commit_report

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echoshift.extract.demo.mp4_files import write_mp4
+from echoshift.extract.demo.generating import write_mp4
 from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
 from echoshift.pipeline.manifest_csv import write_manifest
 from echoshift.pipeline.segments import Segment

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from echoshift.extract.clips import plan_clips
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.weights.resolve import load_encoder
+from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.pipeline.errors import RunError
 from echoshift.train.stage1.config import AudioClassifierConfig
 from echoshift.train.stage1.sound_features import SoundFeatures

@@ -13,7 +13,7 @@ from echoshift.extract.extraction_plan import StoreTarget
 from echoshift.extract.open_media import OpenMedia
 from echoshift.extract.row_reading import read_pictures
 from echoshift.extract.shard_inputs import PictureFacts
-from echoshift.extract.weights.resolve import WeightsRecord
+from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.errors import MediaError, MediaMemoryError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.weights.resolve import load_encoder
+from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec, fingerprint

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
 from echoshift.extract.encoders.inference_form import Precision, prepare_for_inference
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.pipeline.errors import SpecError, WeightsError
 from echoshift.pipeline.suggestions import suggest
 

@@ -14,7 +14,7 @@ from echoshift.extract.flow_choice import choose_flow
 from echoshift.extract.media_survey import MediaSurvey, identify_segments
 from echoshift.extract.run_options import RunOptions
 from echoshift.extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
-from echoshift.extract.weights.resolve import WeightsRecord, default_weights, resolve_weights
+from echoshift.extract.weights.load import WeightsRecord, default_weights, resolve_weights
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from echoshift.extract.encoders.encoder_network import EncoderNetwork
+from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.train.alignment.methods import build_method
 from echoshift.train.alignment.two_streams import StreamShapes
 from echoshift.train.batches import EncoderInputs

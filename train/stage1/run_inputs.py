@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from echoshift.extract.encoders.network import require_trunk
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.extraction import ExtractionProgress
 from echoshift.extract.media_survey import MediaSurvey
@@ -190,10 +191,15 @@ def open_run_inputs(
 
 
 def _check_training(config: Stage1Config) -> None:
-    """Raise SpecError for a stage that isn't there or a cache of what is to train, before hours of extraction."""
+    """Raise SpecError for a network without a trunk, a stage that isn't there or a cache of what is to train.
+
+    Called before hours of extraction.
+    """
     training = config.training
     with torch.device("meta"):  # nothing is allocated or drawn
-        network = find_encoder(config.visual.encoder).build()
+        network, _ = (
+            require_trunk(find_encoder(name).build(), name) for name in (config.visual.encoder, config.sound.encoder)
+        )
         gated = GatedEncoder(network, 2, training.trainable_from, training.batch_norm)
     if config.visual.mode == "trunk":
         gated.check_cached_trunk()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from echoshift.extract.weights.resolve import load_encoder
+from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.tensor_files import check_tensors, read_tensors
 from echoshift.train.absent_activities import mark_absent_multi, mark_absent_single

@@ -31,13 +31,13 @@ def complete_dataset(ctx: typer.Context, incomplete: str) -> Offers:
 
 def complete_encoders(incomplete: str) -> Offers:
     """Offer encoders for the last word of a list separated by blanks, with their modalities."""
-    from echoshift.extract.encoders.registry import ENCODERS
+    from echoshift.extract.encoders.registry import list_builtin_encoders
     from echoshift.pipeline.plugins import ENCODER_GROUP, list_plugin_names
 
     begun, blank, last = incomplete.rpartition(" ")
     offered = keep_begun(
         [
-            *((name, entry.modality) for name, entry in ENCODERS.items()),
+            *((name, entry.modality) for name, entry in list_builtin_encoders().items()),
             *((name, "") for name in list_plugin_names(ENCODER_GROUP)),
         ],
         last,

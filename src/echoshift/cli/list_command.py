@@ -64,10 +64,9 @@ def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[
         cards = [read_dataset_card(name, manifests) for name in list_cards(manifests)]
         return [{"name": c.name, "title": c.title, "task": c.task, "n_classes": len(c.classes)} for c in cards]
     if what == Kind.encoders:
-        from echoshift.extract.encoders.registry import ENCODERS, find_encoder
-        from echoshift.pipeline.plugins import ENCODER_GROUP, list_plugin_names
+        from echoshift.extract.encoders.registry import list_encoders
 
-        entries = [*ENCODERS.values(), *map(find_encoder, list_plugin_names(ENCODER_GROUP))]
+        entries = list_encoders().values()
         return [{"name": e.name, "modality": e.modality, "outputs": ", ".join(e.default_outputs)} for e in entries]
     if what == Kind.recipes:
         from echoshift.extract.presets import PRESETS

@@ -20,7 +20,7 @@ from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
-    from echoshift.extract.weights.resolve import WeightsRecord
+    from echoshift.extract.weights.load import WeightsRecord
     from echoshift.pipeline.cards import DatasetCard
     from echoshift.pipeline.segments import Manifest
     from echoshift.pipeline.specs import FeatureSpec
@@ -144,7 +144,7 @@ def resolve_specs(
     from echoshift.extract.encoders.registry import find_encoder
     from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
     from echoshift.extract.flow_choice import choose_flow
-    from echoshift.extract.weights.resolve import default_weights, resolve_weights
+    from echoshift.extract.weights.load import default_weights, resolve_weights
 
     names = list_names(choices.encoders or []) or list(card.encoders)
     if not names:

