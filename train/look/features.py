@@ -16,16 +16,16 @@ from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.opening import list_stores, open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
-from echoshift.train.alignment.stage_config import AlignmentStageConfig
-from echoshift.train.alignment.two_streams import StreamShapes, TwoStreams
-from echoshift.train.cached.batches import Domain, FeatureBatch
-from echoshift.train.cached.feature_bank import Rows, make_bank
-from echoshift.train.cached.feature_rows import read_visual
+from echoshift.train.alignment.config import AlignmentStageConfig
+from echoshift.train.alignment.method import find_method
+from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.data_places import DataPlaces
+from echoshift.train.features import FeatureBatch, FeatureRows, read_visual
+from echoshift.train.loop import Domain
 from echoshift.train.look.run_choice import describe_run, get_method
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
 from echoshift.train.splits import TEST, find_shift
-from echoshift.train.stage2.stage1_outputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
+from echoshift.train.stage2.inputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
 from echoshift.train.steps import RECORD
 
 _CHECKPOINT = "trained.safetensors"
@@ -111,7 +111,7 @@ def read_projected_features(places: DataPlaces, runs_dir: Path, record: RunRecor
 
 def _collect(
     title: str,
-    rows: Rows,
+    rows: FeatureRows,
     segments: tuple[Segment, ...],
     compute: Callable[[FeatureBatch], tuple[np.ndarray, np.ndarray]],
     one_clip: bool,
@@ -119,29 +119,26 @@ def _collect(
 ) -> ModalityFeatures:
     """Compute features of the first view of segments, clip by clip or of all clips at once."""
     index = rows.find([segment.segment_id for segment in segments])
-    chosen, bank = torch.from_numpy(index), make_bank([rows], torch.device("cpu"))
+    chosen = torch.from_numpy(index)
     clips = [torch.full_like(chosen, clip) for clip in range(rows.n_clips)] if one_clip else [None]
-    parts = [compute(bank.gather(chosen, torch.zeros_like(chosen), clip)) for clip in clips]
+    parts = [compute(rows.gather(chosen, clips=clip)) for clip in clips]
     frames, audio = (np.stack([part[i] for part in parts], axis=1) for i in (0, 1))
     return ModalityFeatures(title, segments, frames, audio, rows.has_audio[index].numpy(), *classifiers)
 
 
 def _encode(streams: TwoStreams, batch: FeatureBatch, domain: Domain) -> tuple[np.ndarray, np.ndarray]:
     """Encode a batch as segments of a domain; statistics of a domain's own make the difference (AdaBN)."""
-    found = []
-    for start in range(0, len(batch.audio), _N_AT_ONCE):
-        part = slice(start, start + _N_AT_ONCE)
-        visual = {name: values[part] for name, values in batch.visual.items()}
-        found.append(streams.encode(FeatureBatch(visual, batch.audio[part], batch.has_audio[part]), domain))
+    starts = range(0, len(batch.audio), _N_AT_ONCE)
+    found = [streams.encode(batch.cut(start, start + _N_AT_ONCE), domain) for start in starts]
     frames, audio = (torch.cat([part[i] for part in found]).numpy() for i in (0, 1))
     return frames, audio
 
 
-def _load_streams(path: Path, record: RunRecord, rows: Rows, n_classes: int) -> tuple[TwoStreams, bool]:
+def _load_streams(path: Path, record: RunRecord, rows: FeatureRows, n_classes: int) -> tuple[TwoStreams, bool]:
     config = AlignmentStageConfig.model_validate(record.config["streams"][0]["alignment"])
-    shapes = StreamShapes({name: shape[1:] for name, shape in rows.shapes.items()}, rows.audio.shape[1])
-    of_domain = config.alignment.method == "adabn"
-    streams = TwoStreams(config.alignment.network, shapes, n_classes, per_domain_statistics=of_domain)
+    method = find_method(config.alignment.method)
+    of_domain = bool(getattr(method and method.kind, "domain_statistics", False))
+    streams = TwoStreams(config.alignment.network, rows.describe_shapes(), n_classes, per_domain_statistics=of_domain)
     prefix = "streams."
     tensors = {n.removeprefix(prefix): t for n, t in read_tensors(path).items() if n.startswith(prefix)}
     if not tensors:
@@ -165,13 +162,13 @@ def _get_classifiers(streams: TwoStreams) -> tuple[Classifier | None, Classifier
     )
 
 
-def _open_rows(places: DataPlaces, runs_dir: Path, record: RunRecord) -> tuple[StreamInputs, Rows, tuple[Segment, ...]]:
+def _open_rows(places: DataPlaces, runs_dir: Path, record: RunRecord) -> tuple[StreamInputs, FeatureRows, tuple[Segment, ...]]:
     """Open what a run's first network was trained on, of the test segments of its shift's domains that have any."""
     stage1 = record.config["streams"][0]["stage1"]
     if stage1 is None:
         raise RunError(
-            f"{describe_run(record)}: it was trained on files named on the command line, which its record doesn't keep; "
-            f"run it on the cache or on a run of Stage 1"
+            f"{describe_run(record)}: it was trained on files named on the command line, which its record doesn't "
+            f"keep; run it on the cache or on a run of Stage 1"
         )
     if set(stage1) == {"visual", "sound"}:
         inputs = find_cached(places.cache_dir, places.card.name, stage1["visual"], stage1["sound"])
@@ -182,7 +179,7 @@ def _open_rows(places: DataPlaces, runs_dir: Path, record: RunRecord) -> tuple[S
     segments = _list_test_segments(places, record, stores)
     if not segments:
         raise RunError(f"no test segment of {record.shift} has features in {inputs.features}; extract them")
-    rows = open_stream(inputs, [segment.segment_id for segment in segments], (), _MAX_BYTES).test
+    rows = open_stream(inputs, [segment.segment_id for segment in segments], _MAX_BYTES)
     return inputs, rows, tuple(segments)
 
 

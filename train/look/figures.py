@@ -129,8 +129,8 @@ def render_inline(plot: Plot, name: str) -> str:
     head, body = file.getvalue().partition("<svg")[2].split(">", 1)
     box = re.search(r'viewBox="[^"]+"', head)
     assert box is not None, "matplotlib writes a view box"
-    body = re.sub(r"<metadata>.*?</metadata>|<g\b\K id=\"[^\"]*\"", "", body, flags=re.DOTALL)
-    body = body.replace("#000000", "currentColor")
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("#000000", "currentColor")
     label = html.escape(plot.description, quote=True)
     return f'<svg class="figure" {box[0]} role="img" aria-label="{label}">{body}'
 
@@ -317,7 +317,9 @@ def draw_shares(shares: Sequence[ModalityShares], what: str) -> Plot:
     """Draw accuracy, balance and shares of the norm of networks side by side; `what` names data and shift."""
     numbers = {each.title: {k: v for k, v in asdict(each).items() if k != "title"} for each in shares}
     first = shares[0]
-    top = ", ".join(f"{n} of {width}" for n, width in sorted({(first.n_top[k], first.n_features[k]) for k in first.n_top}))
+    top = ", ".join(
+        f"{n} of {width}" for n, width in sorted({(first.n_top[k], first.n_features[k]) for k in first.n_top})
+    )
     parts = (
         ("accuracy of each alone and of both\n(analysis: it reads the labels)", [each.accuracy for each in shares]),
         ("share of the final score", [each.score_share for each in shares]),
@@ -331,7 +333,9 @@ def draw_shares(shares: Sequence[ModalityShares], what: str) -> Plot:
             width = 0.8 / len(values[0])
             for i, name in enumerate(values[0]):
                 places = np.arange(len(shares)) + (i - (len(values[0]) - 1) / 2) * width
-                bars = axis.bar(places, [100 * of[name] for of in values], width * 0.92, color=colours[name], label=name)
+                bars = axis.bar(
+                    places, [100 * of[name] for of in values], width * 0.92, color=colours[name], label=name
+                )
                 axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
             axis.set_xticks(range(len(shares)), [each.title for each in shares])
             axis.set_ylim(0, 108)

@@ -105,9 +105,7 @@ def _list_runs(runs_dir: Path) -> list[RunRecord]:
     return sorted(keep_latest(read_runs(runs_dir / RESULTS)).values(), key=lambda record: record.ended)
 
 
-def _choose(
-    runs_dir: Path, fits: Callable[[RunRecord], bool], stage: str, choice: RunChoice, remedy: str
-) -> RunRecord:
+def _choose(runs_dir: Path, fits: Callable[[RunRecord], bool], stage: str, choice: RunChoice, remedy: str) -> RunRecord:
     found = [record for record in _list_runs(runs_dir) if choice.fits(record) and fits(record)]
     if not found:
         asked = choice.describe()
