@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echoshift.train.alignment.collapse import measure_dead_units
-from echoshift.train.alignment.config import AlignmentConfig
-from echoshift.train.alignment.masked_means import compute_mean_norm
-from echoshift.train.alignment.methods import build_method
-from echoshift.train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
-from echoshift.train.alignment.two_streams import StreamShapes
-from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from echoshift.train.cached.feature_rows import FeatureRows
-from echoshift.train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
+from echoshift.train.alignment.config import AlignmentConfig, AlignmentScheduleConfig
+from echoshift.train.alignment.method import build_method, compute_mean_norm
+from echoshift.train.alignment.run import measure_dead_units, plan_schedule
+from echoshift.train.features import FeatureBatch, FeatureRows, FeatureShapes
+from echoshift.train.loop import (
+    Domain,
+    Dropouts,
+    StepInputs,
+    TrainedRun,
+    TrainingData,
+    TrainingJob,
+    predict_rows,
+    train_run,
+)
 from echoshift.train.watching import SilentWatcher
 
 N_CLASSES, N_CLIPS, N_VISUAL, N_AUDIO, N_TRAIN, N_TEST = 8, 5, 256, 128, 1200, 800
@@ -108,7 +113,7 @@ def plan_job(
 ) -> TrainingJob:
     """Make one run of the shared loop."""
     target = np.arange(N_TRAIN, 2 * N_TRAIN) if config.setting == "uda" else np.zeros(0, dtype=np.int64)
-    shapes = StreamShapes({"pooled": (N_VISUAL,)}, N_AUDIO)
+    shapes = FeatureShapes({"pooled": (N_VISUAL,)}, N_AUDIO)
     data = TrainingData(
         train=rows,
         source=np.arange(N_TRAIN),
@@ -126,18 +131,18 @@ def plan_job(
         data=data,
         schedule=plan_schedule(schedule, has_target=len(target) > 0),
         seed=seed,
-        predict={"target_test": (rows, np.arange(2 * N_TRAIN, len(rows)), "target")},
-        signature=config.model_dump_json(),
     )
 
 
 def judge(job: TrainingJob, run: TrainedRun, labels: np.ndarray) -> NormGap:
     """Score a run, and measure its norms over all clips, one by one."""
-    right = run.predictions["target_test"].argmax(axis=-1) == labels[2 * N_TRAIN :]
-    measured: Any = job.build()
-    measured.load_state_dict(run.state)
+    measured: Any = job.build().eval()
     rows, ratios = job.data.train, []
-    assert isinstance(rows, FeatureRows)
+    tested, predicted = np.arange(2 * N_TRAIN, len(rows)), []
+    for state in (*run.snapshots, run.state):
+        measured.load_state_dict(state)
+        predicted.append(predict_rows(measured, rows, tested, "target", torch.device("cpu"), one_clip=True))
+    right = np.stack(predicted).argmax(axis=-1) == labels[2 * N_TRAIN :]
     places: tuple[tuple[slice, Domain], ...] = ((slice(N_TRAIN), "source"), (slice(2 * N_TRAIN, None), "target"))
     for part, domain in places:
         norms = []
@@ -149,7 +154,7 @@ def judge(job: TrainingJob, run: TrainedRun, labels: np.ndarray) -> NormGap:
         of_visual, of_audio = torch.stack(norms).mean(dim=0).tolist()
         ratios.append(of_visual / of_audio)
     dead = measure_dead_units(measured.method, rows, np.arange(N_TRAIN), one_clip=True)
-    return NormGap(float(right[-1].mean()), float(right.mean()), *ratios, dead["pictures"], dead["sound"])
+    return NormGap(float(right[-1].mean()), float(right.mean()), *ratios, dead["frames"], dead["audio"])
 
 
 def write_curves(curves: dict[str, np.ndarray], path: Path) -> None:
@@ -173,7 +178,7 @@ def draw_curves(curves: dict[str, np.ndarray], path: Path) -> None:
     for panel, ax in zip(panels, axes[0], strict=True):
         runs = {title.split()[2]: norms for title, norms in curves.items() if title.startswith(f"{panel} ")}
         for i, (method, norms) in enumerate(runs.items()):
-            for norm, modality, style in zip(norms.T, ("pictures", "sound"), ("-", "--"), strict=True):
+            for norm, modality, style in zip(norms.T, ("frames", "audio"), ("-", "--"), strict=True):
                 ax.plot(np.arange(len(norm)), norm, style, color=f"C{i}", label=f"{method}, {modality}")
         setting, larger = panel.split()
         ax.set(title=f"{setting}: {larger} features larger", xlabel="epoch", yscale="log")
@@ -225,8 +230,7 @@ def main() -> None:
                     config = config.model_copy(update={"rna": config.rna.model_copy(update={"weight": options.weight})})
                 made = [make_features(larger, options.gap, seed) for seed in range(options.seeds)]
                 jobs = [plan_job(config, schedule, rows, labels, seed) for seed, (rows, labels) in enumerate(made)]
-                jobs = [replace(job, signature=f"{job.signature} {i}") for i, job in enumerate(jobs)]  # run one by one
-                runs = train_jobs(jobs, device, SilentWatcher())
+                runs = [train_run(job, device, SilentWatcher()) for job in jobs]
                 found = [judge(job, run, labels) for job, run, (_, labels) in zip(jobs, runs, made, strict=True)]
                 in_source, in_target, dead_visual, dead_audio = (
                     " ".join(f"{getattr(f, place):6.3f}" for f in found)

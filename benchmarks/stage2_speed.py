@@ -1,13 +1,13 @@
-"""Measures a step of Stage 2's training against a plain DataLoader loop, and stacks of runs against single ones.
+"""Measures a step of Stage 2's training against a plain DataLoader loop.
 
     OMP_NUM_THREADS=2 python -m benchmarks.stage2_speed [--annotations FOLDER] [--rounds 9] [--steps 32] [--threads 2]
-        [--device cpu] [--stack 0] [--folder FOLDER] [--small 1] [--clock wall|cpu]
+        [--device cpu] [--folder FOLDER] [--small 1] [--clock wall|cpu]
 
 The preset `released` on D1 to D2 of epic_sized, 8 + 8 segments a batch, three ways in turn, `--steps` steps each: (a)
-two DataLoaders, Adam as it comes; (b) rows looked up, Adam fused; (c) `train_jobs`. (a) and (b) are those of
+two DataLoaders, Adam as it comes; (b) rows looked up, Adam fused; (c) `train_run`. (a) and (b) are those of
 plain_recogniser.py. Medians of the rounds in ms a step; ratios are medians of each round's own. (c) counts its second
 half, so that what it does once, which is printed too, is not in it; (d) is the time from reading the files to the end
-of its first step. With `--stack R`, (e): R runs as one stack against one run, ms a step and run, and what that gains.
+of its first step.
 `--clock cpu` counts the process' seconds on a core, which other programs disturb less; it is for `--threads 1`.
 """
 
@@ -36,16 +36,16 @@ from benchmarks.plain_recogniser import (
     train_by_index,
     train_plainly,
 )
-from echoshift.train.cached.training import Schedule, TrainingData, TrainingJob, train_jobs
+from echoshift.train.loop import Schedule, TrainingData, TrainingJob, train_run
 from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.settings import resolve_config
 from echoshift.train.stage2.config import Stage2Config
-from echoshift.train.stage2.config_files import resolve_config
-from echoshift.train.stage2.recogniser import FeatureShapes, build_recogniser
-from echoshift.train.stage2.stage1_outputs import StreamInputs, open_stream
+from echoshift.train.stage2.inputs import StreamInputs, open_stream
+from echoshift.train.stage2.recogniser import build_recogniser
 
 SOURCE, TARGET = "D1", "D2"
 N_EPOCHS = 29
-TARGET_RATIO, TARGET_START_S, TARGET_STACKED = 1.8, 5.0, 8.0
+TARGET_RATIO, TARGET_START_S = 1.8, 5.0
 
 
 Clock = Callable[[], float]
@@ -91,7 +91,7 @@ def read_shift(made: EpicSized, seed: int = 0) -> TrainingData:
     table_path = made.table(f"{SOURCE}-{TARGET}", seed)
     ids = [s.segment_id for s in (*source, *target)]
     max_bytes = Stage2Config().data.max_memory_mb * 2**20
-    rows = open_stream(StreamInputs("", made.features, table_path), ids, ids, max_bytes).train
+    rows = open_stream(StreamInputs("", made.features, table_path), ids, max_bytes)
     table = read_prediction_table(table_path)
     nothing = np.zeros(0, np.int64)
     return TrainingData(
@@ -111,15 +111,12 @@ def make_job(config: Stage2Config, data: TrainingData, n_classes: int, n_steps: 
 
     def build() -> nn.Module:
         rows = data.train
-        shapes = FeatureShapes(
-            {k: tuple(v.shape[3:]) for k, v in rows.visual.items()}, rows.audio.shape[1], n_classes, False
-        )
-        return build_recogniser(config, shapes, rows.audio[data.source].mean(dim=0), seed)
+        return build_recogniser(config, rows.describe_shapes(), n_classes, rows.audio[data.source].mean(dim=0), seed)
 
     schedule = Schedule(
         N_BATCH, N_BATCH, N_BATCH, n_steps, "adam", LR, WEIGHT_DECAY, precision=config.schedule.precision
     )
-    return TrainingJob(f"seed {seed}", build, data, schedule, seed, {}, "one")
+    return TrainingJob(f"seed {seed}", build, data, schedule, seed)
 
 
 def take_plain(data: TrainingData) -> tuple[PlainFeatures, PlainFeatures]:
@@ -159,12 +156,12 @@ def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args:
         times["a"].append(measure_blocks(plain, args.steps, clock))
         times["b"].append(measure_blocks(looked_up, args.steps, clock))
         watcher = TimingWatcher(clock)
-        train_jobs([make(2 * args.steps, 0)], device, watcher)
+        train_run(make(2 * args.steps, 0), device, watcher)
         times["c"].append(watcher.measure_last_half())
         times["once"].append(watcher.measure_whole() - 2e-3 * args.steps * times["c"][-1])
     medians = {name: statistics.median(values) for name, values in times.items()}
     n_steps = N_EPOCHS * (len(data.source) // N_BATCH)
-    for name, what in (("a", "two DataLoaders, Adam"), ("b", "rows looked up, fused Adam"), ("c", "train_jobs")):
+    for name, what in (("a", "two DataLoaders, Adam"), ("b", "rows looked up, fused Adam"), ("c", "train_run")):
         spread = f"{min(times[name]):.1f} to {max(times[name]):.1f}"
         run_s = medians[name] * n_steps / 1e3
         print(f"({name}) {what:<28} {medians[name]:7.2f} ms a step ({spread}); {n_steps} steps {run_s:.0f} s")
@@ -175,25 +172,6 @@ def compare_loops(make: Callable[[int, int], TrainingJob], n_classes: int, args:
         print(f"{slow} / {fast}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}){aim}")
 
 
-def compare_stack(make: Callable[[int, int], TrainingJob], args: argparse.Namespace) -> None:
-    """Print (e)."""
-    device, clock = torch.device(args.device), CLOCKS[args.clock]
-    jobs = [make(2 * args.steps, seed) for seed in range(args.stack)]
-    together, alone = [], []
-    for _ in range(args.rounds):
-        watcher = TimingWatcher(clock)
-        train_jobs(jobs, device, watcher, stack=0)
-        together.append(watcher.measure_last_half())
-        watcher = TimingWatcher(clock)
-        train_jobs(jobs[:1], device, watcher)
-        alone.append(watcher.measure_last_half())
-    ratio = statistics.median(one / many for one, many in zip(alone, together, strict=True))
-    print(
-        f"(e) {args.stack} runs stacked {statistics.median(together):.3f} ms a step and run, alone "
-        f"{statistics.median(alone):.3f}; gain {ratio:.2f}, target {TARGET_STACKED} on a GPU"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path)
@@ -202,7 +180,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--stack", type=int, default=0)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--small", type=int, default=1)
     args = parser.parse_args()
@@ -214,18 +191,16 @@ def main() -> None:
             f"torch {torch.__version__}"
         )
         started = time.perf_counter()
-        config = resolve_config(made.card, "released")
+        config = resolve_config(Stage2Config, made.card, "released")
         data = read_shift(made)
 
         def make(n_steps: int, seed: int) -> TrainingJob:
             return make_job(config, data, len(made.card.classes), n_steps, seed)
 
-        train_jobs([make(1, 0)], torch.device(args.device), TimingWatcher(time.perf_counter))
+        train_run(make(1, 0), torch.device(args.device), TimingWatcher(time.perf_counter))
         start_s = time.perf_counter() - started
         print(f"(d) from reading to the end of the first step: {start_s:.2f} s, target {TARGET_START_S}")
         compare_loops(make, len(made.card.classes), args)
-        if args.stack:
-            compare_stack(make, args)
 
 
 if __name__ == "__main__":

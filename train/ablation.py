@@ -13,14 +13,13 @@ from echoshift.train.data_places import DataPlaces
 from echoshift.train.grids import PlannedRun, Stage
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from echoshift.train.splits import find_shift
-from echoshift.train.two_stages import NeededStage1, list_needed, plan_network_run
+from echoshift.train.stage2.inputs import NeededStage1, list_needed
 from echoshift.train.watching import EpochWatcher, SilentWatcher
 
 if TYPE_CHECKING:
-    from echoshift.train.stage_settings import RunSettings
+    from echoshift.train.settings import RunSettings
 
 Resolve = Callable[[Stage, tuple[str, ...]], "RunSettings"]
-CUDA = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,10 @@ class GridPlace:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Who computes: this process, or `n` others; `stack` is how many runs of Stage 2 train as one, 0 what pays."""
+    """Who computes: this process, or `n` others."""
 
     n: int = 1
     gpus: tuple[str, ...] = ()
-    stack: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def run_grid(
         if id(run) in lost:
             watcher.advance()
     second = [run for run in second if id(run) not in lost]
-    failed += _run_tasks(_plan_networks(second, place, workers), watcher, workers)
+    failed += _run_tasks(_plan_networks(second, place), watcher, workers)
     return [FailedRun(run, reason) for run, reason in failed]
 
 
@@ -136,15 +134,8 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
     return tasks
 
 
-def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace, workers: Workers) -> list[_Task]:
-    """Plan runs on cached features: on a GPU of this process all together, to train in stacks; else one by one."""
-    from echoshift.pipeline.devices import resolve_device
-
-    if not runs:
-        return []
-    stack = workers.stack
-    if workers.n == 1 and stack != 1 and (stack or resolve_device(place.places.device).type == CUDA):
-        return [_Task(run_stacked, (tuple(runs), place, stack), tuple(runs), len(runs))]
+def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
+    """Plan runs on cached features, one by one."""
     settings = {run.row: place.resolve(run.stage, run.overrides) for run in runs}
     return [_Task(run_one, (run, place.places, place.runs_dir, settings[run.row]), (run,), 1) for run in runs]
 
@@ -160,27 +151,11 @@ def run_one_stage1(request: Any) -> None:
 def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
     """Run Stage 2 or alignment in this process, and say nothing of its epochs."""
     from echoshift.pipeline.devices import resolve_device
-    from echoshift.train.method_running import run_training
+    from echoshift.train.run_method import plan_network_run, run_training
 
     shift = find_shift(places.card, run.shift)
     planned = plan_network_run(places, settings, shift, run.seed, runs_dir, row=run.row)
     run_training(planned, SilentWatcher(), resolve_device(places.device))
-
-
-def run_stacked(runs: Sequence[PlannedRun], place: GridPlace, stack: int) -> None:
-    """Train runs on cached features in stacks, then scores each."""
-    from echoshift.pipeline.devices import resolve_device
-    from echoshift.train.method_running import run_training, train_together
-
-    device = resolve_device(place.places.device)
-    planned = []
-    for run in runs:
-        settings = place.resolve(run.stage, run.overrides)
-        shift = find_shift(place.places.card, run.shift)
-        planned.append(plan_network_run(place.places, settings, shift, run.seed, place.runs_dir, row=run.row))
-    trained = train_together(planned, SilentWatcher(), device, stack)
-    for one in planned:
-        run_training(one, SilentWatcher(), device, trained)
 
 
 def _run_tasks(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) -> list[tuple[PlannedRun, str]]:

@@ -19,8 +19,8 @@ from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.weights.load import WeightsRecord
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.train.grids import read_grid
+from echoshift.train.settings import resolve_settings
 from echoshift.train.splits import find_shift
-from echoshift.train.stage_settings import resolve_settings
 
 ECHOSHIFT = ".venv/bin/echoshift"
 MANIFESTS = Path(__file__).resolve().parents[2] / "data" / "manifests"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PLUGINS = (("docs/adding-an-encoder.md", "frame_averages.py"), ("docs/adding-a-method.md", "variance_matching.py"))
+PLUGINS = (("docs/adding-an-encoder.md", "frame_averages.py"), ("docs/adding-a-method.md", "coral.py"))
 
 
 @pytest.fixture(scope="module")

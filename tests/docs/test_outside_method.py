@@ -1,8 +1,9 @@
-"""Checks that a method of another distribution, the one that docs/ prints, trains and scores as echoshift's own do."""
+"""CORAL, the method that docs/ prints, from another distribution and built in: it trains and scores as others do."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from echoshift.pipeline.store.opening import list_stores, open_store
 from echoshift.pipeline.tensor_files import read_tensors
-from echoshift.train.alignment.config import METHOD_NAMES, AlignmentConfig
+from echoshift.train.alignment import method, methods
+from echoshift.train.alignment.config import AlignmentConfig, keep_used
+from echoshift.train.alignment.method import list_builtin
 from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
-PAGE, MODULE, NAME = "docs/adding-a-method.md", "variance_matching.py", "variance_matching"
+PAGE, MODULE, NAME = "docs/adding-a-method.md", "coral.py", "coral"
 SETTINGS = (
+    "alignment.setting=uda",
     "alignment.network.width=8",
     "iterations.n_steps=30",
     "iterations.n_batch=8",
@@ -54,7 +59,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doc_checkout: Modul
         assert change[0] in text
         folder = tmp_path / f"site-{name}"
         text = text.replace(*change) if change[0] else text
-        doc_checkout.write_distribution(folder, pyproject.replace(NAME, name), [(f"{name}.py", text)])
+        pyproject = pyproject.replace('coral = "coral:', f'{name} = "{name}:').replace('["coral"]', f'["{name}"]')
+        doc_checkout.write_distribution(folder, pyproject, [(f"{name}.py", text)])
         monkeypatch.syspath_prepend(folder)
         monkeypatch.delitem(sys.modules, name, raising=False)
         return folder / f"{name}.py"
@@ -99,11 +105,11 @@ def test_it_trains_and_scores(extracted: Any, tiny_shift: ModuleType, install: A
     assert (mean.selection, last.selection) == ("mean_last", "last")
     config = mean.config["alignment"]["alignment"]
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert config["method"] == NAME and config["own"] == {"weight": 0.1}
-    assert config["source"] == f"variance-matching 1.0 (variance_matching:VarianceMatching), file's sha256 {sha256}"
+    assert config["method"] == NAME and config["own"] == {"weight": 1.0}
+    assert config["source"] == f"echoshift-coral 1.0 (coral:Coral), file's sha256 {sha256}"
     step = tiny.steps / f"{NAME}_rgb-{mean.steps['trained_rgb']}"
     [done] = [json.loads(path.read_text()) for path in step.glob("*.json")]
-    assert done["outcome"]["loss_names"] == ["class", "variance"]
+    assert done["outcome"]["loss_names"] == ["class", "CORAL visual", "CORAL audio"]
 
     stores = {open_store(path).spec.encoder: open_store(path) for path in list_stores(tiny.root / "cache")}
     assert all("encoder_source" not in store.attributes for store in stores.values()), "echoshift's own need none"
@@ -141,8 +147,12 @@ def test_its_settings_and_its_file_name_a_run(
 
 
 WRONG = {
-    "no_losses": (("def losses(", "def loss("), (), "lacks losses"),
-    "no_module": (("(nn.Module)", ""), (), "names a class derived from torch.nn.Module"),
+    "no_terms": (('    loss_names = ("class", "CORAL visual", "CORAL audio")\n', ""), (), "lacks loss_names"),
+    "no_method": (
+        ("class Coral(AlignmentMethod)", "class Coral"),
+        (),
+        "a class derived from AlignmentMethod or torch.",
+    ),
     "odd_settings": (
         ("class Settings(SpecModel)", "class Settings"),
         (),
@@ -150,10 +160,21 @@ WRONG = {
     ),
     "unknown_key": (("", ""), ("alignment.own.wieght=1",), "own.wieght: Extra inputs are not permitted; it has weight"),
     "wrong_value": (("", ""), ("alignment.own.weight=-1",), "own.weight: Input should be greater than or equal to 0"),
-    "not_built": (("super().__init__()", "raise OSError('no file')"), (), "can't be built: OSError: no file"),
-    "more_terms": (('("class", "variance")', '("class",)'), (), "are of shape [2], its loss_names are 1"),
-    "needs_target": (('loss_names = ("', 'adapts = True\n    loss_names = ("'), (), "adapts to the target; it needs"),
-    "not_there": (("import torch\n", "import no_such_module\n"), (), "can't be loaded: ModuleNotFoundError"),
+    "not_built": (
+        (
+            "    def compute_terms(",
+            "    def add_heads(self):\n        raise OSError('no file')\n\n    def compute_terms(",
+        ),
+        (),
+        "can't be built: OSError: no file",
+    ),
+    "more_terms": ((', "CORAL audio")', ")"), (), "are of shape [3], its loss_names are 2"),
+    "needs_target": (("", ""), ("alignment.setting=dg",), "adapts to the target; it needs"),
+    "not_there": (
+        ("from pydantic", "import no_such\nfrom pydantic"),
+        (),
+        "can't be loaded: ModuleNotFoundError",
+    ),
 }
 
 
@@ -181,22 +202,66 @@ def test_a_name_that_is_taken_is_refused(
     blocks: ModuleType,
 ) -> None:
     install()
-    pyproject = blocks.find_file(PAGE, "pyproject.toml").replace('variance_matching = "', 'rna = "')
-    doc_checkout.write_distribution(tmp_path / "twin", pyproject.replace("variance-matching", "twin"), [])
+    pyproject = blocks.find_file(PAGE, "pyproject.toml").replace('coral = "', 'rna = "')
+    doc_checkout.write_distribution(tmp_path / "twin", pyproject.replace("echoshift-coral", "twin"), [])
     monkeypatch.syspath_prepend(tmp_path / "twin")
     code, err = align(extracted.with_runs(tmp_path / "runs"), tiny_shift, "rna")
     assert code == 2 and "'rna' of twin 1.0" in err and "has the name of one of echoshift's own" in err
 
 
-def test_own_settings_belong_to_methods_from_outside(extracted: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
+def test_methods_with_a_part_of_their_own_take_no_other_settings(
+    extracted: Any, tiny_shift: ModuleType, tmp_path: Path
+) -> None:
     code, err = align(extracted.with_runs(tmp_path), tiny_shift, "rna", "alignment.own.weight=1")
-    assert code == 2 and "`own` and `source` belong to methods from outside the package" in err
+    assert code == 2 and "has no settings of its own, such as 'weight'; it reads alignment.rna" in err
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_runs_of_echoshifts_own_methods_keep_their_names(method: str) -> None:
-    fields = {"setting": "uda", "network": {"batch_norm": True, "fusion": "mid" if method == "yang_rerun" else "late"}}
-    described = AlignmentConfig.model_validate({"method": method, **fields}).model_dump(mode="json")
-    assert "own" not in described and "source" not in described
-    assert set(described) == set(AlignmentConfig.model_fields) - {"own", "source"}
-    assert AlignmentConfig.model_validate(described).method == method
+def test_coral_is_the_squared_distance_of_covariances_over_4_d_squared(install: Any) -> None:
+    file = install()
+    spec = importlib.util.spec_from_file_location(NAME, file)
+    assert spec is not None and spec.loader is not None
+    coral = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(coral)
+    rng = np.random.default_rng(0)
+    source, target = rng.standard_normal((9, 3)), 2 * rng.standard_normal((5, 3)) + 1
+    expected = np.square(np.cov(source.T) - np.cov(target.T)).sum() / (4 * 3**2)
+    found = coral.coral_loss(torch.from_numpy(source), torch.from_numpy(target))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    # By hand: variances 2 and 8 of one feature, (2 - 8)^2 / 4.
+    assert coral.coral_loss(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]])).item() == pytest.approx(9.0)
+    assert coral.coral_loss(torch.ones(1, 3), torch.ones(4, 3)).item() == 0
+    assert len(file.read_text().splitlines()) < 60
+
+
+def test_the_same_file_built_in_is_a_method_and_changes_no_other(
+    extracted: Any,
+    tiny_shift: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: ModuleType,
+) -> None:
+    def describe(name: str) -> dict[str, Any]:
+        needs = {"adabn": {"batch_norm": True}, "yang_rerun": {"fusion": "mid"}}.get(name, {})
+        config = AlignmentConfig.model_validate({"method": name, "setting": "uda", "network": needs})
+        return config.model_dump(mode="json")
+
+    before = {name: describe(name) for name in list_builtin()}
+    (tmp_path / MODULE).write_text(blocks.find_file(PAGE, MODULE))
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    for found in (method.list_builtin, method._load_builtin):
+        found.cache_clear()
+    try:
+        assert NAME in list_builtin()
+        assert {name: describe(name) for name in before} == before
+        assert all("own" not in described and "source" not in described for described in before.values())
+        tiny = extracted.with_runs(tmp_path / "runs")
+        code, out, err = tiny_shift.run("list", "methods")
+        assert code == 0 and NAME in out.split()
+        code, err = align(tiny, tiny_shift, NAME, "alignment.own.weight=2")
+        assert code == 0, err
+        config = list_records(tiny)[0].config["alignment"]["alignment"]
+        assert config["own"] == {"weight": 2.0} and "source" not in config
+        assert keep_used(config).keys() == {"method", "setting", "class_weight", "network", "own"}
+    finally:
+        for found in (method.list_builtin, method._load_builtin):
+            found.cache_clear()

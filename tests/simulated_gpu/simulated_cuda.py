@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from simulated_graphs import SimulatedGraph
 from simulated_tensors import CUDA, RUNNER, AnyGenerator, DeviceMode, PythonMode
 
 
@@ -33,12 +32,6 @@ class _Event:
     def synchronize(self) -> None:
         """Wait for the device."""
         RUNNER.wait()
-
-
-@contextmanager
-def _capture(graph: SimulatedGraph, stream: Any = None) -> Iterator[None]:
-    with graph.capture():
-        yield
 
 
 def _open_no_grad(mode: bool) -> AbstractContextManager[None]:
@@ -72,8 +65,6 @@ def simulate_gpu() -> Iterator[None]:
         "Event": _Event,
         "current_stream": lambda device=None: _Stream(),
         "stream": lambda stream: nullcontext(),
-        "CUDAGraph": SimulatedGraph,
-        "graph": _capture,
         "_lazy_init": lambda: None,
     }
     with ExitStack() as stack:
@@ -87,4 +78,4 @@ def simulate_gpu() -> Iterator[None]:
         yield
 
 
-__all__ = ["CUDA", "RUNNER", "SimulatedGraph", "simulate_gpu"]
+__all__ = ["CUDA", "RUNNER", "simulate_gpu"]

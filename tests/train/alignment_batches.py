@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from echoshift.train.alignment.config import METHOD_NAMES, AlignmentConfig
-from echoshift.train.alignment.methods import build_method
-from echoshift.train.alignment.two_streams import StreamShapes
-from echoshift.train.cached.batches import FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
-from echoshift.train.overrides import merge_settings
+from echoshift.train.alignment.config import AlignmentConfig
+from echoshift.train.alignment.method import build_method
+from echoshift.train.features import FeatureBatch, FeatureShapes
+from echoshift.train.loop import SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.settings import merge_settings
 
 N_VISUAL, N_AUDIO, N_CLASSES, WIDTH = 6, 5, 3, 8
-SHAPES = StreamShapes({"pooled": (N_VISUAL,)}, N_AUDIO)
+SHAPES = FeatureShapes({"pooled": (N_VISUAL,)}, N_AUDIO)
 NEEDS: dict[str, dict[str, Any]] = {
     "adabn": {"setting": "uda", "network": {"batch_norm": True}},
     "mmd": {"setting": "uda"},
@@ -23,7 +23,6 @@ NEEDS: dict[str, dict[str, Any]] = {
     "planamente_rerun": {"setting": "uda"},
     "yang_rerun": {"setting": "uda", "network": {"fusion": "mid"}},
 }
-NAMES = METHOD_NAMES
 
 
 def make_config(method: str, **changes: Any) -> AlignmentConfig:
@@ -32,7 +31,7 @@ def make_config(method: str, **changes: Any) -> AlignmentConfig:
     return AlignmentConfig.model_validate(merge_settings(merge_settings(small, NEEDS.get(method, {})), changes))
 
 
-def build(method: str, seed: int = 0, shapes: StreamShapes = SHAPES, **changes: Any) -> Any:
+def build(method: str, seed: int = 0, shapes: FeatureShapes = SHAPES, **changes: Any) -> Any:
     """Build a small method."""
     return build_method(make_config(method, **changes), shapes, N_CLASSES, seed)
 

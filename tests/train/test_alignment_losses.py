@@ -11,14 +11,22 @@ from scipy.stats import ortho_group
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from echoshift.train.alignment.align import alignment_loss
-from echoshift.train.alignment.config import DiscrepancyConfig
-from echoshift.train.alignment.grl import adversarial_loss, build_discriminator, compute_reversal, reverse_gradient
-from echoshift.train.alignment.hna import find_middle_norm, hard_norm_loss
-from echoshift.train.alignment.mmd import discrepancy_loss
-from echoshift.train.alignment.orth import orthogonality_loss
-from echoshift.train.alignment.rna import relative_norm_loss, relative_norm_loss_by_source
-from echoshift.train.alignment.synchronisation import build_synchronisation_head, find_strangers, synchronisation_loss
+from echoshift.train.alignment.methods.align import alignment_loss
+from echoshift.train.alignment.methods.grl import (
+    adversarial_loss,
+    build_discriminator,
+    compute_reversal,
+    reverse_gradient,
+)
+from echoshift.train.alignment.methods.hna import find_middle_norm, hard_norm_loss
+from echoshift.train.alignment.methods.mmd import MaximumMeanDiscrepancy, discrepancy_loss
+from echoshift.train.alignment.methods.orth import orthogonality_loss
+from echoshift.train.alignment.methods.rna import relative_norm_loss, relative_norm_loss_by_source
+from echoshift.train.alignment.methods.synchronisation import (
+    build_synchronisation_head,
+    find_strangers,
+    synchronisation_loss,
+)
 from echoshift.train.alignment.two_streams import StreamFeatures
 
 HEARD = torch.tensor([True, False, True, True, True, False])
@@ -152,7 +160,7 @@ def compute_mmd(source: np.ndarray, target: np.ndarray, gammas: tuple[float, ...
 
 
 def test_mmd_is_numpys_over_the_rows_that_count() -> None:
-    gammas = DiscrepancyConfig().gammas
+    gammas = MaximumMeanDiscrepancy.Settings().gammas
     assert len(gammas) == 17 and gammas[0] == 9.7 / 256 and gammas[8] == 9.7 and gammas[16] == 9.7 * 256
     source, target, counted = draw(6, seed=9), draw(4, seed=10) + 0.5, torch.tensor([True, True, False, True])
     found = discrepancy_loss(source, target, HEARD, counted, gammas).item()

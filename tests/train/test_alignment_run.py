@@ -79,25 +79,24 @@ def test_domain_generalisation_opens_no_row_of_the_target(
     aligned: Any, tiny_shift: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until the network is trained, nothing but the source's train split is read from a store."""
-    from echoshift.train.alignment import alignment_runs
-    from echoshift.train.cached import training
+    from echoshift.train import run_method
+    from echoshift.train.alignment import run
 
     opened: list[str] = []
     trained: list[list[str]] = []
-    open_rows, train_jobs = alignment_runs._open_rows, training.train_jobs
+    open_rows, train_run = run_method.open_rows, run_method.train_run
 
     def watch_rows(inputs: Any, segment_ids: tuple[str, ...], *rest: Any) -> Any:
         opened.extend(segment_ids)
         return open_rows(inputs, segment_ids, *rest)
 
-    def watch_training(*arguments: Any, **options: Any) -> Any:
-        found = train_jobs(*arguments, **options)
+    def watch_training(*arguments: Any) -> Any:
+        found = train_run(*arguments)
         trained.append(list(opened))
         return found
 
-    open_rows.cache_clear()
-    monkeypatch.setattr(alignment_runs, "_open_rows", watch_rows)
-    monkeypatch.setattr("echoshift.train.method_running.train_jobs", watch_training)
+    monkeypatch.setattr(run, "open_rows", watch_rows)
+    monkeypatch.setattr(run_method, "train_run", watch_training)
     align(aligned.with_runs(tmp_path), tiny_shift, "rna")
     assert len(trained) == 1
     assert set(trained[0]) == {f"s-train-{i}" for i in range(8)}

@@ -1,4 +1,4 @@
-"""Checks a grid whose rows are of both stages: each Stage 1 once, stacks, a kill in the middle, the table."""
+"""Checks a grid whose rows are of both stages: each Stage 1 once, a kill in the middle, the table."""
 
 from __future__ import annotations
 
@@ -91,27 +91,6 @@ def test_a_grid_that_was_killed_comes_to_the_same_rows(tiny_shift: ModuleType, t
     assert "0 of 6 runs are done" not in err and "6 of 6 runs are done" not in err
     assert sorted(map(repr, map(tell, read_results(killed)))) == sorted(map(repr, map(tell, read_results(tiny))))
     assert out == (tiny.root / "printed.csv").read_text()
-
-
-def test_stacked_runs_come_to_the_same_scores(tiny_shift: ModuleType, tiny: Any, tmp_path: Path) -> None:
-    shutil.copytree(tiny.runs, tmp_path / "runs")
-    stacked = tiny.with_runs(tmp_path / "runs")
-    for folder in (
-        *stacked.steps.glob("recogniser*"),
-        *stacked.steps.glob("predicted-*"),
-        *stacked.steps.glob("scores-*"),
-    ):
-        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-    results = stacked.runs / "tiny" / RESULTS
-    kept = [line for line in results.read_bytes().splitlines(keepends=True) if b'"stage":"stage2"' not in line]
-    results.write_bytes(b"".join(kept))
-    code, _, err = tiny_shift.run(*list_arguments(tiny_shift, stacked, "--stack", 4))
-    assert code == 0, err
-    for one, other in zip(read_results(tiny)[2:], read_results(stacked)[2:], strict=True):
-        assert (one.row, one.seed, one.steps) == (other.row, other.seed, other.steps)
-        path = Path(f"predicted-{one.steps['predictions_rgb']}") / "predictions.npz"
-        with np.load(tiny.steps / path) as alone, np.load(stacked.steps / path) as together:
-            np.testing.assert_allclose(together["probabilities"], alone["probabilities"], atol=1e-4)
 
 
 def test_without_its_steps_a_row_has_no_test_over_segments(tiny_shift: ModuleType, tiny: Any, tmp_path: Path) -> None:

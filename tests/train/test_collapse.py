@@ -11,18 +11,22 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from echoshift.train.alignment.collapse import compute_guessing_loss, describe_collapse, measure_dead_units
-from echoshift.train.alignment.config import AlignmentConfig
-from echoshift.train.alignment.rna import relative_norm_loss
-from echoshift.train.alignment.schedule import AlignmentScheduleConfig, plan_schedule
-from echoshift.train.alignment.stage_config import AlignmentStageConfig
-from echoshift.train.cached.feature_rows import FeatureRows
-from echoshift.train.cached.training import TrainedRun, TrainingData, TrainingJob, train_jobs
+from echoshift.train.alignment.config import AlignmentConfig, AlignmentScheduleConfig, AlignmentStageConfig
+from echoshift.train.alignment.method import build_method
+from echoshift.train.alignment.methods.rna import relative_norm_loss
+from echoshift.train.alignment.run import (
+    compute_guessing_loss,
+    describe_collapse,
+    measure_dead_units,
+    plan_schedule,
+)
+from echoshift.train.features import FeatureRows
+from echoshift.train.loop import TrainedRun, TrainingData, TrainingJob, train_run
 from echoshift.train.watching import SilentWatcher
 
 
 def make_rows(n: int, n_visual: int, n_audio: int, scale: float, n_clips: int = 2) -> FeatureRows:
-    """Make features of which those of pictures are `scale` times as long as those of sound; every fifth is silent."""
+    """Make features of which those of frames are `scale` times as long as those of audio; every fifth is silent."""
     rng = np.random.default_rng(0)
     has_audio = torch.from_numpy(np.arange(n) % 5 != 0)
     visual = scale * np.abs(rng.standard_normal((n, 1, n_clips, n_visual))) / n_visual**0.5
@@ -69,36 +73,36 @@ def test_units_that_no_segment_moves_are_counted(alignment: ModuleType) -> None:
         layer = method.streams.project_visual
         values = np.maximum(rows.visual["pooled"].numpy() @ layer.weight.numpy().T + layer.bias.numpy(), 0)
     flat = values.reshape(-1, alignment.WIDTH)
-    assert shares["pictures"] == pytest.approx((flat.min(axis=0) == flat.max(axis=0)).mean())
-    assert shares["sound"] == 1.0
+    assert shares["frames"] == pytest.approx((flat.min(axis=0) == flat.max(axis=0)).mean())
+    assert shares["audio"] == 1.0
     assert measure_dead_units(torch.nn.Linear(2, 2), rows, index, one_clip=True) == {}
 
 
 def test_a_silent_source_and_a_missing_stream_are_not_measured(alignment: ModuleType) -> None:
     rows = make_rows(6, alignment.N_VISUAL, alignment.N_AUDIO, 1.0).without_sound()
-    assert set(measure_dead_units(alignment.build("rna"), rows, np.arange(6), one_clip=False)) == {"pictures"}
+    assert set(measure_dead_units(alignment.build("rna"), rows, np.arange(6), one_clip=False)) == {"frames"}
     alone = alignment.build("source_only", network={"modalities": "visual"})
     heard = make_rows(6, alignment.N_VISUAL, alignment.N_AUDIO, 1.0)
-    assert set(measure_dead_units(alone, heard, np.arange(6), one_clip=False)) == {"pictures"}
+    assert set(measure_dead_units(alone, heard, np.arange(6), one_clip=False)) == {"frames"}
 
 
 def make_run(class_loss: float) -> TrainedRun:
     """Make a run whose last epoch had a class loss."""
-    return TrainedRun({}, ("class", "RNA"), np.array([[0.1, 0.0], [class_loss, 0.0]], np.float32), {})
+    return TrainedRun({}, ("class", "RNA"), np.array([[0.1, 0.0], [class_loss, 0.0]], np.float32))
 
 
 def test_the_lines_name_what_failed_and_the_settings() -> None:
     config = AlignmentStageConfig(alignment=AlignmentConfig(method="rna"))
     labels = np.array([0, 0, 1, 2])
-    [line] = describe_collapse(make_run(1.0), {"pictures": 0.995, "sound": 0.98}, labels, config)
+    [line] = describe_collapse(make_run(1.0), {"frames": 0.995, "audio": 0.98}, labels, config)
     assert line == (
-        "training has left 99.5% of the units of pictures the same for every segment; where that isn't what the method "
+        "training has left 99.5% of the units of frames the same for every segment; where that isn't what the method "
         "is for, lower iterations.lr (0.01) or alignment.rna.weight (1)"
     )
-    assert describe_collapse(make_run(1.0), {"pictures": 0.98, "sound": 0.0}, labels, config) == ()
+    assert describe_collapse(make_run(1.0), {"frames": 0.98, "audio": 0.0}, labels, config) == ()
     alone = AlignmentStageConfig(alignment=AlignmentConfig(method="source_only"))
-    first, second = describe_collapse(make_run(1.05), {"pictures": 1.0, "sound": 1.0}, labels, alone)
-    assert "100.0% of the units of pictures and 100.0% of the units of sound" in first
+    first, second = describe_collapse(make_run(1.05), {"frames": 1.0, "audio": 1.0}, labels, alone)
+    assert "100.0% of the units of frames and 100.0% of the units of audio" in first
     assert first.endswith("lower iterations.lr (0.01)")
     # The entropy of 1/2, 1/4, 1/4 is 1.5 ln 2 = 1.04.
     assert second == (
@@ -124,28 +128,22 @@ def test_who_guesses_loses_the_entropy_of_the_classes() -> None:
 
 @pytest.mark.parametrize(("weight", "is_killed"), [(1.0, True), (0.001, False)])
 def test_rna_kills_long_features_with_weight_1_and_not_with_less(weight: float, is_killed: bool) -> None:
-    """The features of pictures are 40 long, those of sound 1; 20 steps of the paper's rate."""
-    from echoshift.train.alignment.methods import build_method
-    from echoshift.train.alignment.two_streams import StreamShapes
-
+    """The features of frames are 40 long, those of audio 1; 20 steps of the paper's rate."""
     rows = make_rows(32, 16, 16, 40.0)
     config = AlignmentConfig.model_validate({"method": "rna", "network": {"width": 32}, "rna": {"weight": weight}})
     schedule = AlignmentScheduleConfig(n_steps=20, n_batch=16, n_checkpoints=1)
     empty = np.zeros(0, dtype=np.int64)
     labels = np.arange(32) % 2
     data = TrainingData(rows, np.arange(32), labels, np.zeros(32, np.int64), empty, empty, empty, empty, one_clip=True)
-    shapes = StreamShapes({"pooled": (16,)}, 16)
     job = TrainingJob(
-        title="long pictures",
-        build=lambda: build_method(config, shapes, 2, 0),
+        title="long frames",
+        build=lambda: build_method(config, rows.describe_shapes(), 2, 0),
         data=data,
         schedule=plan_schedule(schedule, has_target=False),
         seed=0,
-        predict={},
-        signature="",
     )
-    [run] = train_jobs([job], torch.device("cpu"), SilentWatcher())
+    run = train_run(job, torch.device("cpu"), SilentWatcher())
     method = job.build()
     method.load_state_dict(run.state)
-    share = measure_dead_units(method, rows, np.arange(32), one_clip=True)["pictures"]
+    share = measure_dead_units(method, rows, np.arange(32), one_clip=True)["frames"]
     assert (share > 0.8) == is_killed

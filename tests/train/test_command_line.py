@@ -119,7 +119,7 @@ OFFERED = {
     "echoshift weights get i3d-rgb-k": ["i3d-rgb-kinetics400"],
     "echoshift stage1 hac --set training.n_e": ["training.n_epochs="],
     "echoshift stage2 hac --set recogniser.n_l": ["recogniser.n_layers="],
-    "echoshift align hac --set alignment.method=mm": ["alignment.method=mmd", "alignment.method=mm_sada"],
+    "echoshift align hac --set alignment.method=mm": ["alignment.method=mm_sada", "alignment.method=mmd"],
     "echoshift align hac --preset ": ["paper", "quick", "released"],
     "echoshift stage2 epic --shift D1-": ["D1-D2", "D1-D3"],
     "echoshift ablate epic --grid b-table2": ["b-table2"],

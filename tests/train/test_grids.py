@@ -6,7 +6,7 @@ from echoshift.pipeline.cards import DatasetCard, Shift, read_dataset_card
 from echoshift.pipeline.errors import RunError
 from echoshift.train.grids import list_grids, plan_runs, read_grid
 from echoshift.train.runs import hash_config
-from echoshift.train.stage_settings import resolve_settings
+from echoshift.train.settings import resolve_settings
 
 CARD = DatasetCard(
     name="toy",

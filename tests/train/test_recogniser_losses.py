@@ -1,4 +1,4 @@
-"""What each term of Eq. 8 counts: h' by hand, sound that is withheld, several labels, stacks of the ablations."""
+"""What each term of Eq. 8 counts: h' by hand, sound that is withheld, several labels."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, stack_module_state
 
-from echoshift.train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.features import FeatureBatch, FeatureShapes
+from echoshift.train.loop import Dropouts, SourceFeatures, StepInputs, TargetFeatures
 from echoshift.train.stage2.config import Stage2Config
-from echoshift.train.stage2.recogniser import AudioInfusedRecogniser, FeatureShapes, build_recogniser
+from echoshift.train.stage2.recogniser import AudioInfusedRecogniser, build_recogniser
 
 N_CLASSES, N_AUDIO, N_VISUAL, N_CLIPS, N = 3, 5, 6, 2, 4
 SMALL = {"width": 8, "n_heads": 2, "head_width": 4, "mlp_width": 8, "visual_width": 4}
-Z_M = {"class_token": "learnable", "audio_tokens": True, "domain_embedding": "none"}
 
 
 def build(seed: int = 0, *, multi_label: bool = False, p_missing: float = 0.1, **recogniser: Any) -> Any:
     config = Stage2Config.model_validate(
         {"recogniser": {**SMALL, **recogniser}, "missing_sound": {"p_missing": p_missing}}
     )
-    shapes = FeatureShapes({"pooled": (N_VISUAL,)}, N_AUDIO, N_CLASSES, multi_label)
-    return build_recogniser(config, shapes, torch.linspace(-1, 1, N_AUDIO), seed)
+    shapes = FeatureShapes({"pooled": (N_VISUAL,)}, N_AUDIO, multi_label=multi_label)
+    return build_recogniser(config, shapes, N_CLASSES, torch.linspace(-1, 1, N_AUDIO), seed)
 
 
 def make_step(labels: Tensor, pseudo: Tensor | None = None, seed: int = 0) -> StepInputs:
@@ -61,9 +60,12 @@ def cross_entropy(logits: np.ndarray, label: int) -> float:
     return float(np.log(np.exp(logits).sum()) - logits[label])
 
 
-def compute_terms(model: AudioInfusedRecogniser, step: StepInputs, draws: Tensor | None = None) -> dict[str, float]:
+def compute_terms(
+    model: AudioInfusedRecogniser, step: StepInputs, dropouts: Dropouts | None = None
+) -> dict[str, float]:
     with torch.no_grad():
-        return dict(zip(model.loss_names, model.losses(step, Dropouts(draws)).tolist(), strict=True))
+        terms = model.losses(step, dropouts or Dropouts())
+    return dict(zip(model.loss_names, terms.tolist(), strict=True))
 
 
 def test_h_prime_is_learned_from_each_clip_of_silent_segments_too() -> None:
@@ -117,52 +119,6 @@ def test_withheld_sound_is_as_no_sound_in_training_alone() -> None:
     step, draws = make_step(torch.tensor([2, 0, 1, 1])), torch.tensor([0.05, 0.5, 0.0999, 0.1])
     silent = step.source.inputs._replace(has_audio=torch.tensor([False, False, False, True]))
     as_silent = step._replace(source=step.source._replace(inputs=silent))
-    withheld = compute_terms(model.train(), step, draws)
+    withheld = compute_terms(model.train(), step, Dropouts(lambda shape: draws))
     assert withheld == pytest.approx(compute_terms(model.eval(), as_silent), rel=1e-6)
     assert withheld["h"] != pytest.approx(compute_terms(model, step)["h"], rel=1e-3)
-
-
-class _Losses(torch.nn.Module):
-    def __init__(self, method: AudioInfusedRecogniser) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, source: SourceFeatures, target: TargetFeatures, draws: Tensor) -> Tensor:
-        return self.method.losses(StepInputs(source, target, None, torch.tensor(0.0)), Dropouts(draws))
-
-
-@pytest.mark.parametrize("multi_label", [False, True])
-@pytest.mark.parametrize("recogniser", [Z_M, {"class_tokens": "per_clip"}, {"class_token": "h"}], ids=str)
-def test_ablations_stack(recogniser: dict[str, Any], multi_label: bool) -> None:
-    models = [_Losses(build(seed, multi_label=multi_label, **recogniser)).train() for seed in range(3)]
-    labels, pseudo = torch.tensor([2, 0, 1, 1]), torch.tensor([-1, 2, 0, 1])
-    if multi_label:
-        labels = torch.eye(N_CLASSES)[labels]
-        pseudo = torch.where(pseudo[:, None] < 0, torch.nan, torch.eye(N_CLASSES)[pseudo.clamp(min=0)])
-    steps = [make_step(labels, pseudo, seed) for seed in range(3)]
-    trial = Dropouts()
-    models[0].method.losses(steps[0], trial)
-    draws = torch.rand(3, trial.n_taken, generator=torch.Generator().manual_seed(0))
-    stacked, buffers = stack_module_state(models)  # type: ignore[arg-type]
-    stacked = {name: value.detach().requires_grad_() for name, value in stacked.items()}
-
-    def compute(parameters: Any, source: Any, target: Any, draws: Tensor) -> Any:
-        return functional_call(models[0], (parameters, buffers), (source, target, draws))
-
-    tree_map = torch.utils._pytree.tree_map
-    sources, targets = (
-        tree_map(lambda *parts: torch.stack(parts), *(getattr(step, part) for step in steps))
-        for part in ("source", "target")
-    )
-    found = torch.vmap(compute)(stacked, sources, targets, draws)
-    found.sum().backward()
-    for i, (model, step) in enumerate(zip(models, steps, strict=True)):
-        assert step.target is not None
-        terms = model(step.source, step.target, draws[i])
-        terms.sum().backward()
-        torch.testing.assert_close(found[i], terms, atol=1e-5, rtol=1e-5)
-        for name, parameter in model.named_parameters():
-            of_stack = stacked[name].grad
-            assert of_stack is not None, name
-            alone = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.testing.assert_close(of_stack[i], alone, atol=1e-5, rtol=1e-4)

@@ -14,7 +14,8 @@ import pytest
 
 from echoshift.pipeline.errors import RunError
 from echoshift.train import runs
-from echoshift.train.alignment.config import AlignmentConfig, CosineConfig, keep_used
+from echoshift.train.alignment.config import AlignmentConfig, keep_used
+from echoshift.train.alignment.methods.orth import Orthogonality
 from echoshift.train.runs import (
     RunRecord,
     TornLineWarning,
@@ -214,7 +215,7 @@ def test_the_code_version_names_the_commit():
 @pytest.mark.parametrize("stage", ["alignment", "stage1"])
 def test_a_new_methods_field_changes_no_other_methods_names(stage):
     class Wider(AlignmentConfig):
-        new_method: CosineConfig = CosineConfig()
+        new_method: Orthogonality.Settings = Orthogonality.Settings()
 
     def describe(kind, **settings):
         method = kind(method="rna", **settings).model_dump(mode="json")

@@ -24,7 +24,7 @@ from echoshift.train.stage1.audio_adaptive_encoder import predict_segments
 from echoshift.train.stage1.audio_classifier import AudioClassifier, predict_audio, train_audio_classifier
 from echoshift.train.stage1.config import AudioClassifierConfig, Stage1Config
 from echoshift.train.stage1.sound_features import SoundFeatures
-from echoshift.train.stage2.stage1_outputs import find_cached
+from echoshift.train.stage2.inputs import find_cached
 
 IDS = [f"x{i:02d}" for i in range(12)]
 LABELS = np.arange(12) % 3

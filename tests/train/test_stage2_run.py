@@ -89,7 +89,7 @@ def test_it_runs_where_nothing_that_makes_features_can_be_imported(own: Any) -> 
 
 def test_stage_2_imports_nothing_of_extract() -> None:
     block = "import sys; sys.modules['echoshift.extract'] = None"
-    code = f"{block}; import echoshift.train.stage2.planning, echoshift.train.cached.training"
+    code = f"{block}; import echoshift.train.run_method, echoshift.train.stage2.run, echoshift.train.alignment.run"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from echoshift.train.cached.feature_rows import FeatureRows
-from echoshift.train.cached.training import Schedule, TrainingData, TrainingJob
+from echoshift.train.features import FeatureBatch, FeatureRows
+from echoshift.train.loop import Domain, Dropouts, Schedule, StepInputs, TrainingData, TrainingJob
 
 N_CLASSES, N_CLIPS, N_VISUAL, N_AUDIO = 3, 2, 5, 4
 
@@ -80,6 +79,4 @@ def make_job(
         data=data,
         schedule=Schedule(n_source=4, n_target=3, n_labelled=2, n_steps=n_steps, **settings),
         seed=seed,
-        predict={"target_test": (rows, np.arange(18, 30), "target")},
-        signature="toy",
     )

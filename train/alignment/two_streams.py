@@ -1,35 +1,19 @@
-"""The network of Planamente et al., section 4, on cached features: a stream of pictures, a stream of sound."""
+"""The network of Planamente et al., section 4, on cached features: a stream of frames, a stream of audio."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from echoshift.train.alignment.config import NetworkConfig
-from echoshift.train.alignment.masked_batch_norm import MaskedBatchNorm
-from echoshift.train.cached.batches import Domain, Dropouts, FeatureBatch, StepInputs
-from echoshift.train.stage2.recogniser_losses import compute_class_loss
+from echoshift.train.alignment.config import AlignmentConfig, NetworkConfig
+from echoshift.train.alignment.method import AlignmentMethod
+from echoshift.train.features import FeatureBatch, FeatureShapes, join_batches, summarise_clips
+from echoshift.train.loop import Domain, Dropouts, StepInputs, compute_class_loss
 
-
-@dataclass(frozen=True, slots=True)
-class StreamShapes:
-    """What the streams are built for.
-
-    Attributes:
-        visual: by output, the shape of a clip: (C,) of `pooled`, (n_tokens, C) of tokens.
-        n_audio: width of the audio feature.
-        n_sources: how many domains the source has.
-    """
-
-    visual: Mapping[str, tuple[int, ...]]
-    n_audio: int
-    n_sources: int = 1
-    multi_label: bool = False
+_EPS, _MOMENTUM = 1e-5, 0.1  # of BatchNorm, torch's
 
 
 class StreamFeatures(NamedTuple):
@@ -46,13 +30,13 @@ class StreamFeatures(NamedTuple):
 class TwoStreams(nn.Module):
     """Projects each modality's cached feature and classifies: summed logits (late), or joined features (mid).
 
-    A silent segment has no audio logits, so that its prediction is the pictures' alone; joined, its audio half is zero;
+    A silent segment has no audio logits, so that its prediction is the frames' alone; joined, its audio half is zero;
     of sound alone, its prediction is even, and it doesn't count in the loss. BatchNorm's statistics of sound are those
     of sounding segments. Visual outputs are averaged over their tokens and joined.
     """
 
     def __init__(
-        self, config: NetworkConfig, shapes: StreamShapes, n_classes: int, *, per_domain_statistics: bool = False
+        self, config: NetworkConfig, shapes: FeatureShapes, n_classes: int, *, per_domain_statistics: bool = False
     ) -> None:
         super().__init__()
         self.config, self.multi_label, self.n_sources = config, shapes.multi_label, shapes.n_sources
@@ -83,11 +67,7 @@ class TwoStreams(nn.Module):
             return self.encode(source, "source"), None
         target = step.target.inputs
         n = len(source.has_audio)
-        visual = {name: torch.cat([values, target.visual[name]]) for name, values in source.visual.items()}
-        both = FeatureBatch(
-            visual, torch.cat([source.audio, target.audio]), torch.cat([source.has_audio, target.has_audio])
-        )
-        seen, heard = self._project(both)
+        seen, heard = self._project(join_batches([source, target]))
         return (
             self._normalise(seen[:n], heard[:n], source.has_audio, "source"),
             self._normalise(seen[n:], heard[n:], target.has_audio, "target"),
@@ -97,7 +77,7 @@ class TwoStreams(nn.Module):
         nothing = inputs.audio.new_zeros(len(inputs.has_audio), self.config.width)
         visual, audio = nothing, nothing
         if self.project_visual is not None:
-            clips = _summarise(inputs.visual)
+            clips = summarise_clips(inputs.visual)
             if self.config.clips == "mean":
                 clips = clips.mean(dim=1, keepdim=True)
             visual = F.relu(self.project_visual(clips)).mean(dim=1)
@@ -136,7 +116,71 @@ class TwoStreams(nn.Module):
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
 
-def _summarise(visual: Mapping[str, Tensor]) -> Tensor:
-    """Return one vector a clip, [B, n_clips, C]: the mean over tokens of each output, one after the other."""
-    means = [values if values.dim() == 3 else values.mean(dim=2) for values in visual.values()]
-    return means[0] if len(means) == 1 else torch.cat(means, dim=-1)
+class TwoStreamNetwork(AlignmentMethod, nn.Module):
+    """What `build_method` makes of an AlignmentMethod: the two streams, the method's heads, loss and predictions."""
+
+    def __init__(self, config: AlignmentConfig, shapes: FeatureShapes, n_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        parts = [getattr(config, name) for name in self.reads]
+        own = next((part for part in parts if type(part) is self.Settings), None)
+        self.settings = self.Settings.model_validate(config.own) if own is None else own
+        self.streams = TwoStreams(config.network, shapes, n_classes, per_domain_statistics=self.domain_statistics)
+        self.add_heads()
+
+    def losses(self, step: StepInputs, dropouts: Dropouts) -> Tensor:
+        """Compute the weighted terms, float32 [n_terms], in the order of `loss_names`."""
+        source, target = self.encode(step)
+        of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
+        terms = {name: torch.zeros_like(of_class) for name in self.loss_names}
+        found = {"class": self.config.class_weight * of_class, **self.compute_terms(step, source, target)}
+        return torch.stack(list((terms | found).values()))
+
+    def predict(self, inputs: FeatureBatch, domain: Domain) -> Tensor:
+        """Predict probabilities, float32 [B, K]."""
+        return self.streams.predict(inputs, domain)
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm of [B, D] by the mean and variance of the rows that count; eps and momentum are torch's.
+
+    nn.BatchNorm1d would count silent segments' rows. In training a batch is normalised by its own statistics, and the
+    running ones of its domain move towards them; a batch in which nothing counts moves nothing. In eval mode the
+    running ones of the domain normalise.
+
+    Attributes:
+        running_mean, running_var: float32 [n_domains, D]: of all batches, or, `per_domain`, of source and target.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, *, per_domain: bool) -> None:
+        super().__init__()
+        n_domains = 2 if per_domain else 1
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(n_domains, width))
+        self.register_buffer("running_var", torch.ones(n_domains, width))
+
+    def forward(self, values: Tensor, counted: Tensor, domain: Domain) -> Tensor:
+        """Normalise float [B, D] of a domain; `counted` bool [B]. Rows that don't count are normalised as well."""
+        values = values.float()
+        kept = 1 if domain == "target" and len(self.running_mean) > 1 else 0
+        if self.training:
+            mean, var = self._measure(values, counted, kept)
+        else:
+            mean, var = self.running_mean[kept], self.running_var[kept]
+        return (values - mean) * torch.rsqrt(var + _EPS) * self.weight + self.bias
+
+    def _measure(self, values: Tensor, counted: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        """Measure a batch, and move the running statistics; as torch's, those are of the unbiased variance."""
+        weights = counted.float()[:, None]
+        n = weights.sum()
+        mean = (values * weights).sum(dim=0) / n.clamp(min=1)
+        var = ((values - mean).square() * weights).sum(dim=0) / n.clamp(min=1)
+        share = _MOMENTUM * (n > 0).float()
+        unbiased = var.detach() * (n / (n - 1).clamp(min=1))
+        running_mean, running_var = self.running_mean[kept], self.running_var[kept]
+        running_mean.copy_(running_mean + share * (mean.detach() - running_mean))
+        running_var.copy_(running_var + share * (unbiased - running_var))
+        return mean, var

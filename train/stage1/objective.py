@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.train.alignment.methods import build_method
-from echoshift.train.alignment.two_streams import StreamShapes
+from echoshift.train.alignment.method import build_method
 from echoshift.train.batches import EncoderInputs
-from echoshift.train.cached.batches import Dropouts, FeatureBatch, SourceFeatures, StepInputs, TargetFeatures
+from echoshift.train.features import FeatureBatch, FeatureShapes
+from echoshift.train.loop import Dropouts, SourceFeatures, StepInputs, TargetFeatures
 from echoshift.train.stage1.config import ObjectiveConfig
 
 _VISUAL = "pooled"
@@ -138,7 +138,7 @@ def build_objective(
 ) -> EncoderObjective:
     """Build the objective on the audio network with its pretrained weights, which isn't changed."""
     sound = SoundBranch(sound_network)
-    shapes = StreamShapes(
+    shapes = FeatureShapes(
         visual={_VISUAL: (n_visual,)},
         n_audio=sound.network.n_classified,
         n_sources=len(source_domains),

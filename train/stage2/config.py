@@ -136,7 +136,7 @@ class StreamConfig(SpecModel):
 
 
 class DataConfig(SpecModel):
-    """How features are held: those that would take more than `max_memory_mb` are read shard by shard."""
+    """How features are held: those that would take more than `max_memory_mb` stay in their store."""
 
     max_memory_mb: int = Field(default=16384, gt=0)
 

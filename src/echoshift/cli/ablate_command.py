@@ -32,7 +32,7 @@ from echoshift.pipeline.places import MANIFESTS_DIR
 if TYPE_CHECKING:
     from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Grid, PlannedRun, Stage
-    from echoshift.train.stage_settings import RunSettings
+    from echoshift.train.settings import RunSettings
     from echoshift.train.tables import Table
 
 EXIT_SOME_FAILED = 3
@@ -88,13 +88,6 @@ def ablate(
     shifts: ShiftsOption = "",
     seeds: SeedsOption = None,
     workers: Annotated[int, typer.Option(help="Processes, each with a GPU or a share of the cores.", min=1)] = 1,
-    stack: Annotated[
-        int,
-        typer.Option(
-            help="How many runs of Stage 2 train as one stacked model; 0: all of equal shape on a GPU, 1 on a CPU.",
-            min=0,
-        ),
-    ] = 0,
     preset: PresetChoice = "paper",
     config: ConfigChoice = None,
     set_: OverrideChoice = None,
@@ -128,7 +121,7 @@ def ablate(
         cluster = plan_cluster(workers, None, slurm=False, slurm_options=[], device=device) if workers > 1 else None
         with end_on_sigterm(), show_progress("runs", quiet=quiet) as progress:
             gpus = cluster.gpus if cluster is not None else ()
-            failed = run_grid(missing, place, progress, Workers(workers, gpus, stack))
+            failed = run_grid(missing, place, progress, Workers(workers, gpus))
     made = _make_table(places, chosen, planned, runs_dir, rule)
     if as_json:
         _write(made, form, to)

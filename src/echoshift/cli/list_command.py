@@ -84,11 +84,9 @@ def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[
     if what == Kind.presets:
         return [{"name": name, "stages": ", ".join(stages)} for name, stages in list_preset_stages().items()]
     if what == Kind.methods:
-        from echoshift.train.alignment.config import METHOD_NAMES
-        from echoshift.train.alignment.outside_methods import list_outside_methods
+        from echoshift.train.alignment.method import list_methods
 
-        names = (*METHOD_NAMES, *list_outside_methods())
-        return [{"name": name, "how": f"align --set alignment.method={name}"} for name in names]
+        return [{"name": name, "how": f"align --set alignment.method={name}"} for name in list_methods()]
     if what == Kind.grids:
         return [{"name": name, "title": title} for name, title in list_grid_titles()]
     return _list_settings(of)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Stage
     from echoshift.train.runs import RunRecord
-    from echoshift.train.stage_settings import RunSettings
+    from echoshift.train.settings import RunSettings
     from echoshift.train.watching import EpochWatcher
 
 
@@ -40,7 +40,7 @@ def run_networks(
     from echoshift.pipeline.devices import resolve_device
     from echoshift.pipeline.errors import RunError
     from echoshift.pipeline.suggestions import suggest
-    from echoshift.train.two_stages import plan_network_run
+    from echoshift.train.run_method import plan_network_run, run_training
 
     notify = make_notifier(quiet=answer.quiet)
     places = open_places(choices, notify)
@@ -53,8 +53,6 @@ def run_networks(
         for chosen in choose_shifts(places.card, places.manifest, shift):
             with show_progress("steps", quiet=answer.quiet) as progress:
                 _run_missing_stage1(settings, places, chosen, seed, runs_dir, progress, notify)
-                from echoshift.train.method_running import run_training
-
                 planned = plan_network_run(
                     places, settings, chosen, seed, runs_dir, rerun=frozenset(rerun), notify=notify
                 )
@@ -88,7 +86,7 @@ def _run_missing_stage1(
     progress: EpochWatcher,
     notify: Callable[[str], None],
 ) -> None:
-    from echoshift.train.two_stages import list_needed
+    from echoshift.train.stage2.inputs import list_needed
 
     for needed in list_needed(settings, shift, seed, runs_dir):
         from echoshift.train.stage1.running import Stage1Request, run_stage1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from echoshift.pipeline.segments import Manifest
     from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Stage
-    from echoshift.train.stage_settings import RunSettings
+    from echoshift.train.settings import RunSettings
 
 DatasetChoice = Annotated[
     str,
@@ -146,6 +146,6 @@ def list_present_shifts(card: DatasetCard, manifest: Manifest) -> list[Shift]:
 
 def resolve_choices(stage: Stage, card: DatasetCard, choices: RunChoices, more: tuple[str, ...] = ()) -> RunSettings:
     """Make the settings of a run; `more` are a grid row's overrides, which win."""
-    from echoshift.train.stage_settings import resolve_settings
+    from echoshift.train.settings import resolve_settings
 
     return resolve_settings(stage, card, choices.preset, choices.config, [*(choices.overrides or []), *more])

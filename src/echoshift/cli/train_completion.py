@@ -49,10 +49,9 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> Offers:
     if equals and name in ("visual.encoder", "sound.encoder"):
         return offer_values(name, complete_encoders(value), value)
     if equals and name == "alignment.method":
-        from echoshift.train.alignment.config import METHOD_NAMES
-        from echoshift.train.alignment.outside_methods import list_outside_methods
+        from echoshift.train.alignment.method import list_methods
 
-        return offer_values(name, ((method, "") for method in (*METHOD_NAMES, *list_outside_methods())), value)
+        return offer_values(name, ((method, "") for method in list_methods()), value)
     stages = _STAGE_OF_COMMAND.get(ctx.info_name or "", STAGES)
     return offer_settings([key for stage in stages for key in list_stage_settings(stage)], incomplete)
 
@@ -83,7 +82,7 @@ def list_stage_settings(stage: str) -> list[SettingKey]:
         from echoshift.train.stage2.config import Stage2Config
 
         return list_setting_keys(Stage2Config)
-    from echoshift.train.alignment.stage_config import AlignmentStageConfig
+    from echoshift.train.alignment.config import AlignmentStageConfig
 
     return list_setting_keys(AlignmentStageConfig)
 

@@ -15,7 +15,7 @@ import pytest
 from echoshift.pipeline.cards import read_card
 from echoshift.pipeline.manifest_csv import read_manifest
 from echoshift.train.runs import RESULTS, RunRecord, append_run
-from echoshift.train.stage_settings import resolve_settings
+from echoshift.train.settings import resolve_settings
 
 SMALL = ("frame.short_side=36", "frame.crop=32", "clip.n_frames=4", "clip.n_clips=2")
 N_RIGHT = {("plain", 0): 1, ("plain", 1): 2, ("gated", 0): 4, ("gated", 1): 3}

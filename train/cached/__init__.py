@@ -1,1 +1,0 @@
-"""Trains on cached features, whatever the method: rows in memory, batches, the loop, stacks of runs."""
