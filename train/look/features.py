@@ -21,8 +21,8 @@ from echoshift.train.alignment.method import find_method
 from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureBatch, FeatureRows, read_visual
-from echoshift.train.loop import Domain
 from echoshift.train.look.run_choice import describe_run, get_method
+from echoshift.train.loop import Domain
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
 from echoshift.train.splits import TEST, find_shift
 from echoshift.train.stage2.inputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
@@ -162,7 +162,9 @@ def _get_classifiers(streams: TwoStreams) -> tuple[Classifier | None, Classifier
     )
 
 
-def _open_rows(places: DataPlaces, runs_dir: Path, record: RunRecord) -> tuple[StreamInputs, FeatureRows, tuple[Segment, ...]]:
+def _open_rows(
+    places: DataPlaces, runs_dir: Path, record: RunRecord
+) -> tuple[StreamInputs, FeatureRows, tuple[Segment, ...]]:
     """Open what a run's first network was trained on, of the test segments of its shift's domains that have any."""
     stage1 = record.config["streams"][0]["stage1"]
     if stage1 is None:

@@ -1,4 +1,4 @@
-"""Figures of features: norms and shares of both modalities, embeddings, losses, histograms; and how they are written."""
+"""Figures of features: norms and shares of both modalities, embeddings, losses, histograms; written as PNG or SVG."""
 
 from __future__ import annotations
 
@@ -317,9 +317,8 @@ def draw_shares(shares: Sequence[ModalityShares], what: str) -> Plot:
     """Draw accuracy, balance and shares of the norm of networks side by side; `what` names data and shift."""
     numbers = {each.title: {k: v for k, v in asdict(each).items() if k != "title"} for each in shares}
     first = shares[0]
-    top = ", ".join(
-        f"{n} of {width}" for n, width in sorted({(first.n_top[k], first.n_features[k]) for k in first.n_top})
-    )
+    counts = sorted({(first.n_top[name], first.n_features[name]) for name in first.n_top})
+    top = ", ".join(f"{n} of {width}" for n, width in counts)
     parts = (
         ("accuracy of each alone and of both\n(analysis: it reads the labels)", [each.accuracy for each in shares]),
         ("share of the final score", [each.score_share for each in shares]),
@@ -333,9 +332,7 @@ def draw_shares(shares: Sequence[ModalityShares], what: str) -> Plot:
             width = 0.8 / len(values[0])
             for i, name in enumerate(values[0]):
                 places = np.arange(len(shares)) + (i - (len(values[0]) - 1) / 2) * width
-                bars = axis.bar(
-                    places, [100 * of[name] for of in values], width * 0.92, color=colours[name], label=name
-                )
+                bars = axis.bar(places, [100 * v[name] for v in values], width * 0.92, color=colours[name], label=name)
                 axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
             axis.set_xticks(range(len(shares)), [each.title for each in shares])
             axis.set_ylim(0, 108)

@@ -353,9 +353,7 @@ class SegmentReader:
             parts.append(found if found.ndim == 2 else found.mean(axis=0))
             ids = ids or self._identify(record, path.parent)
         if not parts or ids is None:
-            raise RunError(
-                f"{describe_run(record)}: it doesn't say of which segments its predictions are; run it again"
-            )
+            raise RunError(f"{describe_run(record)}: it doesn't say whose predictions it has; run it again")
         mean = np.mean(parts, axis=0, dtype=np.float64).astype(np.float32)
         return StoredPredictions("recogniser" if record.stage == "stage2" else "alignment", _number(ids), mean)
 

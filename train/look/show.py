@@ -79,7 +79,7 @@ def list_facts(view: SegmentView) -> list[str]:
         lines.append(f"  audio: {duration_s:.2f} s, {audio.loudness_dbfs:.1f} dBFS  {level}")
     if spectrogram is not None:
         n_bands, n_frames = spectrogram.values.shape
-        lines.append(f"  spectrogram: {n_bands} x {n_frames}, {_describe_spectrogram(view)}")
+        lines.append(f"  spectrogram: {n_bands} x {n_frames}, {describe_spectrogram(view)}")
     lines += [f"  {part}: {why}" for part, why in view.missing.items() if part in ("frames", "audio", "spectrogram")]
     return lines
 
@@ -114,7 +114,7 @@ def list_predictions(view: SegmentView, n_top: int) -> tuple[list[str], list[lis
     return header, rows
 
 
-def _describe_spectrogram(view: SegmentView) -> str:
+def describe_spectrogram(view: SegmentView) -> str:
     """Describe whose input the spectrogram is, and how much of it isn't the segment's own."""
     spectrogram = view.spectrogram
     assert spectrogram is not None, "asked for where there is one"
@@ -206,7 +206,7 @@ def _draw_spectrogram(axis: Any, view: SegmentView) -> None:
     extent = (spectrogram.start_s, spectrogram.stop_s, 0, top)
     axis.imshow(values, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high, extent=extent)
     axis.set_ylabel("mel band" if spectrogram.is_mel else "kHz")
-    axis.set_title(f"log spectrogram, {_describe_spectrogram(view)}")
+    axis.set_title(f"log spectrogram, {describe_spectrogram(view)}")
     axis.set_xlim(view.segment.start_s, max(spectrogram.stop_s, view.segment.start_s + 1e-3))
     axis.tick_params(labelbottom=view.audio is None)
 
