@@ -20,19 +20,17 @@ import numpy as np
 import torch
 
 from echoshift.extract.demo.generating import generate_demo
-from echoshift.extract.extraction import ExtractionRequest, _open_work, _plan_jobs
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.shard_jobs import ExtractionJob
+from echoshift.extract.media import MediaSurvey
+from echoshift.extract.run import ExtractionJob, ExtractionRequest, _open_work, _plan_jobs
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import read_dataset_card
-from echoshift.pipeline.clusters import ClusterRequest, connect_cluster
-from echoshift.pipeline.dask_execution import run_with_dask
+from echoshift.pipeline.dask import ClusterRequest, connect_cluster, run_with_dask
 from echoshift.pipeline.execution import ShardReport, ShardTask, run_in_process
 from echoshift.pipeline.segments import Manifest
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import name_store
+from echoshift.pipeline.store.open import name_store
 
 CLUSTER = ClusterRequest("local", n_workers=2)
 

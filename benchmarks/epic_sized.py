@@ -21,13 +21,12 @@ import numpy as np
 
 from echoshift.pipeline.cards import DatasetCard, Shift, read_dataset_card, write_card
 from echoshift.pipeline.importers.epic import import_epic
-from echoshift.pipeline.manifest_csv import write_manifest
-from echoshift.pipeline.rows import order_segments
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.interface import ShardIndex
-from echoshift.pipeline.store.layout import plan_rows_per_shard, plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.layout import order_segments, plan_rows_per_shard, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.train.stage1.audio_classifier import AudioPredictions
 from echoshift.train.stage1.exporting import VisualPredictions
 from echoshift.train.stage1.prediction_table import write_prediction_table

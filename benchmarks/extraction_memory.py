@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from echoshift.extract.demo.generating import write_mp4
-from echoshift.extract.extraction import ExtractionRequest, extract_features
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.run import ExtractionRequest, extract_features
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.segments import Manifest, Segment
 
@@ -120,7 +120,7 @@ def extract_once(run: Run, root: Path) -> Outcome:
 
 
 def count_clips(store_path: str) -> int:
-    from echoshift.pipeline.store.opening import open_store
+    from echoshift.pipeline.store.open import open_store
 
     return int(open_store(store_path).read_array("n_valid").sum())
 

@@ -33,13 +33,12 @@ from benchmarks.pipeline_parts import Encoders, PipelineParts
 from benchmarks.plain_loop import describe_plain_loop
 from echoshift.extract.clips import plan_clips
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.inference import choose_batch
-from echoshift.extract.media import locate_media, open_frames
-from echoshift.extract.media_survey import MediaSurvey
-from echoshift.extract.row_readers import choose_n_readers
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.trial_extraction import choose_spread, extract_on_trial
+from echoshift.extract.media import MediaSurvey, locate_media, open_frames
+from echoshift.extract.rows import choose_n_readers
+from echoshift.extract.run import choose_spread, extract_on_trial
+from echoshift.extract.shard import choose_batch
 from echoshift.extract.weights.load import default_weights, resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.devices import resolve_device
 from echoshift.pipeline.segments import Segment

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
 
 HERE = Path(__file__).resolve().parent

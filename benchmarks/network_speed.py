@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from echoshift.extract.encoders.inference_form import DTYPES, choose_precision_hint, prepare_for_inference
 from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.pipeline.devices import resolve_device
-from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.pipeline.devices import keep_freed_memory, resolve_device
 
 INPUTS = {"slowfast_r50": (3, 32, 256, 256), "i3d_rgb": (3, 32, 224, 224), "resnet18_audio": (1, 257, 1004)}
 

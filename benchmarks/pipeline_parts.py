@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from echoshift.extract.clip_assembly import ClipAssembler, TakeClip
-from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
-from echoshift.extract.inference import ShardEncoder
-from echoshift.extract.media_survey import MediaSurvey, identify_segments
-from echoshift.extract.row_readers import RowReaders
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.shard_inputs import PictureFacts, PictureStretch, ShardInput, SoundWindow
-from echoshift.extract.sound.spectrograms import log_spectrogram
+from echoshift.extract.audio import log_spectrogram
+from echoshift.extract.frames import ClipAssembler
+from echoshift.extract.media import MediaSurvey, identify_segments
+from echoshift.extract.rows import AudioWindow, FrameClips, FrameStretch, RowInput, RowReaders
+from echoshift.extract.shard import ShardEncoder
 from echoshift.extract.weights.load import WeightsRecord
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.errors import MediaError
 from echoshift.pipeline.execution import ShardTask
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.layout import Shard
+from echoshift.pipeline.store.layout import Shard, compute_digests
 
 Encoders = Sequence[tuple[FeatureSpec, WeightsRecord]]
 
@@ -54,7 +51,7 @@ class PipelineParts:
     device: torch.device
     n_readers: int
     n_batch: int
-    inputs: list[ShardInput] = field(default_factory=list)
+    inputs: list[tuple[int, RowInput | None]] = field(default_factory=list)
     clips: list[tuple[str, int, int, torch.Tensor]] = field(default_factory=list)
 
     def prepare(self) -> None:
@@ -69,7 +66,7 @@ class PipelineParts:
         return time.perf_counter() - started
 
     def measure_computing_s(self) -> float:
-        """Measure preparing pictures and sound on the device, and the networks, from inputs read beforehand."""
+        """Measure preparing frames and audio on the device, and the networks, from inputs read beforehand."""
         sinks, encoders = self._make_encoders()
         started = time.perf_counter()
         self._feed(lambda path, row, entry, clip: encoders[path].add(row, entry, clip))
@@ -93,7 +90,7 @@ class PipelineParts:
         plan = ExtractionPlan(self.survey.root, self.survey.layout, targets, self.options)
         return plan, ShardWork(task, tuple(self.segments), digests)
 
-    def _read(self, kept: list[ShardInput] | None) -> None:
+    def _read(self, kept: list[tuple[int, RowInput | None]] | None) -> None:
         with RowReaders(*self._plan(), self.n_readers) as readers:
             for item in readers:
                 if kept is not None:
@@ -115,16 +112,19 @@ class PipelineParts:
         assert sum(sink.n_taken for sink in sinks.values()) == len(self.clips), "a clip gave no output"
         return duration_s
 
-    def _feed(self, take: TakeClip) -> None:
+    def _feed(self, take: Callable[[str, int, int, torch.Tensor], None]) -> None:
         specs = {spec.encoder: spec for spec, _ in self.encoders}
-        assembler = ClipAssembler(specs, self.device, take)
-        for item in self.inputs:
-            if isinstance(item, PictureFacts):
+        row = 0
+        assembler = ClipAssembler(specs, self.device, lambda path, entry, clip: take(path, row, entry, clip))
+        for row, item in self.inputs:
+            if item is None:
+                assembler.end()
+            elif isinstance(item, FrameClips):
                 assembler.begin(item)
-            elif isinstance(item, PictureStretch):
+            elif isinstance(item, FrameStretch):
                 assembler.feed(item)
-            elif isinstance(item, SoundWindow):
+            elif isinstance(item, AudioWindow):
                 spec = specs[item.store_path].audio
-                assert spec is not None, "sound goes to stores of sound"
+                assert spec is not None, "audio goes to stores of audio"
                 samples = torch.from_numpy(item.samples)[None].to(self.device)
-                take(item.store_path, item.row, item.entry, log_spectrogram(samples, spec)[0])
+                take(item.store_path, row, item.number, log_spectrogram(samples, spec)[0])

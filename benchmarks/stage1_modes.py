@@ -24,21 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey, identify_segments
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.media import MediaSurvey, identify_segments
 from echoshift.extract.shard import process_shard
 from echoshift.extract.weights.load import load_encoder, resolve_weights
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
+from echoshift.pipeline.devices import keep_freed_memory
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.freed_memory import keep_freed_memory
 from echoshift.pipeline.importers.folder import VIDEO_ENDINGS
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.train.stage1.audio_attention import AudioAttention
 from echoshift.train.stage1.config import AttentionConfig
 from echoshift.train.stage1.frame_inputs import FrameInputs

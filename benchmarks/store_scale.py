@@ -21,12 +21,11 @@ import numpy as np
 
 from benchmarks.store_speed import count_files, make_index, make_spec
 from echoshift.pipeline.execution import plan_tasks, select_rows
-from echoshift.pipeline.rows import compute_digests, order_segments
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.store.auditing import audit_output
-from echoshift.pipeline.store.layout import plan_rows_per_shard, plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.audit import audit_output
+from echoshift.pipeline.store.layout import compute_digests, order_segments, plan_rows_per_shard, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 N_DIMS = 256
 

@@ -20,7 +20,7 @@ import numpy as np
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.interface import Backend, FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import Shard, plan_rows_per_shard, plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.open import create_store, open_store
 
 N_DIMS = 2304
 N_RANDOM_ROWS = 256

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from echoshift.extract.encoders.registry import EncoderEntry, find_encoder, is_trunk_output
-from echoshift.extract.presets import apply_preset, find_preset
+from echoshift.extract.media import locate_media
+from echoshift.extract.recipes import Preset, find_preset
 from echoshift.extract.weights.load import WeightsRecord
-from echoshift.pipeline.errors import SpecError
+from echoshift.pipeline.cards import DatasetCard
+from echoshift.pipeline.errors import MediaNotFoundError, SpecError, suggest
+from echoshift.pipeline.segments import Manifest
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec
-from echoshift.pipeline.suggestions import suggest
 
 SPEC_PARTS = ("clip", "frame", "audio")
 
@@ -41,15 +44,15 @@ def make_feature_spec(
     `outputs` are names, or `default`, `trunk` and `all` for those of a level (ARCHITECTURE, two cache levels).
     `overrides` are `part.field=value` with part clip, frame or audio, or `ENCODER.part.field=value` for one encoder
     alone, such as `clip.n_clips=10` or `i3d_rgb.clip.rate_hz=none`. One without an encoder passes over those that have
-    no such part, and over sound that no clip has a say in. Raises SpecError naming the override or output.
+    no such part, and over audio that no clip has a say in. Raises SpecError naming the override or output.
     """
     entry = find_encoder(encoder)
     parts: dict[str, dict[str, Any]] = {
         part: dict(getattr(entry, part)) for part in SPEC_PARTS if getattr(entry, part) is not None
     }
     if preset:
-        apply_preset(find_preset(preset), entry, parts)
-    for override in sorted(overrides, key=lambda o: "clip." in o):  # whether clips matter to sound is known last
+        _apply_preset(find_preset(preset), entry, parts)
+    for override in sorted(overrides, key=lambda o: "clip." in o):  # whether clips matter to audio is known last
         _apply_override(entry, parts, override)
     try:
         specs = {part: type(getattr(entry, part)).model_validate(fields) for part, fields in parts.items()}
@@ -73,6 +76,29 @@ def make_feature_spec(
         )
     except ValidationError as error:  # what one part alone can't know
         raise _name_fault(encoder, error) from error
+
+
+def _apply_preset(preset: Preset, entry: EncoderEntry, parts: dict[str, dict[str, Any]]) -> None:
+    """Change the parts (clip, frame, audio) of an encoder's preprocessing to what a preset says.
+
+    An encoder smaller than 256 gets short sides and crops in proportion. For flow, whose rate is half of the frames',
+    the number of frames and their stride stay the encoder's own where the preset doesn't span a time in seconds.
+    """
+    clip = dict(preset.clip)
+    if entry.modality == "flow":
+        clip = {key: value for key, value in clip.items() if key not in ("n_frames", "stride", "rate_hz")}
+    parts["clip"].update(clip)
+    if "frame" in parts and entry.frame is not None:
+        side = entry.frame.short_side
+        parts["frame"].update(preset.frame)
+        if "short_sides" in preset.frame:
+            parts["frame"]["short_sides"] = tuple(side * s // 256 for s in preset.frame["short_sides"])
+        if preset.crop == "part":
+            parts["frame"]["crop"] = side * 7 // 8
+    if "audio" in parts and preset.audio:
+        parts["audio"].update(preset.audio)
+    if "audio" in parts and parts["audio"]["span"] == "segment":
+        parts["clip"].update(n_clips=1, sampling="uniform")
 
 
 def _name_fault(encoder: str, error: ValidationError) -> SpecError:
@@ -112,3 +138,26 @@ def _apply_override(entry: EncoderEntry, parts: dict[str, dict[str, Any]], overr
         hint = suggest(field, parts[part], there="it has")
         raise SpecError(f"override {override!r}: {part} has no field {field!r}; {hint}")
     parts[part][field] = None if text.strip().lower() == "none" else text.strip()
+
+
+COMPUTED: Literal["tvl1"] = "tvl1"  # what the published flow networks were trained on
+
+
+def choose_flow(card: DatasetCard, manifest: Manifest, media_root: Path) -> Literal["images", "tvl1"]:
+    """Return `images` if any segment's video has flow images below the media root, else the method of computing it.
+
+    A video that lacks its images where others have them fails with that reason: flow from two sources would make
+    features that can't be compared.
+    """
+    seen: set[tuple[str, str, str]] = set()
+    for segment in manifest:
+        video = (segment.video_id, segment.domain, segment.split)
+        if video in seen:
+            continue
+        seen.add(video)
+        try:
+            locate_media(media_root, card.media, segment, "flow")
+        except MediaNotFoundError:
+            continue
+        return "images"
+    return COMPUTED

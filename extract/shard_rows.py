@@ -2,23 +2,101 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from echoshift.extract.extraction_plan import ShardWork
-from echoshift.extract.kept_rows import KeptRows
-from echoshift.extract.output_writer import OutputWriter
+from echoshift.extract.work import ShardWork
 from echoshift.pipeline.errors import MediaError
 from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
+from echoshift.pipeline.store.layout import DONE, FAILED, N_DIGEST_BYTES, PENDING, ROW_ARRAYS
+
+N_CHUNKS_AHEAD = 4
+
+
+class OutputWriter:
+    """A thread that writes chunks in the order in which they come, so that writing overlaps computing.
+
+    At most N_CHUNKS_AHEAD wait, then `write` does. An error of the disk is raised by one of the next calls. Use as a
+    context manager.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="output-writer")
+        self._under_way: deque[Future[None]] = deque()
+
+    def write(self, store: FeatureStore, name: str, row: int, clip: int, values: np.ndarray) -> None:
+        """Hand a chunk over, which the caller no longer changes."""
+        while len(self._under_way) >= N_CHUNKS_AHEAD:
+            self._under_way.popleft().result()
+        self._under_way.append(self._pool.submit(store.write_outputs, name, row, values, clip))
+
+    def wait(self) -> None:
+        """Wait until everything handed over is written."""
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    def __enter__(self) -> OutputWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fail_shard(store: FeatureStore, work: ShardWork, reason: str) -> ShardIndex:
+    """Make the index of a shard whose workers die: the rows that aren't kept have failed, and a retry may help."""
+    index, is_kept = _begin_index(store, work)
+    present = np.asarray([segment is not None for segment in work.segments]) & ~is_kept
+    index.digest[present] = work.digests[store.path][present]
+    index.state[present] = FAILED
+    failures = tuple(
+        Failure(segment.segment_id, segment.video_id, "WorkerDied", reason, True)
+        for segment, failed in zip(work.segments, present.tolist(), strict=True)
+        if segment is not None and failed
+    )
+    _fill_kept(store, work, is_kept, index)
+    return replace(index, failures=failures)
+
+
+def _begin_index(store: FeatureStore, work: ShardWork) -> tuple[ShardIndex, np.ndarray]:
+    """Make an index whose rows are pending, and say which rows the store keeps, bool [n]."""
+    shard, n_clips = work.task.shard, store.layout.n_clips
+    n, has_audio = shard.n_rows, store.spec.audio is not None
+    is_kept = np.zeros(n, dtype=bool)
+    is_kept[np.asarray(work.task.kept_rows.get(store.path, ()), np.int64) - shard.start_row] = True
+    index = ShardIndex(
+        times=np.full((n, n_clips, 2), np.nan),
+        frames=np.full((n, n_clips, 2), -1, dtype=np.int64),
+        n_valid=np.zeros(n, dtype=np.int32),
+        digest=np.zeros((n, N_DIGEST_BYTES), dtype=np.uint8),
+        state=np.full(n, PENDING, dtype=np.uint8),
+        has_audio=np.zeros(n, dtype=np.uint8) if has_audio else None,
+        loudness_dbfs=np.full(n, -np.inf, dtype=np.float32) if has_audio else None,
+    )
+    return index, is_kept
+
+
+def _fill_kept(store: FeatureStore, work: ShardWork, is_kept: np.ndarray, index: ShardIndex) -> None:
+    """Put what the store says of the kept rows into a shard's index, in place."""
+    if not is_kept.any():
+        return
+    for name in ROW_ARRAYS:
+        values = getattr(index, name)
+        if values is not None:
+            values[is_kept] = store.read_array(name, work.task.shard.start_row, work.task.shard.stop_row)[is_kept]
+    # A store whose clip axis has grown holds 0 where its older rows have no clip.
+    is_absent = is_kept[:, None] & (np.arange(index.times.shape[1]) >= index.n_valid[:, None])
+    index.times[is_absent], index.frames[is_absent] = np.nan, -1
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The rows and entries of one chunk, within the shard and the array."""
+    """The rows and entries of one chunk of one output, within the shard and the array."""
 
+    name: str
     row: int
     stop_row: int
     clip: int
@@ -29,51 +107,45 @@ class ShardRows:
     """The unfinished chunks of a store's shard and the index of its rows.
 
     A chunk is written as soon as nothing in it is awaited any more, so that a long row takes no more memory than a few
-    chunks. Rows that the task keeps are carried over. Entry means a place on the second axis: a clip, or a view or crop
-    of one.
+    chunks. Rows that the task keeps are carried over by the chunk: one that they share with rows that are computed is
+    filled when it is begun, and one that holds no other rows is never written. Entry means a place on the second axis:
+    a clip, or a view or crop of one.
     """
 
     def __init__(self, store: FeatureStore, work: ShardWork, writer: OutputWriter) -> None:
-        shard = work.task.shard
         self._store = store
-        self._video_ids = ["" if segment is None else segment.video_id for segment in work.segments]
-        self._shard = shard
+        self._work = work
+        self._shard = work.task.shard
         self._writer = writer
-        n, k = shard.n_rows, store.layout.n_clips
-        self._times = np.full((n, k, 2), np.nan)
-        self._frames = np.full((n, k, 2), -1, dtype=np.int64)
-        self._n_valid = np.zeros(n, dtype=np.int32)
-        self._state = np.full(n, PENDING, dtype=np.uint8)
-        self._has_audio = np.zeros(n, dtype=np.uint8)
-        self._loudness = np.full(n, -np.inf, dtype=np.float32)
-        self._digests = work.digests[store.path]
-        self._kept = KeptRows(store, shard, work.task.kept_rows.get(store.path, ()))
-        self._n_valid[:] = self._kept.n_valid
-        self._is_awaited = np.tile(~self._kept.is_kept[:, None], k)
+        self._index, self._is_kept = _begin_index(store, work)
+        if self._is_kept.any():
+            n_valid = store.read_array("n_valid", self._shard.start_row, self._shard.stop_row)
+            self._index.n_valid[self._is_kept] = n_valid[self._is_kept]
+        self._is_awaited = np.tile(~self._is_kept[:, None], store.layout.n_clips)
         self._failures: dict[int, Failure] = {}
-        self._chunks: dict[tuple[str, int, int], np.ndarray] = {}
-        self._written: set[tuple[str, int, int]] = set()
+        self._chunks: dict[_Block, np.ndarray] = {}
+        self._written: set[_Block] = set()
         self._chunk_shapes = {output.name: store.get_output_chunks(output.name) for output in store.spec.outputs}
         self._clip_shapes = {output.name: output.shape for output in store.spec.outputs}
 
     def start_row(self, row: int, times: np.ndarray, frames: np.ndarray) -> None:
         """Note what a row's entries cover, [n, 2] each; entries beyond n don't exist and aren't awaited."""
         i, k = row - self._shard.start_row, len(times)
-        self._times[i, :k], self._frames[i, :k], self._n_valid[i] = times, frames, k
+        self._index.times[i, :k], self._index.frames[i, :k], self._index.n_valid[i] = times, frames, k
         self._is_awaited[i, k:] = False
         self._write_complete(row)
 
-    def end_sound(self, row: int, has_audio: bool, loudness_dbfs: float) -> None:
-        """Note how loud a row is; one without sound is complete, with NaN for features."""
+    def end_audio(self, row: int, has_audio: bool, loudness_dbfs: float) -> None:
+        """Note how loud a row is; one without audio is complete, with NaN for features."""
         i = row - self._shard.start_row
         if i in self._failures:
             return
-        self._has_audio[i], self._loudness[i] = has_audio, loudness_dbfs
+        assert self._index.has_audio is not None and self._index.loudness_dbfs is not None, "a store of audio"
+        self._index.has_audio[i], self._index.loudness_dbfs[i] = has_audio, loudness_dbfs
         if not has_audio:
-            for name in self._chunk_shapes:
-                for block in self._blocks_of(name, row):
-                    n_here = max(0, min(int(self._n_valid[i]), block.stop_clip) - block.clip)
-                    self._chunk(name, block)[row - block.row, :n_here] = np.nan
+            for block in self._blocks_of(row):
+                n_here = max(0, min(int(self._index.n_valid[i]), block.stop_clip) - block.clip)
+                self._chunk(block)[row - block.row, :n_here] = np.nan
             self._is_awaited[i] = False
             self._write_complete(row)
 
@@ -84,7 +156,7 @@ class ShardRows:
             return
         for name, values in features.items():
             block = self._block(name, row, entry)
-            place = self._chunk(name, block)[row - block.row, entry - block.clip]
+            place = self._chunk(block)[row - block.row, entry - block.clip]
             with np.errstate(over="ignore"):
                 place[...] = values
             if not np.isfinite(place).all():
@@ -101,18 +173,21 @@ class ShardRows:
     def fail(self, row: int, failure: Failure) -> None:
         """Make a row failed; whatever it got before is wiped. A row that is kept was read for other stores' sake."""
         i = row - self._shard.start_row
-        if i in self._failures or self._kept.is_kept[i]:
+        if i in self._failures or self._is_kept[i]:
             return
         self._failures[i] = failure
-        self._times[i], self._frames[i], self._n_valid[i] = np.nan, -1, 0
-        self._has_audio[i], self._loudness[i] = 0, -np.inf
+        self._index.times[i], self._index.frames[i], self._index.n_valid[i] = np.nan, -1, 0
+        if self._index.has_audio is not None and self._index.loudness_dbfs is not None:
+            self._index.has_audio[i], self._index.loudness_dbfs[i] = 0, -np.inf
         self._is_awaited[i] = False
-        for name in self._chunk_shapes:
-            for block in self._blocks_of(name, row):
-                if (name, block.row, block.clip) in self._written:
-                    self._take_back(name, block)
-                if (name, block.row, block.clip) in self._chunks:
-                    self._chunk(name, block)[row - block.row] = 0
+        for block in self._blocks_of(row):
+            if block in self._written:  # a chunk that was complete before the row failed
+                self._writer.wait()
+                rows = self._store.read_outputs(block.name, block.row, block.stop_row, block.clip, block.stop_clip)
+                self._chunks[block] = np.array(rows)
+                self._written.discard(block)
+            if block in self._chunks:
+                self._chunks[block][row - block.row] = 0
         self._write_complete(row)
 
     def fail_for(self, row: int, error: MediaError) -> None:
@@ -120,81 +195,63 @@ class ShardRows:
         self._fail_own(row, type(error).__name__, str(error), retryable=error.retryable)
 
     def _fail_own(self, row: int, exception: str, reason: str, *, retryable: bool) -> None:
-        video_id = self._video_ids[row - self._shard.start_row]
+        segment = self._work.segments[row - self._shard.start_row]
+        video_id = "" if segment is None else segment.video_id
         self.fail(row, Failure(self._store.segment_ids[row], video_id, exception, reason, retryable))
 
     def skip(self, row: int) -> None:
         """Note that a row has no segment: it stays pending and holds zeros, unless it is kept."""
-        if self._kept.is_kept[row - self._shard.start_row]:
-            return
-        self._is_awaited[row - self._shard.start_row] = False
-        self._write_complete(row)
+        if not self._is_kept[row - self._shard.start_row]:
+            self._is_awaited[row - self._shard.start_row] = False
+            self._write_complete(row)
 
     def finish(self) -> ShardIndex:
         """Return the shard's index; rows without a segment stay pending. Everything is written before it returns."""
         assert not self._chunks, "a chunk is incomplete at the shard's end"
         self._writer.wait()
-        for i in range(self._shard.n_rows):
-            if i in self._failures:
-                self._state[i] = FAILED
-            elif self._n_valid[i] > 0:
-                self._state[i] = DONE
-        sound = self._store.spec.audio is not None
-        index = ShardIndex(
-            times=self._times,
-            frames=self._frames,
-            n_valid=self._n_valid,
-            digest=np.where((self._state == PENDING)[:, None], 0, self._digests).astype(np.uint8),
-            state=self._state,
-            has_audio=self._has_audio if sound else None,
-            loudness_dbfs=self._loudness if sound else None,
-            failures=tuple(self._failures.values()),
-        )
-        self._kept.fill_index(index)
-        return index
+        state, digests = self._index.state, self._work.digests[self._store.path]
+        state[self._index.n_valid > 0] = DONE
+        state[sorted(self._failures)] = FAILED
+        self._index.digest[state != PENDING] = digests[state != PENDING]
+        _fill_kept(self._store, self._work, self._is_kept, self._index)
+        return replace(self._index, failures=tuple(self._failures.values()))
 
     def _block(self, name: str, row: int, entry: int) -> _Block:
         n_rows, n_clips = self._chunk_shapes[name]
         first_row, first_clip = row - row % n_rows, entry - entry % n_clips
         stop_row = min(first_row + n_rows, self._shard.stop_row)
-        return _Block(first_row, stop_row, first_clip, min(first_clip + n_clips, self._is_awaited.shape[1]))
+        return _Block(name, first_row, stop_row, first_clip, min(first_clip + n_clips, self._is_awaited.shape[1]))
 
-    def _blocks_of(self, name: str, row: int) -> Iterator[_Block]:
-        for clip in range(0, self._is_awaited.shape[1], self._chunk_shapes[name][1]):
-            yield self._block(name, row, clip)
+    def _blocks_of(self, row: int) -> Iterator[_Block]:
+        for name, (_, n_clips) in self._chunk_shapes.items():
+            for clip in range(0, self._is_awaited.shape[1], n_clips):
+                yield self._block(name, row, clip)
 
-    def _chunk(self, name: str, block: _Block) -> np.ndarray:
-        key = (name, block.row, block.clip)
-        if key not in self._chunks:
-            shape = (block.stop_row - block.row, block.stop_clip - block.clip, *self._clip_shapes[name])
-            self._chunks[key] = np.zeros(shape, dtype=self._store.spec.dtype)
-            if self._kept.is_kept.any():
+    def _chunk(self, block: _Block) -> np.ndarray:
+        """Return a chunk's values [row, clip, ...], begun with zeros and the features of rows that are kept."""
+        if block not in self._chunks:
+            shape = (block.stop_row - block.row, block.stop_clip - block.clip, *self._clip_shapes[block.name])
+            values = self._chunks[block] = np.zeros(shape, dtype=self._store.spec.dtype)
+            rows = slice(block.row - self._shard.start_row, block.stop_row - self._shard.start_row)
+            here = self._is_kept[rows] & (self._index.n_valid[rows] > block.clip)
+            if self._is_kept.any():
                 self._writer.wait()  # HDF5 opens a file for reading only where it isn't open for writing
-                self._kept.fill_chunk(name, block.row, block.clip, self._chunks[key])
-        return self._chunks[key]
-
-    def _take_back(self, name: str, block: _Block) -> None:
-        """Read a chunk that was written already, since one of its rows failed later."""
-        self._writer.wait()
-        key = (name, block.row, block.clip)
-        rows = self._store.read_outputs(name, block.row, block.stop_row, block.clip, block.stop_clip)
-        self._chunks[key] = np.array(rows)
-        self._written.discard(key)
+            if here.any():
+                stored = self._store.read_outputs(block.name, block.row, block.stop_row, block.clip, block.stop_clip)
+                values[here] = stored[here]
+        return self._chunks[block]
 
     def _write_complete(self, row: int, entry: int | None = None) -> None:
         """Write the chunks of a row (those of one entry) in which nothing is awaited any more."""
-        for name in self._chunk_shapes:
-            blocks = self._blocks_of(name, row) if entry is None else (self._block(name, row, entry),)
-            for block in blocks:
-                first = self._shard.start_row
-                area = (slice(block.row - first, block.stop_row - first), slice(block.clip, block.stop_clip))
-                key = (name, block.row, block.clip)
-                if self._is_awaited[area].any() or key in self._written:
-                    continue
-                if block.clip and not (self._n_valid[area[0]] > block.clip).any():
-                    self._chunks.pop(key, None)
-                    self._store.clear_outputs(name, block.row, block.stop_row, block.clip, block.stop_clip)
-                else:
-                    self._writer.write(self._store, name, block.row, block.clip, self._chunk(name, block))
-                    del self._chunks[key]
-                self._written.add(key)
+        names = self._chunk_shapes
+        for block in self._blocks_of(row) if entry is None else [self._block(name, row, entry) for name in names]:
+            rows = slice(block.row - self._shard.start_row, block.stop_row - self._shard.start_row)
+            if self._is_awaited[rows, block.clip : block.stop_clip].any() or block in self._written:
+                continue
+            if block.clip and not (self._index.n_valid[rows] > block.clip).any():
+                self._chunks.pop(block, None)
+                self._store.clear_outputs(block.name, block.row, block.stop_row, block.clip, block.stop_clip)
+            else:
+                self._writer.write(self._store, block.name, block.row, block.clip, self._chunk(block))
+                del self._chunks[block]
+            self._written.add(block)

@@ -12,9 +12,8 @@ from typing import Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from echoshift.pipeline.errors import CardError
+from echoshift.pipeline.errors import CardError, suggest
 from echoshift.pipeline.places import MANIFESTS_DIR, list_cards, locate_card
-from echoshift.pipeline.suggestions import suggest
 
 
 class CardModel(BaseModel):

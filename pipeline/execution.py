@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from echoshift.pipeline.store.holding import StoreHold
+from echoshift.pipeline.store.failures import FailureLedger
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import FAILED, Shard, StoreLayout, plan_shards
-from echoshift.pipeline.store.ledger import FailureLedger
+from echoshift.pipeline.store.lock import StoreHold
 
 
 @dataclass(frozen=True, slots=True)

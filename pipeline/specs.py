@@ -199,7 +199,7 @@ class OutputSpec(SpecModel):
 class ImportSpec(SpecModel):
     """Where features come from that were computed elsewhere: nothing of how they were made is known.
 
-    `source_sha256` is that of the file, or of a folder's files (pipeline/store/importing.py).
+    `source_sha256` is that of the file, or of a folder's files (pipeline/store/interchange.py).
     """
 
     form: Literal["npz", "epic100"]

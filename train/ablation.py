@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echoshift.pipeline.clusters import ClusterRequest, connect_cluster
+from echoshift.pipeline.dask import ClusterRequest, connect_cluster
 from echoshift.pipeline.errors import EchoshiftError
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.grids import PlannedRun, Stage

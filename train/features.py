@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.reading import RowFinder, require_done
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder, require_done
 
 
 class FeatureBatch(NamedTuple):

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from echoshift.pipeline.cards import DatasetCard
-from echoshift.pipeline.errors import EchoshiftError, RunError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import EchoshiftError, RunError, suggest
 from echoshift.train.runs import hash_config
 
 GRIDS_DIR = Path(__file__).resolve().parent / "grids"

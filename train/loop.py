@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from echoshift.pipeline.devices import keep_freed_memory
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.freed_memory import keep_freed_memory
 from echoshift.train.epoch_plan import plan_epoch, shuffle
 from echoshift.train.features import FeatureBatch, FeatureRows
 from echoshift.train.watching import EpochWatcher

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.cards import DatasetCard
-from echoshift.pipeline.errors import EchoshiftError, RunError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import EchoshiftError, RunError, suggest
 from echoshift.train.alignment.config import AlignmentStageConfig
 from echoshift.train.grids import Stage
 from echoshift.train.stage1.config import Stage1Config, TargetLabelsConfig

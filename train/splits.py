@@ -9,10 +9,9 @@ from typing import Literal
 import numpy as np
 
 from echoshift.pipeline.cards import DatasetCard, Shift
-from echoshift.pipeline.errors import ManifestError
+from echoshift.pipeline.errors import ManifestError, suggest
 from echoshift.pipeline.importers.charades_ego import tag_labelled, thin_pairs
 from echoshift.pipeline.segments import Manifest, Segment
-from echoshift.pipeline.suggestions import suggest
 
 TRAIN, TEST = "train", "test"
 

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.store.attributes import describe_versions
+from echoshift.pipeline.store.layout import describe_versions
 
 RECORD = "record.json"
 _POLL_S = 1.0

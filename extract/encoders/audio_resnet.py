@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from echoshift.extract.encoders.registry import EncoderEntry, Shapes
-from echoshift.extract.sound.recipes import ZHANG2022, plan_spectrogram_shape
+from echoshift.extract.recipes import ZHANG2022, plan_spectrogram_shape
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
@@ -71,36 +71,26 @@ def _cut(net: Any) -> EncoderNetwork:
         }
         split_stage = "layer4"
         classified_output = "pooled"
+        trunk_channels: ClassVar = {"map": net.feature_info[3]["num_chs"]}
 
         def __init__(self) -> None:
             super().__init__()
             self.net = net
 
-        @property
-        def trunk_channels(self) -> dict[str, int]:
-            """The channels after layer3."""
-            stages: Any = self.net.feature_info
-            return {"map": next(stage["num_chs"] for stage in stages if stage["module"] == "layer3")}
-
         def trunk(self, x: Tensor) -> dict[str, Tensor]:
-            """Compute everything up to and including layer3."""
             check_spectrogram_shape(x)
             for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"):
                 x = self.net.get_submodule(name)(x)
             return {"map": x}
 
-        def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute layer4, its mean over frequency and time, and the logits."""
-            features = self.features(trunk_outputs)
-            return {**features, "logits": self.net.get_submodule("fc")(features["pooled"])}
-
         def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute layer4 and its mean over frequency and time."""
-            top = self.net.get_submodule("layer4")(trunk_outputs["map"]).float()  # means are float32 in any precision
+            top = self.net.layer4(trunk_outputs["map"]).float()  # means are float32 in any precision
             return {"pooled": torch.mean(top, dim=(2, 3))}
 
+        def classify(self, features: Tensor) -> Tensor:
+            return self.net.fc(features)
+
         def fuse(self, dtype: torch.dtype) -> bool:
-            """Fuse the stem's convolutions and the residual blocks."""
 
             def fuse_block(block: Any) -> nn.Module:
                 pairs = ((block.conv1, block.bn1), (block.conv2, block.bn2))

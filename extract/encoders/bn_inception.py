@@ -6,11 +6,10 @@ The names of the layers are those of the widespread PyTorch checkpoint (bn_incep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from echoshift.extract.encoders.registry import EncoderEntry, Shapes
-from echoshift.extract.sound.recipes import PLANAMENTE2021, plan_spectrogram_shape
+from echoshift.extract.recipes import PLANAMENTE2021, plan_spectrogram_shape
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
 
 if TYPE_CHECKING:
@@ -18,30 +17,49 @@ if TYPE_CHECKING:
 
 _N_STEM, _N_POOLED, _N_CLASSES = 192, 1024, 1000
 
-# Channels of the branches: 1x1; reduction and 3x3; reduction and two 3x3; 1x1 after pooling, and how that pools.
-_Widths = tuple[int, int, int, int, int, int]
-_MIXED: dict[str, tuple[_Widths, Literal["avg", "max"]]] = {
-    "3a": ((64, 64, 64, 64, 96, 32), "avg"),
-    "3b": ((64, 64, 96, 64, 96, 64), "avg"),
-    "4a": ((224, 64, 96, 96, 128, 128), "avg"),
-    "4b": ((192, 96, 128, 96, 128, 128), "avg"),
-    "4c": ((160, 128, 160, 128, 160, 128), "avg"),
-    "4d": ((96, 128, 192, 160, 192, 128), "avg"),
-    "5a": ((352, 192, 320, 160, 224, 128), "avg"),
-    "5b": ((352, 192, 320, 192, 224, 128), "max"),
+# Channels of a block: 1x1; reduction and 3x3; reduction and two 3x3; 1x1 after pooling. Two blocks have stride 2: they
+# have no 1x1, and pool the input itself.
+_WIDTHS = {
+    "3a": (64, 64, 64, 64, 96, 32),
+    "3b": (64, 64, 96, 64, 96, 64),
+    "3c": (0, 128, 160, 64, 96, 0),
+    "4a": (224, 64, 96, 96, 128, 128),
+    "4b": (192, 96, 128, 96, 128, 128),
+    "4c": (160, 128, 160, 128, 160, 128),
+    "4d": (96, 128, 192, 160, 192, 128),
+    "4e": (0, 128, 192, 192, 256, 0),
+    "5a": (352, 192, 320, 160, 224, 128),
+    "5b": (352, 192, 320, 192, 224, 128),
 }
-# Blocks of stride 2: reduction and 3x3; reduction and two 3x3; the input itself, pooled.
-_REDUCING: dict[str, tuple[int, int, int, int]] = {"3c": (128, 160, 64, 96), "4e": (128, 192, 192, 256)}
-_BLOCKS = ("3a", "3b", "3c", "4a", "4b", "4c", "4d", "4e", "5a", "5b")
-_N_TRUNK_BLOCKS = 7  # up to 4d, whose map has a position for 16 x 16 of the input
+_REDUCING = ("3c", "4e")
+_MAX_POOLED = "5b"  # the other blocks pool by the mean
+_TRUNK, _HEAD = tuple(_WIDTHS)[:7], tuple(_WIDTHS)[7:]  # 4d's map has a position for 16 x 16 of the input
 
 
-def _list_parts(block: str) -> tuple[str, ...]:
-    """List the names of a block's convolutions, in order."""
-    parts = ["3x3_reduce", "3x3", "double_3x3_reduce", "double_3x3_1", "double_3x3_2"]
-    if block in _MIXED:
-        parts = ["1x1", *parts, "pool_proj"]
-    return tuple(f"inception_{block}_{part}" for part in parts)
+def _list_convs(block: str, n_in: int) -> list[tuple[str, int, int, int, int]]:
+    """List the convolutions of a block, in order: name, channels in and out, kernel, stride."""
+    n_1x1, n_reduce, n_3x3, n_double_reduce, n_double, n_pool = _WIDTHS[block]
+    stride = 2 if block in _REDUCING else 1
+    convs = [
+        ("1x1", n_in, n_1x1, 1, 1),
+        ("3x3_reduce", n_in, n_reduce, 1, 1),
+        ("3x3", n_reduce, n_3x3, 3, stride),
+        ("double_3x3_reduce", n_in, n_double_reduce, 1, 1),
+        ("double_3x3_1", n_double_reduce, n_double, 3, 1),
+        ("double_3x3_2", n_double, n_double, 3, stride),
+        ("pool_proj", n_in, n_pool, 1, 1),
+    ]
+    return [(f"inception_{block}_{name}", a, b, kernel, step) for name, a, b, kernel, step in convs if b]
+
+
+def _count_channels(last: str) -> int:
+    """Count the channels after a block."""
+    n = _N_STEM
+    for block, (n_1x1, _, n_3x3, _, n_double, n_pool) in _WIDTHS.items():
+        n = n_1x1 + n_3x3 + n_double + (n if block in _REDUCING else n_pool)
+        if block == last:
+            break
+    return n
 
 
 def build_bn_inception() -> EncoderNetwork:
@@ -62,7 +80,6 @@ def build_bn_inception() -> EncoderNetwork:
             self.bn: nn.BatchNorm2d = nn.BatchNorm2d(n_out)
 
         def forward(self, x: Tensor) -> Tensor:
-            """Convolve [B, C, H, W]."""
             return F.relu(self.bn(self.conv(x)))
 
     class BNInception(EncoderNetwork):
@@ -78,63 +95,38 @@ def build_bn_inception() -> EncoderNetwork:
         stages: ClassVar = {
             "conv1": ("conv1_7x7_s2",),
             "conv2": ("conv2_3x3_reduce", "conv2_3x3"),
-            **{f"inception_{block}": _list_parts(block) for block in _BLOCKS},
+            **{f"inception_{block}": tuple(name for name, *_ in _list_convs(block, 0)) for block in _WIDTHS},
             "classifier": ("last_linear",),
         }
         split_stage = "inception_4e"
         classified_output = "pooled"
+        trunk_channels: ClassVar = {"map": _count_channels("4d")}
 
         def __init__(self) -> None:
             super().__init__()
             self.conv1_7x7_s2 = ConvNorm(1, 64, 7, stride=2)
             self.conv2_3x3_reduce = ConvNorm(64, 64, 1)
             self.conv2_3x3 = ConvNorm(64, _N_STEM, 3)
-            n_outs = _count_channels()
-            for block, (n_in, _) in zip(_BLOCKS, pairwise(n_outs), strict=True):
-                self._add_block(f"inception_{block}", block, n_in)
+            n = _N_STEM
+            for block in _WIDTHS:
+                for name, n_in, n_out, kernel, stride in _list_convs(block, n):
+                    self.add_module(name, ConvNorm(n_in, n_out, kernel, stride))
+                n = _count_channels(block)
             self.last_linear = nn.Linear(_N_POOLED, _N_CLASSES)
 
-        @property
-        def trunk_channels(self) -> dict[str, int]:
-            """The channels after block 4d."""
-            return {"map": _count_channels()[_N_TRUNK_BLOCKS]}
-
         def trunk(self, x: Tensor) -> dict[str, Tensor]:
-            """Compute everything up to and including block 4d."""
             check_spectrogram_shape(x)
             x = F.max_pool2d(self.conv1_7x7_s2(x), 3, 2, ceil_mode=True)
             x = F.max_pool2d(self.conv2_3x3(self.conv2_3x3_reduce(x)), 3, 2, ceil_mode=True)
-            for block in _BLOCKS[:_N_TRUNK_BLOCKS]:
+            for block in _TRUNK:
                 x = self._run_block(block, x)
             return {"map": x}
 
-        def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute the blocks from 4e on, their mean over frequency and time, and the logits."""
-            features = self.features(trunk_outputs)
-            return {**features, "logits": self.last_linear(features["pooled"])}
-
         def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute the blocks from 4e on and their mean over frequency and time."""
             top = trunk_outputs["map"]
-            for block in _BLOCKS[_N_TRUNK_BLOCKS:]:
+            for block in _HEAD:
                 top = self._run_block(block, top)
             return {"pooled": top.float().mean(dim=(2, 3))}  # means are float32 in any precision
-
-        def _add_block(self, name: str, block: str, n_in: int) -> None:
-            stride = 1
-            if block in _MIXED:
-                (n_1x1, n_reduce, n_3x3, n_double_reduce, n_double, n_pool), _ = _MIXED[block]
-                self.add_module(f"{name}_1x1", ConvNorm(n_in, n_1x1, 1))
-            else:
-                n_reduce, n_3x3, n_double_reduce, n_double = _REDUCING[block]
-                n_pool, stride = 0, 2
-            self.add_module(f"{name}_3x3_reduce", ConvNorm(n_in, n_reduce, 1))
-            self.add_module(f"{name}_3x3", ConvNorm(n_reduce, n_3x3, 3, stride))
-            self.add_module(f"{name}_double_3x3_reduce", ConvNorm(n_in, n_double_reduce, 1))
-            self.add_module(f"{name}_double_3x3_1", ConvNorm(n_double_reduce, n_double, 3))
-            self.add_module(f"{name}_double_3x3_2", ConvNorm(n_double, n_double, 3, stride))
-            if n_pool:
-                self.add_module(f"{name}_pool_proj", ConvNorm(n_in, n_pool, 1))
 
         def _run_block(self, block: str, x: Tensor) -> Tensor:
             def run(part: str, values: Tensor) -> Tensor:
@@ -147,13 +139,15 @@ def build_bn_inception() -> EncoderNetwork:
                 # What is pooled comes out of a ReLU, so that zeros never win.
                 x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
                 return torch.cat([single, double, F.max_pool2d(x, 3, 2, ceil_mode=True)], dim=1)
-            is_mean = _MIXED[block][1] == "avg"
             # As in Caffe, zeros around the edges count in the mean.
-            around = F.avg_pool2d(x, 3, 1, padding=1) if is_mean else F.max_pool2d(x, 3, 1, padding=1)
+            pool: Any = F.max_pool2d if block == _MAX_POOLED else F.avg_pool2d
+            around = pool(x, 3, 1, padding=1)
             return torch.cat([run("1x1", x), single, double, run("pool_proj", around)], dim=1)
 
+        def classify(self, features: Tensor) -> Tensor:
+            return self.last_linear(features)
+
         def fuse(self, dtype: torch.dtype) -> bool:
-            """Fuse every convolution with its norm."""
             replace_modules(self, ConvNorm, lambda layer: FusedConv(layer.conv, layer.bn, has_relu=True, dtype=dtype))
             return True
 
@@ -165,21 +159,7 @@ def plan_outputs(clip: ClipSpec, audio: FrameSpec | AudioSpec) -> Shapes:
     assert isinstance(audio, AudioSpec), "this encoder hears"
     # Two poolings leave half a position out, the convolutions of stride 2 don't.
     n_bands, n_windows = (-(-(-(-n // 2) // 2 // 2) // 2) for n in plan_spectrogram_shape(audio))
-    n_map = _count_channels()[_N_TRUNK_BLOCKS]
-    return {"map": (n_map, n_bands, n_windows), "pooled": (_N_POOLED,), "logits": (_N_CLASSES,)}
-
-
-def _count_channels() -> list[int]:
-    """Count the channels that go into each block, and those that come out of the last."""
-    counts = [_N_STEM]
-    for block in _BLOCKS:
-        if block in _MIXED:
-            (n_1x1, _, n_3x3, _, n_double, n_pool), _ = _MIXED[block]
-            counts.append(n_1x1 + n_3x3 + n_double + n_pool)
-        else:
-            _, n_3x3, _, n_double = _REDUCING[block]
-            counts.append(n_3x3 + n_double + counts[-1])
-    return counts
+    return {"map": (_count_channels("4d"), n_bands, n_windows), "pooled": (_N_POOLED,), "logits": (_N_CLASSES,)}
 
 
 ENTRY = EncoderEntry(

@@ -73,7 +73,6 @@ def build_i3d(n_channels: int) -> EncoderNetwork:
                 self.bn = nn.BatchNorm3d(n_out, eps=_BATCH_NORM_EPS, momentum=_BATCH_NORM_MOMENTUM)
 
         def forward(self, x: Tensor) -> Tensor:
-            """Convolve [B, C, T, H, W]."""
             conv = self.conv3d
             x = conv(F.pad(x, same_padding(x.shape[2:], conv.kernel_size, conv.stride)))
             return x if self.bn is None else F.relu(self.bn(x))
@@ -86,7 +85,6 @@ def build_i3d(n_channels: int) -> EncoderNetwork:
             self.kernel, self.stride = kernel, stride
 
         def forward(self, x: Tensor) -> Tensor:
-            """Pool [B, C, T, H, W]."""
             # The same as padding with -inf, without the copy: ceil_mode lets the last window reach beyond the end.
             before = same_padding(x.shape[2:], self.kernel, self.stride)[-2::-2]
             return F.max_pool3d(x, self.kernel, self.stride, before, ceil_mode=True)
@@ -105,7 +103,6 @@ def build_i3d(n_channels: int) -> EncoderNetwork:
             self.b3b = SamePaddedConv(n_in, widths[5], 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            """Compute the branches on [B, C, T, H, W]."""
             branches = (self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x)))
             return torch.cat(branches, dim=1)
 
@@ -129,6 +126,7 @@ def build_i3d(n_channels: int) -> EncoderNetwork:
         }
         split_stage = "Mixed_5b"
         classified_output = "pooled"
+        trunk_channels: ClassVar = {"trunk": _count_mixed("Mixed_4f")}
 
         def __init__(self) -> None:
             super().__init__()
@@ -145,27 +143,21 @@ def build_i3d(n_channels: int) -> EncoderNetwork:
             self.logits = SamePaddedConv(_N_POOLED, _N_CLASSES, 1, is_classifier=True)
             self.dropout = nn.Dropout(0.5)
 
-        @property
-        def trunk_channels(self) -> dict[str, int]:
-            """The channels after Mixed_4f."""
-            return {"trunk": _count_mixed("Mixed_4f")}
-
         def trunk(self, x: Tensor) -> dict[str, Tensor]:
-            """Compute everything up to and including Mixed_4f."""
             check_clip_shape(x, n_channels)
             for name in _TRUNK:
                 x = self.get_submodule(name)(x)
             return {"trunk": x}
 
         def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute Mixed_5b and Mixed_5c, the pooled features and the logits."""
             top = self._compute_top(trunk_outputs)
             window = [min(n, w) for n, w in zip(top.shape[2:], _LOGIT_WINDOW, strict=True)]
-            windows = F.avg_pool3d(top, window, stride=1)
-            return {**self._pool(top), "logits": self.logits(self.dropout(windows)).mean(dim=(2, 3, 4))}
+            return {**self._pool(top), "logits": self.classify(F.avg_pool3d(top, window, stride=1))}
+
+        def classify(self, features: Tensor) -> Tensor:
+            return self.logits(self.dropout(features)).mean(dim=(2, 3, 4))
 
         def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute Mixed_5b and Mixed_5c and the pooled features."""
             return self._pool(self._compute_top(trunk_outputs))
 
         def _compute_top(self, trunk_outputs: Mapping[str, Tensor]) -> Tensor:
@@ -178,10 +170,8 @@ def build_i3d(n_channels: int) -> EncoderNetwork:
             return {"pooled": top.mean(dim=(2, 3, 4)), "pooled_max": top.amax(dim=(2, 3, 4))}
 
         def fuse(self, dtype: torch.dtype) -> bool:
-            """Fuse the convolutions, but for the classifier."""
-
             def fuse_conv(layer: SamePaddedConv) -> nn.Module:
-                if layer.bn is None:
+                if layer.bn is None:  # the classifier
                     return layer
                 return FusedConv(layer.conv3d, layer.bn, has_relu=True, dtype=dtype, is_same=True)
 

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, suggest
 
 
 class EncoderNetwork(nn.Module, ABC):
@@ -25,6 +24,7 @@ class EncoderNetwork(nn.Module, ABC):
             of their modules; together they hold every parameter and buffer once. The last one is `classifier`.
         split_stage: the first stage of the head.
         classified_output: the one of `head_names` that the classifier sees: averaged over all positions.
+        trunk_channels: the number of channels of each of the trunk's outputs, in the order of `trunk_names`.
     """
 
     trunk_names: ClassVar[tuple[str, ...]]
@@ -32,11 +32,7 @@ class EncoderNetwork(nn.Module, ABC):
     stages: ClassVar[Mapping[str, tuple[str, ...]]]
     split_stage: ClassVar[str]
     classified_output: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def trunk_channels(self) -> dict[str, int]:
-        """The number of channels of each of the trunk's outputs, in the order of `trunk_names`."""
+    trunk_channels: ClassVar[dict[str, int]]
 
     @abstractmethod
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
@@ -46,9 +42,14 @@ class EncoderNetwork(nn.Module, ABC):
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the outputs named in `head_names` but for `logits` from the trunk's, which it leaves unchanged."""
 
-    @abstractmethod
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute the logits from `classified_output`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither `classify` nor a `head` of its own")
+
     def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute all outputs named in `head_names`, the classifier's `logits` too."""
+        """Compute all outputs named in `head_names`: those of `features`, and the classifier's `logits`."""
+        features = self.features(trunk_outputs)
+        return {**features, "logits": self.classify(features[self.classified_output])}
 
     def fuse(self, dtype: torch.dtype) -> bool:
         """Turn this network into its inference form (inference_form.py) in place, with convolutions in `dtype`.

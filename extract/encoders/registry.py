@@ -15,10 +15,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from echoshift.extract import encoders
-from echoshift.pipeline.errors import PluginError, SpecError
+from echoshift.pipeline.errors import PluginError, SpecError, suggest
 from echoshift.pipeline.plugins import ENCODER_GROUP, list_plugin_names, load_plugin
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
-from echoshift.pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from torch import nn

@@ -139,18 +139,13 @@ def build_slowfast(variant: SlowFastVariant) -> EncoderNetwork:
         }
         split_stage = "res5"
         classified_output = "pooled_avg"
+        trunk_channels: ClassVar = {"trunk_slow": variant.n_trunk_slow, "trunk_fast": variant.n_trunk_fast}
 
         def __init__(self) -> None:
             super().__init__()
             self.blocks = _build_blocks(variant)
 
-        @property
-        def trunk_channels(self) -> dict[str, int]:
-            """The channels of both paths, those of the lateral among the slow ones."""
-            return {"trunk_slow": variant.n_trunk_slow, "trunk_fast": variant.n_trunk_fast}
-
         def trunk(self, x: Tensor) -> dict[str, Tensor]:
-            """Compute both paths up to and including the lateral after res4."""
             check_clip_shape(x, n_channels=3, multiple_of=N_FRAMES_PER_SLOW_FRAME)
             indices = plan_slow_indices(x.shape[2], variant.slow_sampling)
             slow, fast = x[:, :, torch.tensor(indices, device=x.device)], x
@@ -160,14 +155,7 @@ def build_slowfast(variant: SlowFastVariant) -> EncoderNetwork:
                 slow, fast = block.multipathway_fusion([slow, fast])
             return {"trunk_slow": slow, "trunk_fast": fast}
 
-        def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute res5 of both paths, the pooled features and the logits."""
-            features = self.features(trunk_outputs)
-            classifier: Any = self.blocks[_CLASSIFIER]
-            return {**features, "logits": classifier.proj(classifier.dropout(features["pooled_avg"]))}
-
         def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute res5 of both paths and the pooled features."""
             res5: Any = self.blocks[_RES5]
             paths = res5.multipathway_blocks
             slow, fast = paths[0](trunk_outputs["trunk_slow"]), paths[1](trunk_outputs["trunk_fast"])
@@ -181,8 +169,11 @@ def build_slowfast(variant: SlowFastVariant) -> EncoderNetwork:
                 "tokens_fast": tokens_fast.transpose(1, 2),
             }
 
+        def classify(self, features: Tensor) -> Tensor:
+            classifier: Any = self.blocks[_CLASSIFIER]
+            return classifier.proj(classifier.dropout(features))
+
         def fuse(self, dtype: torch.dtype) -> bool:
-            """Fuse PyTorchVideo's blocks."""
             fuse_pytorchvideo(self, dtype)
             return True
 

@@ -46,6 +46,7 @@ def build_slowonly() -> EncoderNetwork:
         }
         split_stage = "res5"
         classified_output = "pooled_avg"
+        trunk_channels: ClassVar = {"trunk": _N_TRUNK}
 
         def __init__(self) -> None:
             super().__init__()
@@ -57,31 +58,21 @@ def build_slowonly() -> EncoderNetwork:
                 stage_conv_a_kernel_size=((1, 1, 1), (1, 1, 1), (3, 1, 1), (3, 1, 1)),
             ).blocks
 
-        @property
-        def trunk_channels(self) -> dict[str, int]:
-            """The channels after res4."""
-            return {"trunk": _N_TRUNK}
-
         def trunk(self, x: Tensor) -> dict[str, Tensor]:
-            """Compute everything up to and including res4."""
             check_clip_shape(x, n_channels=2)
             for block in self.blocks[:_N_TRUNK_BLOCKS]:
                 x = block(x)
             return {"trunk": x}
 
-        def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute res5, the pooled features and the logits."""
-            features = self.features(trunk_outputs)
-            classifier: Any = self.blocks[_CLASSIFIER]
-            return {**features, "logits": classifier.proj(classifier.dropout(features["pooled_avg"]))}
-
         def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            """Compute res5 and the pooled features."""
             top = self.blocks[_RES5](trunk_outputs["trunk"]).float()  # means are float32 in any precision
             return {"pooled": top.amax(dim=(2, 3, 4)), "pooled_avg": top.mean(dim=(2, 3, 4))}
 
+        def classify(self, features: Tensor) -> Tensor:
+            classifier: Any = self.blocks[_CLASSIFIER]
+            return classifier.proj(classifier.dropout(features))
+
         def fuse(self, dtype: torch.dtype) -> bool:
-            """Fuse PyTorchVideo's blocks."""
             fuse_pytorchvideo(self, dtype)
             return True
 

@@ -50,7 +50,7 @@ def open_container(path: Path) -> InputContainer:
 
 
 def pick_video_stream(container: InputContainer, path: Path) -> Any:
-    """Pick the pictures that FFmpeg calls the best stream (av_find_best_stream), never an attached cover.
+    """Pick the video stream that FFmpeg calls the best (av_find_best_stream), never an attached cover.
 
     That rule prefers the default stream, then the one with more frames, then the higher bit rate. If it picks a cover,
     the first stream that is none is taken. Raises DecodeError if there is none, or no decoder for it.
@@ -58,31 +58,31 @@ def pick_video_stream(container: InputContainer, path: Path) -> Any:
     stream = find_video_stream(container)
     if stream is None:
         kinds = ", ".join(s.type for s in container.streams) or "none"
-        raise DecodeError(f"{path} holds no pictures that can be decoded (streams: {kinds})")
+        raise DecodeError(f"{path} holds no video that can be decoded (streams: {kinds})")
     return stream
 
 
 def find_video_stream(container: InputContainer) -> Any | None:
     """Find the stream that `pick_video_stream` picks, or None."""
     best = container.streams.best("video")
-    pictures = [
+    streams = [
         stream
         for stream in container.streams.video
         if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
     ]
-    for stream in pictures:
+    for stream in streams:
         if best is not None and stream.index == best.index:
             return stream
-    return pictures[0] if pictures else None
+    return streams[0] if streams else None
 
 
 def find_audio_stream(container: InputContainer) -> Any | None:
-    """Find the sound that FFmpeg calls the best stream, preferring the programme of the pictures; None without one."""
-    pictures = find_video_stream(container)
+    """Find the audio stream that FFmpeg calls the best, preferring the programme of the video; None without one."""
+    video = find_video_stream(container)
     best = (
         container.streams.best("audio")
-        if pictures is None
-        else container.streams.best("audio", related=pictures)  # the sound of the same programme
+        if video is None
+        else container.streams.best("audio", related=video)  # the audio of the same programme
     )
     return best if best is not None and best.codec_context is not None else None
 

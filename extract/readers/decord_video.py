@@ -1,4 +1,4 @@
-"""Reads the pictures of a video file through decord 0.6; to compare with features that were made with it.
+"""Reads the frames of a video file through decord 0.6; to compare with features that were made with it.
 
 It is wrong, without saying so, after seeks in open-GOP H.264 and HEVC, in intra-refresh streams, in Xvid with B-frames,
 in files with an edit list (where it also invents frames at the end), and always in MPEG-TS; it can't open AV1 or raw
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from echoshift.extract.readers.container import get_container_start_s, open_container, pick_video_stream
-from echoshift.extract.readers.orientation import compute_rotation_deg, get_orientation
-from echoshift.extract.readers.protocol import VideoInfo, check_times, find_shown_frames
+from echoshift.extract.readers.interface import VideoInfo, check_times, find_shown_frames
+from echoshift.extract.readers.video import compute_rotation_deg, get_orientation
 from echoshift.pipeline.errors import DecodeError, SpecError
 
 NO_DECORD = (
@@ -34,11 +34,11 @@ def ensure_decord() -> None:
         raise SpecError(NO_DECORD)
 
 
-class DecordFrameReader:
-    """Reads the pictures of one video file by time (protocol `FrameReader`); full size, RGB, upright.
+class DecordReader:
+    """A FrameReader of one video file by decord: full size, RGB, upright.
 
     Times are decord's own time stamps, less the container's start time; they are float32, so within 0.25 ms in the
-    first hour. Frames are found by those times; which pictures come back is decord's doing (see above).
+    first hour. Frames are found by those times; which images come back is decord's doing (see above).
     Raises MediaNotFoundError or DecodeError when made; can't be pickled.
     """
 
@@ -77,7 +77,7 @@ class DecordFrameReader:
 
     @property
     def info(self) -> VideoInfo:
-        """The video's facts: counts and times by decord, shape and turn by the container."""
+        """The video's facts: counts and times by decord, shape and rotation by the container."""
         return self._info
 
     @property
@@ -103,7 +103,7 @@ class DecordFrameReader:
                 raise self._explain(error) from error
             if images.shape != (len(batch), *shape):
                 raise DecodeError(
-                    f"{self._path}: decord gives pictures of shape {images.shape[1:]}, the video's are {shape}; "
+                    f"{self._path}: decord gives frames of shape {images.shape[1:]}, the video's are {shape}; "
                     "use the PyAV reader"
                 )
             for nth, image in enumerate(images, start=begin):
@@ -112,10 +112,10 @@ class DecordFrameReader:
         return frames
 
     def close(self) -> None:
-        """Return back decord's reader with its threads and its queue of decoded frames."""
+        """Close decord's reader with its threads and its queue of decoded frames."""
         self._reader = None
 
-    def __enter__(self) -> DecordFrameReader:
+    def __enter__(self) -> DecordReader:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -19,8 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from echoshift.extract.encoders.registry import list_builtin_encoders
-from echoshift.pipeline.errors import WeightsError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import WeightsError, suggest
 
 CATALOGUE_PATH = Path(__file__).with_name("catalogue.toml")
 

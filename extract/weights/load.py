@@ -7,6 +7,7 @@ record.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from echoshift.extract.weights.catalogue import (
     read_catalogue,
 )
 from echoshift.pipeline.errors import WeightsError
-from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256
+from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors, tensor_sha256, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -242,27 +243,17 @@ def list_weights(weights_dir: Path | None = None) -> list[WeightsRow]:
 
 def _write_weights(path: Path, tensors: Mapping[str, Tensor], record: InstalledWeights) -> None:
     """Write the tensors to `path` (.safetensors) and the record to the .json beside it, each whole or not at all."""
-    from safetensors.torch import save
-
-    header = {"encoder": record.encoder, "tensor_sha256": record.tensor_sha256, "source": record.source}
     sidecar = path.with_suffix(".json")
     sidecar.unlink(missing_ok=True)  # an old record must not describe the new tensors, whenever this is interrupted
-    _replace_file(path, save(dict(tensors), metadata=header))
-    _replace_file(sidecar, (json.dumps(asdict(record), indent=2) + "\n").encode())
+    header = {"encoder": record.encoder, "tensor_sha256": record.tensor_sha256, "source": record.source}
+    write_tensors(path, tensors, header)
+    _write_text(sidecar, json.dumps(asdict(record), indent=2) + "\n")
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def _write_text(path: Path, text: str) -> None:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def _read_record(sidecar: Path) -> InstalledWeights:
@@ -308,14 +299,15 @@ def _compute_random_sha256(encoder: str, seed: int, weights_dir: Path | None) ->
 
     Loading computes it again, so a wrong note is an error and never a wrong feature.
     """
-    name = f"{encoder}-revision{find_encoder(encoder).revision}-seed{seed}-torch{version('torch')}.sha256"
-    note = find_weights_dir(weights_dir) / "random" / name
+    entry = find_encoder(encoder)
+    name = f"{encoder}-revision{entry.revision}-seed{seed}-torch{version('torch')}"
+    if entry.source:  # the file of an encoder from outside may change while its revision stays
+        name += f"-{hashlib.sha256(entry.source.encode()).hexdigest()[:16]}"
+    note = find_weights_dir(weights_dir) / "random" / f"{name}.sha256"
     if note.is_file():
         return note.read_text(encoding="utf-8").strip()
     sha256 = tensor_sha256(_build_random(encoder, seed).state_dict())
     with suppress(PermissionError):  # a cache that can't be written costs time, nothing else
         note.parent.mkdir(parents=True, exist_ok=True)
-        fresh = note.with_name(f"{note.name}.{os.getpid()}.partial")
-        fresh.write_text(sha256 + "\n", encoding="utf-8")
-        fresh.replace(note)
+        _write_text(note, sha256 + "\n")
     return sha256

@@ -12,7 +12,7 @@ from typing import Literal
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.importers.annotation_csv import parse_seconds, read_annotation_rows
-from echoshift.pipeline.manifest_check import require_counts
+from echoshift.pipeline.manifest import require_counts
 from echoshift.pipeline.segments import Segment, TimedLabel
 
 Pairs = Literal["all", "half", "none"]

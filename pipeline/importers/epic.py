@@ -9,7 +9,7 @@ from pathlib import Path
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.importers.annotation_csv import read_annotation_rows
-from echoshift.pipeline.manifest_check import require_counts
+from echoshift.pipeline.manifest import require_counts
 from echoshift.pipeline.restricted_pickle import (
     NUMPY_CONSTRUCTORS,
     PANDAS_CONSTRUCTORS,

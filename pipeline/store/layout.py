@@ -1,14 +1,26 @@
-"""Decides which arrays a store holds, with their shapes, types and chunks; nothing here touches a disk."""
+"""Arrays, shards, rows and attributes of a store; nothing here touches a disk."""
 
 from __future__ import annotations
 
+import getpass
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Iterator
+import platform
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.errors import StoreError
+from echoshift.pipeline.plugins import describe_plugin_versions
+from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.specs import FeatureSpec, fingerprint
 
 FORMAT_NAME = "echoshift-features"
 FORMAT_VERSION = 1
@@ -178,3 +190,132 @@ def measure_id_bytes(segment_ids: Iterable[str]) -> int:
     """Return the bytes an id takes in a new store: the longest, rounded up to a multiple of 64."""
     longest = max((len(s.encode()) for s in segment_ids), default=1)
     return 64 * math.ceil(longest / 64)
+
+
+RECORDED_PACKAGES = (
+    "echoshift",
+    "torch",
+    "torchaudio",
+    "timm",
+    "pytorchvideo",
+    "av",
+    "decord",
+    "numpy",
+    "zarr",
+    "h5py",
+)
+
+
+def describe_versions() -> dict[str, str]:
+    """List the versions of Python and of the packages that have a part in a feature's value, outside encoders' too."""
+    packages = {name: version(name) for name in RECORDED_PACKAGES}
+    return {"python": platform.python_version(), **packages, **describe_plugin_versions()}
+
+
+def describe_writer() -> dict[str, str]:
+    """Describe who writes, where and when (UTC)."""
+    return {
+        "user": getpass.getuser(),
+        "host": socket.gethostname(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def make_attributes(
+    dataset: str,
+    spec: FeatureSpec,
+    layout: StoreLayout,
+    manifest_sha256: str,
+    weights_source: str,
+    encoder_source: str = "",
+) -> dict[str, Any]:
+    """Make the attributes of a new store (FORMAT.md, section 2); `encoder_source` only where there is one."""
+    return {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "dataset": dataset,
+        "fingerprint": fingerprint(spec),
+        "spec": spec.model_dump(mode="json"),
+        "weights_source": weights_source,
+        **({"encoder_source": encoder_source} if encoder_source else {}),
+        "manifest_sha256": manifest_sha256,
+        "n_rows": layout.n_rows,
+        "n_clips": layout.n_clips,
+        "n_rows_per_shard": layout.n_rows_per_shard,
+        "n_id_bytes": layout.n_id_bytes,
+        "created": describe_writer(),
+        "versions": describe_versions(),
+    }
+
+
+def parse_attributes(path: str, attributes: Mapping[str, Any]) -> tuple[FeatureSpec, StoreLayout]:
+    """Read specification and size from a store's attributes; raises StoreError when it is not one of ours."""
+    if attributes.get("format") != FORMAT_NAME:
+        raise StoreError(f"{path} is not an echoshift feature store")
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {attributes.get('format_version')}, this echoshift reads {FORMAT_VERSION}; "
+            f"extract it anew, or use the echoshift that wrote it"
+        )
+    try:
+        spec = FeatureSpec.model_validate(attributes["spec"])
+        layout = StoreLayout(
+            n_rows=int(attributes["n_rows"]),
+            n_clips=int(attributes["n_clips"]),
+            n_rows_per_shard=int(attributes["n_rows_per_shard"]),
+            n_id_bytes=int(attributes["n_id_bytes"]),
+        )
+    except (KeyError, ValidationError) as error:
+        raise StoreError(f"{path}: the store's attributes are damaged: {error}") from error
+    if attributes.get("fingerprint") != fingerprint(spec):
+        raise StoreError(f"{path}: the fingerprint is not that of the specification; the attributes were changed")
+    return spec, layout
+
+
+def pack_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Make attributes that HDF5 can hold: text and whole numbers stay, everything else becomes JSON."""
+    return {k: v if isinstance(v, str | int) else "json:" + json.dumps(v) for k, v in attributes.items()}
+
+
+def unpack_attributes(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `pack_attributes`."""
+    attributes: dict[str, Any] = {}
+    for key, value in packed.items():
+        if isinstance(value, str):
+            attributes[key] = json.loads(value[5:]) if value.startswith("json:") else value
+        else:
+            attributes[key] = int(value)
+    return attributes
+
+
+NO_MEDIA = "no media"
+
+
+def order_segments(segments: Iterable[Segment]) -> list[Segment]:
+    """Order segments by video and time, so that a shard reads stretches of video front to back."""
+    return sorted(segments, key=lambda s: (s.video_id, s.start_s, s.stop_s, s.segment_id))
+
+
+def plan_new_rows(known_ids: Sequence[str], segments: Iterable[Segment]) -> list[str]:
+    """List, in row order, the ids of segments that a store with `known_ids` doesn't have yet."""
+    known = set(known_ids)
+    return [s.segment_id for s in order_segments(segments) if s.segment_id not in known]
+
+
+def compute_digest(media_identity: str, start_s: float, stop_s: float) -> bytes:
+    """Hash the identity of a video's content and a segment's times to 16 bytes (blake2b)."""
+    text = f"{media_identity}\n{start_s!r}\n{stop_s!r}"
+    return hashlib.blake2b(text.encode(), digest_size=N_DIGEST_BYTES).digest()
+
+
+def compute_digests(segments: Sequence[Segment | None], identities: Mapping[str, str]) -> np.ndarray:
+    """Compute the expected digests of rows, uint8 [row, 16]; zeros where a row has no segment in the manifest.
+
+    `identities` maps a segment's id to its media's identity; NO_MEDIA stands for media that aren't there, so that a row
+    turns stale when they appear.
+    """
+    nothing = bytes(N_DIGEST_BYTES)
+    packed = b"".join(
+        nothing if s is None else compute_digest(identities[s.segment_id], s.start_s, s.stop_s) for s in segments
+    )
+    return np.frombuffer(packed, dtype=np.uint8).reshape(len(segments), N_DIGEST_BYTES).copy()

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from echoshift.pipeline.store.file_maps import FileMap, is_still
+from echoshift.pipeline.store.interface import require_done
 from echoshift.pipeline.store.raw_chunks import ChunkMaps, RawArray, is_whole, make_checksum_error, map_chunk
-from echoshift.pipeline.store.reading import require_done
 
 
 class LocalRows:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 FINISHED_DEMO = "ECHOSHIFT_FINISHED_DEMO"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 PAGE, NAME, WITH_TRUNK = "docs/adding-an-encoder.md", "frame_averages", "two_convolutions"
 # Neither resized nor cut in height: the reference below needs no resize of its own.

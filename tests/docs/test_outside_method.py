@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.tensor_files import read_tensors
 from echoshift.train.alignment import method, methods
 from echoshift.train.alignment.config import AlignmentConfig, keep_used

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoshift.extract.clips import ClipPlan, plan_audio_windows, plan_clips
-from echoshift.extract.readers.protocol import find_shown_frames
-from echoshift.extract.sound.recipes import PLANAMENTE2021, ZHANG2022
+from echoshift.extract.readers.interface import find_shown_frames
+from echoshift.extract.recipes import PLANAMENTE2021, ZHANG2022
 from echoshift.pipeline.errors import DecodeError, ManifestError, SegmentOutsideVideoError, SpecError
 from echoshift.pipeline.specs import ClipSpec
 

@@ -40,7 +40,7 @@ def tiny_demo(tmp_path_factory) -> tuple[Path, list[Segment]]:
     return out_dir, generate_demo(out_dir, seed=3, **TINY)
 
 
-def read_pictures(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import av
 
     with av.open(str(path)) as container:
@@ -99,38 +99,32 @@ def test_segments_are_well_formed_and_lie_in_their_videos():
     assert sum("no-track" in s.tags for s in SEGMENTS) == 4
 
 
-def test_classes_are_imbalanced_and_the_balance_differs_by_domain():
-    rarest = {}
+def test_domains_differ_in_balance_props_and_timbres():
+    own_prop, rarest = {}, set()
     for world in WORLDS:
         assert sum(world.class_shares) == pytest.approx(1)
         counts = count_activities(world, 120)
         assert max(counts) > 3 * min(counts) and min(counts) >= 5
-        rarest[world.name] = ACTIVITIES[int(np.argmin(counts))]
+        rarest.add(int(np.argmin(counts)))
         assert count_activities(world, 6) == [1] * 6
-    assert len(set(rarest.values())) == 3
-
-
-def test_props_tell_the_activity_in_a_domain_and_mislead_across():
-    own_prop = {}
-    for world in WORLDS:
         for activity in ACTIVITIES:
-            props = Counter(s.noun for s in SEGMENTS if s.domain == world.name and s.labels[0] == activity)
+            own = [s for s in SEGMENTS if s.domain == world.name and s.labels == (activity,)]
+            props = Counter(s.noun for s in own)
             own_prop[world.name, activity], n_own = props.most_common(1)[0]
             assert n_own / props.total() > 0.5
+            timbres = {tag for s in own for tag in s.tags if tag.startswith("timbre-") and s.split == "train"}
+            assert not timbres if activity in SILENT_ACTIVITIES else len(timbres) >= 2
         assert {own_prop[world.name, activity] for activity in ACTIVITIES} == set(PROPS)
-    for activity in ACTIVITIES:
+    assert len(rarest) == 3
+    for activity in ACTIVITIES:  # what tells the activity in one domain misleads in the others
         assert len({own_prop[world.name, activity] for world in WORLDS}) == 3
 
 
-def test_audible_activities_have_several_timbres():
-    for world in WORLDS:
-        for activity in ACTIVITIES:
-            own = [s for s in SEGMENTS if s.domain == world.name and s.labels == (activity,) and s.split == "train"]
-            timbres = {tag for s in own for tag in s.tags if tag.startswith("timbre-")}
-            assert not timbres if activity in SILENT_ACTIVITIES else len(timbres) >= 2
-
-
-def test_another_seed_is_another_plan():
+def test_another_seed_is_another_plan_and_the_default_stays_what_it_was():
+    digest = hashlib.sha256(repr(PLANS).encode()).hexdigest()
+    assert (
+        digest == "f03112877eeafd08a707e2872bd0a4c99c5e8ba81f59d5b95a2bc804d36262b1"
+    )  # another one draws everybody's demo again, and moves its numbers
     assert plan_demo(**TINY) == plan_demo(**TINY)
     assert plan_demo(seed=1, **TINY) != plan_demo(**TINY)
     with pytest.raises(ManifestError, match="at least 6 segments a split and a seed >= 0, was asked for 5 train"):
@@ -143,11 +137,11 @@ def test_files_hold_what_was_planned(tiny_demo):
     plans = plan_demo(seed=3, **TINY)
     assert [s for plan in plans for s in plan_segments(plan)] == segments
     for plan in plans:
-        times_s, pictures = read_pictures(locate_demo_video(out_dir, plan))
-        assert pictures.shape == (plan.n_frames, HEIGHT, WIDTH, 3)
+        times_s, frames = read_frames(locate_demo_video(out_dir, plan))
+        assert frames.shape == (plan.n_frames, HEIGHT, WIDTH, 3)
         np.testing.assert_allclose(times_s, np.arange(plan.n_frames) / FRAME_RATE_HZ, atol=1e-4)
         drawn = np.concatenate(list(draw_video(plan)))
-        assert np.abs(pictures.astype(int) - drawn).mean() < 6  # H.264 with halved colour, and the camera's grain
+        assert np.abs(frames.astype(int) - drawn).mean() < 6  # H.264 with halved colour, and the camera's grain
         start_s, track = read_track(locate_demo_video(out_dir, plan))
         assert start_s == pytest.approx(0, abs=0.05)
         assert start_s + len(track) / SAMPLE_RATE_HZ == pytest.approx(plan.duration_s, abs=0.1)
@@ -183,17 +177,14 @@ def test_silent_activities_are_only_room_tone(tiny_demo):
         assert max(silent) < min(levels_db.values()) - 10, (plan.video_id, silent, levels_db)
 
 
-def test_the_same_arguments_give_the_same_bytes_each_of_five_times(tiny_demo, tmp_path):
+def test_the_same_arguments_give_the_same_bytes_each_of_three_times(tiny_demo, tmp_path):
     """Several times, as libx264 with AVX-512 differs only now and then without `cpu-independent`."""
     out_dir, segments = tiny_demo
-    for run in range(4):
+    for run in range(2):
         seen = []
-        assert (
-            generate_demo(tmp_path / str(run), seed=3, progress=lambda n, of, s=seen: s.append((n, of)), **TINY)
-            == segments
-        )
+        made = generate_demo(tmp_path / str(run), seed=3, progress=lambda n, of, s=seen: s.append((n, of)), **TINY)
+        assert made == segments and seen == [(n, 6) for n in range(1, 7)]
         assert hash_files(tmp_path / str(run)) == hash_files(out_dir)
-        assert seen == [(n, 6) for n in range(1, 7)]
 
 
 def test_two_processes_generate_into_one_folder(tiny_demo, tmp_path):

@@ -12,10 +12,9 @@ import av
 import numpy as np
 import pytest
 
-from echoshift.extract.doctor import decoder_checks, environment_checks, trial_clips
-from echoshift.extract.doctor.data_checks import check_cache, check_datasets, check_weights
-from echoshift.extract.doctor.findings import Finding, run_checks
-from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.extract import doctor
+from echoshift.extract.doctor import Finding, check_cache, check_datasets, check_weights, run_checks
+from echoshift.extract.readers.video import VideoReader
 from echoshift.pipeline.errors import DecodeError
 
 
@@ -25,7 +24,7 @@ def levels(findings: Iterator[Finding]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trial_clips.write_clip(trial_clips.FORMATS[0], tmp_path_factory.mktemp("clips"))
+    return doctor.write_clip(doctor.FORMATS[0], tmp_path_factory.mktemp("clips"))
 
 
 def test_a_trial_clip_holds_the_greys_and_the_tone_that_it_is_judged_by(clip: Path) -> None:
@@ -40,51 +39,49 @@ def test_a_trial_clip_holds_the_greys_and_the_tone_that_it_is_judged_by(clip: Pa
 
 
 def test_the_right_decoder_passes(clip: Path) -> None:
-    assert decoder_checks.find_picture_fault(clip, PyAvFrameReader) == ""
-    assert decoder_checks.find_sound_fault(clip) == ""
+    assert doctor.find_frame_fault(clip, VideoReader) == ""
+    assert doctor.find_audio_fault(clip) == ""
 
 
 def test_a_decoder_that_returns_other_frames_is_seen(clip: Path) -> None:
-    class Late(PyAvFrameReader):
+    class Late(VideoReader):
         def read_frames(self, times_s):
             return super().read_frames(np.asarray(times_s) - 1 / 12)
 
-    class Deaf(PyAvFrameReader):
+    class Deaf(VideoReader):
         def read_frames(self, times_s):
             raise DecodeError(f"{clip}: it is\ntorn")
 
-    assert decoder_checks.find_picture_fault(clip, Late).endswith(" of 5 frames are others")
-    assert decoder_checks.find_picture_fault(clip, Deaf) == "it is torn"
+    assert doctor.find_frame_fault(clip, Late).endswith(" of 5 frames are others")
+    assert doctor.find_frame_fault(clip, Deaf) == "it is torn"
 
 
-def test_sound_of_another_strength_is_seen(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_checks, "TONE", 0.15)  # as if what is read were twice too loud
-    assert decoder_checks.find_sound_fault(clip) == "a tone of 0.30, not 0.15"
+def test_audio_of_another_strength_is_seen(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TONE", 0.15)  # as if what is read were twice too loud
+    assert doctor.find_audio_fault(clip) == "a tone of 0.30, not 0.15"
 
 
 def test_every_decoder_is_tried_on_what_can_be_written_here() -> None:
-    findings = {finding.part: finding for finding in decoder_checks.check_decoders()}
-    written = [form.name for form in trial_clips.FORMATS if trial_clips.can_write(form)]
+    findings = {finding.part: finding for finding in doctor.check_decoders()}
+    written = [form.name for form in doctor.FORMATS if doctor.can_write(form)]
     assert "h264" in written
-    for part in ("pyav", "pyav sound"):
+    for part in ("pyav", "pyav audio"):
         assert findings[part] == Finding("ok", part, f"opens {', '.join(written)}")
     assert "h264" in findings["decord"].message
 
 
-def test_flow_of_a_still_picture_is_none() -> None:
-    assert levels(decoder_checks.check_flow()) == ["ok"]
+def test_flow_of_a_still_frame_is_none() -> None:
+    assert levels(doctor.check_flow()) == ["ok"]
 
 
 def test_packages_missing_and_untried_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = ["numpy>=2.2,<3", "av<2", "nothing-of-this-name>=1", "moto>=5; extra == 'dev'"]
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
-    found = list(environment_checks.check_packages())
+    found = list(doctor.check_packages())
     assert [(f.level, f.message.split()[0]) for f in found] == [("warn", "av"), ("fail", "nothing-of-this-name")]
     assert found[0].remedy == "pip install 'av<2'"
     monkeypatch.setattr(metadata, "requires", lambda name: needed[:1])
-    assert [str(f) for f in environment_checks.check_packages()] == [
-        "ok    packages       1 packages in the tried versions"
-    ]
+    assert [str(f) for f in doctor.check_packages()] == ["ok    packages       1 packages in the tried versions"]
 
 
 @pytest.mark.parametrize(("free_gib", "value", "level"), [(70, 64.0, "ok"), (10, 64.0, "warn"), (70, 63.0, "fail")])
@@ -102,15 +99,15 @@ def test_a_gpu_is_judged_by_its_memory_and_a_product(
     )
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size) * (value / 64) ** 0.5)
-    build, gpu = environment_checks.check_torch()
+    build, gpu = doctor.check_torch()
     assert build.level == "ok"
     assert (gpu.level, gpu.message.split(";")[0]) == (level, f"cuda:0 A GPU, {free_gib}.0 of 80.0 GiB free")
 
 
 def test_memory_is_read_from_what_linux_says(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
-    assert environment_checks.read_available_memory(tmp_path / "meminfo") == 2048 * 1024
-    assert environment_checks.read_available_memory(tmp_path / "none") is None
+    assert doctor.read_available_memory(tmp_path / "meminfo") == 2048 * 1024
+    assert doctor.read_available_memory(tmp_path / "none") is None
 
 
 def test_a_cache_that_is_a_file_fails_and_one_that_is_new_is_left_unmade(tmp_path: Path) -> None:
@@ -172,7 +169,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on() -> None:
 
 def test_the_command_prints_a_line_each_or_one_document_and_ends_with_1(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("check_decoders", "check_flow", "check_networks"):
-        monkeypatch.setattr(decoder_checks, name, lambda name=name: [Finding("ok", name, "stands in")])
+        monkeypatch.setattr(doctor, name, lambda name=name: [Finding("ok", name, "stands in")])
     tiny.add_videos("v", n_each=2)
     places = ["--cache", tiny.cache, "--manifests", tiny.root]
     code, out, err = tiny.run("doctor", *places)

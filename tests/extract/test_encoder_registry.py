@@ -14,7 +14,7 @@ from torch import nn
 from echoshift.extract import encoders
 from echoshift.extract.encoders.network import compute_outputs, require_trunk
 from echoshift.extract.encoders.registry import find_encoder, list_builtin_encoders, list_encoders
-from echoshift.extract.sound.recipes import plan_spectrogram_shape
+from echoshift.extract.recipes import plan_spectrogram_shape
 from echoshift.pipeline.errors import PluginError, SpecError
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 

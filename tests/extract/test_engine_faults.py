@@ -20,12 +20,12 @@ import pytest
 
 from echoshift.pipeline.cards import DatasetCard, write_card
 from echoshift.pipeline.errors import EchoshiftError
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
@@ -38,17 +38,17 @@ INTERRUPTED = "interrupted; what is committed is kept, the same command goes on 
 # Kills the worker that is given rows 8 to 12, as the kernel does when memory runs out; workers import this by its name.
 DEADLY = """
 import os, signal
-import echoshift.extract.shard_jobs, echoshift.extract.workers
+import echoshift.extract.run, echoshift.extract.workers
 from pathlib import Path
 
-def compute(ticket, plan, work):
+def compute(topic, plan, work):
     if work.task.shard.index == 2:
         with Path(os.environ["DEATHS"]).open("a") as file:
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
-    return echoshift.extract.workers.compute_shard_on_worker(ticket, plan, work)
+    return echoshift.extract.workers.compute_shard_on_worker(topic, plan, work)
 
-echoshift.extract.shard_jobs.compute_shard_on_worker = compute
+echoshift.extract.run.compute_shard_on_worker = compute
 """
 
 
@@ -322,13 +322,13 @@ def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
 
 @pytest.mark.slow
 def test_workers_that_cannot_see_the_store_are_one_error(start: Start, tmp_path: Path) -> None:
-    blind = "import echoshift.pipeline.store.opening as o, deadly2"
+    blind = "import echoshift.pipeline.store.open as o, deadly2"
     (tmp_path / "deadly2.py").write_text(
-        "import multiprocessing, echoshift.extract.workers\nfrom pipeline.errors import StoreError\n"
+        "import multiprocessing, echoshift.extract.workers\nfrom echoshift.pipeline.errors import StoreError\n"
         "def refuse(path):\n    raise StoreError(f'no feature store at {path}')\n"
-        "def compute(ticket, plan, work):\n    echoshift.extract.workers.open_store = refuse\n"
-        "    return echoshift.extract.workers.compute_shard_on_worker(ticket, plan, work)\n"
-        "import echoshift.extract.shard_jobs\nextract.shard_jobs.compute_shard_on_worker = compute\n"
+        "def compute(topic, plan, work):\n    echoshift.extract.workers.open_store = refuse\n"
+        "    return echoshift.extract.workers.compute_shard_on_worker(topic, plan, work)\n"
+        "import echoshift.extract.run\nechoshift.extract.run.compute_shard_on_worker = compute\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     code, errors = start("--workers", "2", code=f"{blind}; {COMMAND}", PYTHONPATH=path).finish()

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 from echoshift.pipeline.store.layout import Shard
-from echoshift.pipeline.store.opening import hold_store, list_stores, open_store
+from echoshift.pipeline.store.open import hold_store, list_stores, open_store
 
 
 def explain(tiny, segment_id: str, *arguments):

@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from echoshift.extract.clips import plan_clips
-from echoshift.extract.extraction import ExtractionRequest, ExtractionSummary, extract_features
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.inference import load_network
-from echoshift.extract.pictures import prepare_clips
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.frames import prepare_clips
+from echoshift.extract.run import ExtractionRequest, ExtractionSummary, extract_features
+from echoshift.extract.shard import load_network
 from echoshift.extract.weights.load import list_weights, resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import SpecError, StoreBusyError
 from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import hold_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import hold_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)

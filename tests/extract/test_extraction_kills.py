@@ -14,8 +14,8 @@ import pytest
 
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 CHOICES = ("--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 ENCODER = ("--encoders", "resnet_demo")
 

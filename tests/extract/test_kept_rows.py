@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
-from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 INDEX = ("times", "frames", "n_valid", "digest", "state")
 SOUND_INDEX = ("has_audio", "loudness_dbfs")

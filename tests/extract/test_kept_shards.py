@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 import echoshift.pipeline.store.layout as layout_module
-from echoshift.extract.extraction_plan import ShardWork
-from echoshift.extract.output_writer import OutputWriter
-from echoshift.extract.shard_jobs import ExtractionJob
-from echoshift.extract.shard_rows import ShardRows
+from echoshift.extract.shard_rows import OutputWriter, ShardRows, fail_shard
+from echoshift.extract.work import ShardWork
 from echoshift.pipeline.errors import MediaError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, begin_task, commit_report, plan_tasks
 from echoshift.pipeline.segments import Segment
@@ -19,8 +17,8 @@ from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpe
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import create_store, name_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import create_store, name_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 SHAPES = {"pooled": (5,), "trunk": (2, 3)}
 WINDOWS = ClipSpec(n_frames=4, sampling="windows", step=4)
@@ -160,8 +158,8 @@ def test_a_shard_that_is_given_up_keeps_them_too(tmp_path: Path, backend: str) -
     task = plan_task(store, [2])
     stores = {store.path: store}
     begin_task(stores, task)
-    job = ExtractionJob(None, make_segments(6, gone=(0,)), {store.path: make_digests(6, 1)}, stores)
-    report = job.give_up(task, "killed every worker")
+    work = ShardWork(task, tuple(make_segments(6, gone=(0,))), {store.path: make_digests(6, 1)})
+    report = ShardReport(task, {store.path: fail_shard(store, work, "killed every worker")})
     assert [failure.segment_id for failure in report.indices[store.path].failures] == ["s2"]
     commit_report(stores, report)
     assert store.read_array("state").tolist() == [DONE, DONE, FAILED, DONE, DONE, DONE]

@@ -8,11 +8,17 @@ import shutil
 import numpy as np
 import pytest
 
-from echoshift.extract.media import MediaLocation, identify_media, locate_media, open_frames, probe_duration_s
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.readers.decord_video import DecordFrameReader
-from echoshift.extract.readers.pyav_audio import read_audio
-from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.extract.media import (
+    MediaLocation,
+    OpenMedia,
+    identify_media,
+    locate_media,
+    open_frames,
+    probe_duration_s,
+)
+from echoshift.extract.readers.audio import read_audio
+from echoshift.extract.readers.decord_video import DecordReader
+from echoshift.extract.readers.video import VideoReader
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import MediaError, MediaNotFoundError
 from echoshift.pipeline.segments import Segment
@@ -157,11 +163,11 @@ def test_what_is_found_opens(tmp_path, media_factory):
         with open_frames(location) as reader:
             assert reader.read_frames([0.0]).shape[-1] == (2 if modality == "flow" else 3)
     movie = locate_media(tmp_path, layout, make_segment("a"), "rgb")
-    for decoder, kind in (("pyav", PyAvFrameReader), ("decord", DecordFrameReader)):
+    for decoder, kind in (("pyav", VideoReader), ("decord", DecordReader)):
         with open_frames(movie, decoder) as reader:
             assert isinstance(reader, kind)
     silent = locate_media(tmp_path, layout, make_segment("b"), "audio")
-    with pytest.raises(MediaNotFoundError, match="holds no pictures"):
+    with pytest.raises(MediaNotFoundError, match="holds no frames"):
         open_frames(silent)
 
 
@@ -170,11 +176,11 @@ def test_sound_stays_open_until_another_file_is_read(tmp_path, media_factory):
     paths = [media_factory.write_sound(tmp_path / f"{i}.wav", (i + 1) * tone, "pcm_f32le", 8000) for i in range(2)]
     first, second = (MediaLocation("file", path, "audio") for path in paths)
     with OpenMedia(tmp_path, MediaLayout()) as media:
-        reader = media.open_sound(first)
+        reader = media.open_audio(first)
         assert np.array_equal(reader.read(0.25, 0.5, 8000), tone[0, 2000:4000])
-        assert media.open_sound(first) is reader
-        assert media.open_sound(MediaLocation("none", tmp_path, "audio")) is None
-        other = media.open_sound(second)
+        assert media.open_audio(first) is reader
+        assert media.open_audio(MediaLocation("none", tmp_path, "audio")) is None
+        other = media.open_audio(second)
         assert np.array_equal(other.read(0.25, 0.5, 8000), 2 * tone[0, 2000:4000])
-        again = media.open_sound(first)
+        again = media.open_audio(first)
         assert again is not reader and np.array_equal(again.read(0.25, 0.5, 8000), tone[0, 2000:4000])

@@ -9,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echoshift.extract.extraction import ExtractionRequest, extract_features
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.identity_check import MediaWatch
-from echoshift.extract.media_survey import MediaSurvey, identify_segments
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.media import MediaSurvey, OpenMedia, identify_segments
+from echoshift.extract.run import ExtractionRequest, extract_features
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.cards import MediaLayout, read_dataset_card
 from echoshift.pipeline.errors import MediaChangedError
-from echoshift.pipeline.manifest_csv import read_manifest
-from echoshift.pipeline.rows import compute_digests
-from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.manifest import read_manifest
+from echoshift.pipeline.store.failures import read_failures
+from echoshift.pipeline.store.layout import DONE, FAILED, compute_digests
+from echoshift.pipeline.store.open import list_stores, open_store
 
 
 def open_pictures(tiny):
@@ -156,18 +154,18 @@ def test_the_watch_notices_replacing_and_passes_touching(tiny, tiny_dataset) -> 
     spec = make_feature_spec("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), StoreOptions())
     survey = MediaSurvey(tiny.media, MediaLayout())
     digests = compute_digests(segments, identify_segments(survey, segments, spec))
-    watch = MediaWatch(tiny.media, MediaLayout())
+    watch = OpenMedia(tiny.media, MediaLayout())
     for segment, digest in zip(segments, digests, strict=True):
-        watch.check_identity(segment, spec, digest)
+        watch.check_unchanged(segment, spec, digest)
     (tiny.media / "v.mp4").touch()
     os.utime(tiny.media / "v.mp4", (0, 0))
-    watch.check_identity(segments[0], spec, digests[0])
+    watch.check_unchanged(segments[0], spec, digests[0])
     tiny_dataset.write_video(tiny.media / "fresh.mp4", seed=5)
     (tiny.media / "fresh.mp4").replace(tiny.media / "v.mp4")
     shutil.copy(tiny.media / "v.mp4", tiny.media / "absent.mp4")
     for segment, digest in zip(segments, digests, strict=True):
         with pytest.raises(MediaChangedError, match=f"the video {segment.video_id} changed while it was read"):
-            watch.check_identity(segment, spec, digest)
+            watch.check_unchanged(segment, spec, digest)
 
 
 def test_an_unreadable_file_fails_its_rows(tiny) -> None:
@@ -185,7 +183,7 @@ def test_an_unreadable_file_fails_its_rows(tiny) -> None:
 def test_media_that_the_system_refuses_fail_their_rows_and_turn_stale(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.add_videos("v", "w")
     with monkeypatch.context() as patch:
-        import echoshift.extract.media_survey as survey_module
+        import echoshift.extract.media as survey_module
 
         identify = survey_module.identify_media
 

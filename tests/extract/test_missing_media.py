@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from echoshift.pipeline.store.opening import list_stores
+from echoshift.pipeline.store.open import list_stores
 
 ENCODER = ("--encoders", "resnet_demo")
 

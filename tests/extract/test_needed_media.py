@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoshift.extract.media_survey import MediaSurvey
-from echoshift.extract.needed_media import NeededMediaProbe, find_needed_modalities
+from echoshift.extract.media import MediaSurvey, NeededMediaProbe, find_needed_modalities
 from echoshift.pipeline.cards import DatasetCard, MediaLayout, write_card
 from echoshift.pipeline.errors import MediaNotFoundError
 from echoshift.pipeline.segments import Segment

@@ -12,27 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from echoshift.extract import row_reading
+from echoshift.extract import rows as rows_module
 from echoshift.extract.clips import plan_clips
-from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.inference import load_network
-from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from echoshift.extract.optical_flow import FlowComputer, FlowMethod
-from echoshift.extract.pictures import prepare_clips
-from echoshift.extract.readers.pyav_video import PyAvFrameReader
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.shard import process_shard
+from echoshift.extract.flow import FlowComputer, FlowMethod
+from echoshift.extract.frames import prepare_clips
+from echoshift.extract.media import MediaSurvey, count_clips_at_most, identify_segments
+from echoshift.extract.readers.video import VideoReader
+from echoshift.extract.shard import load_network, process_shard
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store import layout
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 
 @pytest.fixture
@@ -84,13 +81,13 @@ def segments_of(video_id: str, *spans: tuple[float, float]) -> list[Segment]:
 
 def test_one_decode_serves_every_encoder(tmp_path, video, monkeypatch):
     decoded = []
-    read_frames = PyAvFrameReader.read_frames
+    read_frames = VideoReader.read_frames
 
     def count(self, times_s):
         decoded.extend(np.asarray(times_s).tolist())
         return read_frames(self, times_s)
 
-    monkeypatch.setattr(PyAvFrameReader, "read_frames", count)
+    monkeypatch.setattr(VideoReader, "read_frames", count)
     segments = segments_of("v", (0, 1.5), (1, 3))
     overrides = ["i3d_flow.frame.flow=dis", "i3d_flow.frame.short_side=64", "i3d_flow.frame.crop=64"]
     overrides += ["clip.n_clips=2", "i3d_flow.clip.n_frames=9", "i3d_flow.clip.rate_hz=12.5"]
@@ -107,7 +104,7 @@ def test_one_decode_serves_every_encoder(tmp_path, video, monkeypatch):
 def test_stretches_of_any_size_give_the_same_bytes(tmp_path, video, monkeypatch):
     segments = segments_of("v", (0, 4), (0.2, 0.4))
     wanted, _ = run(tmp_path, segments, ["slowfast_demo"])
-    monkeypatch.setattr(row_reading, "MAX_STRETCH_BYTES", 3 * 72 * 96 * 3)
+    monkeypatch.setattr(rows_module, "MAX_STRETCH_BYTES", 3 * 72 * 96 * 3)
     small, _ = run(tmp_path, segments, ["slowfast_demo"], name="small")
     readers = RunOptions(device="cpu", n_readers=3)
     many, _ = run(tmp_path, segments, ["slowfast_demo"], name="many", run_options=readers)
@@ -148,7 +145,7 @@ def test_computed_flow_equals_the_plain_computation(tmp_path, video):
     overrides = ["frame.flow=dis", "frame.short_side=64", "frame.crop=64", "clip.n_clips=1", "clip.n_frames=9"]
     stores, _ = run(tmp_path, segments, ["i3d_flow"], overrides=[*overrides, "clip.rate_hz=25"])
     spec = stores["i3d_flow"].spec
-    with PyAvFrameReader(video) as reader:
+    with VideoReader(video) as reader:
         plan = plan_clips(spec.clip, 0.5, 2.5, reader.frame_times_s, reader.info.duration_s)
         computer = FlowComputer(FlowMethod("dis", 64, 20))
         flows = []
@@ -187,14 +184,14 @@ def test_sound_around_clips_streams_and_knows_silence(tmp_path, video):
 def test_a_decoder_that_hangs_fails_its_segment_alone(tmp_path, video, monkeypatch, media_factory):
     media_factory.write_video(tmp_path / "media/w.mp4", n_frames=50, width=96, height=72)
     release = threading.Event()
-    read_frames = PyAvFrameReader.read_frames
+    read_frames = VideoReader.read_frames
 
     def hang(self, times_s):
         if self._path.stem == "w":
             release.wait(60)
         return read_frames(self, times_s)
 
-    monkeypatch.setattr(PyAvFrameReader, "read_frames", hang)
+    monkeypatch.setattr(VideoReader, "read_frames", hang)
     segments = [*segments_of("v", (0, 2)), *segments_of("w", (0, 1.5)), *segments_of("x", (0, 1))]
     (tmp_path / "media/x.mp4").write_bytes((tmp_path / "media/v.mp4").read_bytes())
     options = RunOptions(device="cpu", segment_timeout_s=3)
@@ -207,7 +204,7 @@ def test_a_decoder_that_hangs_fails_its_segment_alone(tmp_path, video, monkeypat
 
 
 def test_a_video_replaced_while_it_is_read_fails_its_segments(tmp_path, video, monkeypatch, media_factory):
-    read_frames = PyAvFrameReader.read_frames
+    read_frames = VideoReader.read_frames
 
     def replace(self, times_s):
         frames = read_frames(self, times_s)
@@ -217,7 +214,7 @@ def test_a_video_replaced_while_it_is_read_fails_its_segments(tmp_path, video, m
             (tmp_path / "media/fresh.mp4").replace(video)
         return frames
 
-    monkeypatch.setattr(PyAvFrameReader, "read_frames", replace)
+    monkeypatch.setattr(VideoReader, "read_frames", replace)
     _, failures = run(tmp_path, segments_of("v", (0, 1)), ["slowfast_demo"])
     assert failures["v-0"].exception == "MediaChangedError" and failures["v-0"].retryable
     assert "changed while it was read" in failures["v-0"].reason
@@ -243,4 +240,4 @@ print(failures["v-0"].exception, "|", failures["v-0"].reason)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("MediaMemoryError | preparing [")
-    assert "pictures needs more memory than there is" in found.stdout
+    assert "frames needs more memory than there is" in found.stdout

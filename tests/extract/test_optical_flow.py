@@ -6,10 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from echoshift.extract.flow_making import FlowMaker, pair_pictures
-from echoshift.extract.optical_flow import FlowComputer, FlowMethod, quantise_flow
-from echoshift.extract.readers.frame_folder import FrameFolderReader
-from echoshift.extract.shard_inputs import PictureSource
+from echoshift.extract.flow import FlowComputer, FlowMaker, FlowMethod, pair_frames, quantise_flow
+from echoshift.extract.readers.images import open_frame_images
 
 
 def draw_texture(shift_x: int, shift_y: int, size: int = 96) -> np.ndarray:
@@ -41,32 +39,30 @@ def test_flow_is_clipped_and_quantised_evenly():
 
 def test_pairs_are_one_step_apart_and_the_last_one_steps_back(tmp_path, media_factory):
     media_factory.write_images(tmp_path / "v", range(1, 31))
-    with FrameFolderReader(tmp_path / "v", "frame_%010d.jpg", rate_hz=60) as reader:
+    with open_frame_images(tmp_path / "v", "frame_%010d.jpg", rate_hz=60) as reader:
         times = np.array([[0, 4 / 60, 29 / 60, 29.9 / 60]])
         shown = np.array([[0, 4, 29, 29]])
-        before, after = pair_pictures(reader, times, shown, rate_hz=30)
+        before, after = pair_frames(reader, times, shown, rate_hz=30)
         assert before.tolist() == [[0, 4, 28, 28]] and after.tolist() == [[2, 6, 29, 29]]
-        before, after = pair_pictures(reader, times, shown, rate_hz=None)
+        before, after = pair_frames(reader, times, shown, rate_hz=None)
         assert before.tolist() == [[0, 4, 28, 28]] and after.tolist() == [[1, 5, 29, 29]]
-        before, after = pair_pictures(reader, times, shown, rate_hz=240)
+        before, after = pair_frames(reader, times, shown, rate_hz=240)
         assert after.tolist() == [[1, 5, 29, 29]]  # never a picture with itself
 
 
 def test_a_pair_is_computed_once_whatever_the_stretches():
-    source = PictureSource("rgb", "pyav", FlowMethod("dis", 96, 20))
-    pictures = np.stack([draw_texture(i, 0) for i in range(6)])
+    frames = np.stack([draw_texture(i, 0) for i in range(6)])
     expected = {}
     for n_at_once in (6, 2, 1):
-        maker = FlowMaker(source)
+        maker = FlowMaker(FlowMethod("dis", 96, 20))
         numbers = maker.add(np.array([[0, 2], [0, 3]]), np.array([[1, 4], [1, 5]]))
         assert numbers[0, 0] == numbers[1, 0] and maker.needed.tolist() == [0, 1, 2, 3, 4, 5]
         found = {}
         for start in range(0, 6, n_at_once):
             indices = np.arange(start, start + n_at_once)
-            stretch = maker.feed(7, pictures[indices], indices)
-            if stretch is not None:
-                assert stretch.row == 7 and stretch.source == source
-                found.update(dict(zip(stretch.numbers.tolist(), stretch.pictures, strict=True)))
+            made = maker.feed(frames[indices], indices)
+            if made is not None:
+                found.update(dict(zip(made[1].tolist(), made[0], strict=True)))
         assert sorted(found) == sorted(np.unique(numbers))
         expected = expected or found
         for number, flow in found.items():

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from echoshift.pipeline.cards import DatasetCard, write_card
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 CARD = DatasetCard(
     name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
@@ -246,7 +246,7 @@ def test_a_clock_that_jumps_changes_nothing(
     folder: Path, unbroken: dict[str, bytes], s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from echoshift.pipeline.errors import StoreBusyError
-    from echoshift.pipeline.store.holding import LeaseTiming, hold_store
+    from echoshift.pipeline.store.lock import LeaseTiming, hold_store
 
     year_s = 365 * 86400.0
     real, now = time.time, [0.0]
@@ -273,7 +273,7 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_wall_time_is_only_ever_written_down() -> None:
     """Everything that reads the wall clock is listed here, and none of it decides anything.
 
-    Times of change of files are compared for being the same (identity_check, file_maps), or shown (explaining).
+    Times of change of files are compared for being the same (media, file_maps), or shown (explain).
     """
     found = set()
     for package in ("pipeline", "extract"):
@@ -289,6 +289,6 @@ def test_wall_time_is_only_ever_written_down() -> None:
                     found.add(str(file.relative_to(CHECKOUT)))
                 if isinstance(node, ast.Attribute) and node.attr in {"st_mtime", "st_mtime_ns", "st_ctime"}:
                     found.add(str(file.relative_to(CHECKOUT)))
-    written = {"pipeline/store/attributes.py", "extract/weights/load.py"}
-    compared = {"extract/identity_check.py", "pipeline/store/file_maps.py"}
-    assert found == written | compared | {"extract/explaining.py"}
+    written = {"pipeline/store/layout.py", "extract/weights/load.py"}
+    compared = {"extract/media.py", "pipeline/store/file_maps.py"}
+    assert found == written | compared | {"extract/explain.py"}

@@ -1,4 +1,4 @@
-"""Holds the reader of sound against signals known by construction, and spans against the whole."""
+"""Holds the reader of audio against signals known by construction, and spans against the whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from echoshift.extract.readers import pyav_audio, sound_track
+from echoshift.extract.readers import audio as audio_module
+from echoshift.extract.readers.audio import AudioReader, probe_audio_end_s, read_audio
 from echoshift.extract.readers.container import has_whole_index, open_container
-from echoshift.extract.readers.pyav_audio import PyAvAudioReader, has_audio_track, probe_audio_end_s, read_audio
 from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 RATE = 44100
@@ -71,8 +71,8 @@ def test_a_span_read_alone_is_that_span_of_the_whole(tmp_path, media_factory, mo
     options = {"aac_pns": "0"} if codec == "aac" else None
     path = media_factory.write_sound(tmp_path / name, make_chirp(14, rate, 2), codec, rate, options)
     whole = read_audio(path, 0.0, 14.0, 16000)
-    monkeypatch.setattr(sound_track, "FROM_START_S", 1.0)  # so that short files are sought in too
-    with PyAvAudioReader(path) as reader:
+    monkeypatch.setattr(audio_module, "FROM_START_S", 1.0)  # so that short files are sought in too
+    with AudioReader(path) as reader:
         for start_s in (0.0, 1.2345, 11.9, 3.21, 7.77777, 12.5):
             alone = reader.read(start_s, start_s + 0.9, 16000)
             first = round(start_s * 16000)
@@ -82,10 +82,10 @@ def test_a_span_read_alone_is_that_span_of_the_whole(tmp_path, media_factory, mo
 
 
 def test_made_up_noise_does_not_depend_on_earlier_reads(tmp_path, media_factory, monkeypatch):
-    monkeypatch.setattr(sound_track, "FROM_START_S", 1.0)
+    monkeypatch.setattr(audio_module, "FROM_START_S", 1.0)
     noise = 0.3 * np.random.default_rng(0).standard_normal((2, 8 * RATE)).astype(np.float32)
     path = media_factory.write_sound(tmp_path / "x.m4a", noise, "aac", RATE)
-    with PyAvAudioReader(path) as reader:
+    with AudioReader(path) as reader:
         first = reader.read(5.0, 6.0, 16000)
         reader.read(2.0, 4.0, 24000)
         assert np.array_equal(reader.read(5.0, 6.0, 16000), first)
@@ -93,15 +93,14 @@ def test_made_up_noise_does_not_depend_on_earlier_reads(tmp_path, media_factory,
 
 @pytest.fixture
 def count_openings(monkeypatch):
-    """Count, in the list it gives, the files that the reader of sound opens."""
+    """Count, in the list it gives, the files that the reader of audio opens."""
     opened = []
 
     def open_and_note(path):
         opened.append(path.name)
         return open_container(path)
 
-    monkeypatch.setattr(sound_track, "open_container", open_and_note)
-    monkeypatch.setattr(pyav_audio, "open_container", open_and_note)
+    monkeypatch.setattr(audio_module, "open_container", open_and_note)
     return opened
 
 
@@ -113,14 +112,14 @@ def count_openings(monkeypatch):
 def test_an_mp4_is_opened_once_and_reads_as_if_opened_for_each_span(
     tmp_path, media_factory, monkeypatch, count_openings, name, codec, options
 ):
-    monkeypatch.setattr(sound_track, "FROM_START_S", 0.7)
+    monkeypatch.setattr(audio_module, "FROM_START_S", 0.7)
     noise = 0.3 * np.random.default_rng(0).standard_normal((2, 6 * RATE)).astype(np.float32)  # AAC's is made up
     path = media_factory.write_sound(tmp_path / name, noise, codec, RATE, options)
     starts_s = (5.2, 2.3, 1.9, 4.7, 2.3, 5.7)  # the last one beyond the track's end
-    with PyAvAudioReader(path) as reader:
+    with AudioReader(path) as reader:
         kept = [reader.read(start_s, start_s + 0.5, 16000) for start_s in starts_s]
     assert count_openings == [name]
-    monkeypatch.setattr(sound_track, "has_whole_index", lambda container, path: False)
+    monkeypatch.setattr(audio_module, "has_whole_index", lambda container, path: False)
     for start_s, samples in zip(starts_s, kept, strict=True):
         anew = read_audio(path, start_s, start_s + 0.5, 16000)
         assert np.array_equal(samples, anew) and samples.any()
@@ -135,12 +134,12 @@ def test_an_mp4_is_opened_once_and_reads_as_if_opened_for_each_span(
 def test_other_files_are_opened_for_each_span(
     tmp_path, media_factory, monkeypatch, count_openings, name, codec, rate, container_options
 ):
-    monkeypatch.setattr(sound_track, "FROM_START_S", 0.7)
+    monkeypatch.setattr(audio_module, "FROM_START_S", 0.7)
     path = media_factory.write_video(
         tmp_path / name, n_frames=125, sound=make_chirp(5, rate, 2), sound_codec=codec, sound_rate=rate,
         container_options=container_options,
     )  # fmt: skip
-    with PyAvAudioReader(path) as reader:
+    with AudioReader(path) as reader:
         kept = [reader.read(start_s, start_s + 0.5, 16000) for start_s in (3.2, 1.9, 3.2)]
     assert len(count_openings) >= 3
     assert len(kept[0]) == 8000 and np.array_equal(kept[0], kept[2])
@@ -177,7 +176,7 @@ def test_vorbis_spans_agree_with_the_whole(shared_data, monkeypatch):
     whole = read_audio(path, 0, 6, 16000)
     assert len(whole) == -(-223808 * 160 // 441)  # all its samples, resampled
     assert np.array_equal(read_audio(path, 2.5, 4.0, 16000), whole[40000:64000])
-    monkeypatch.setattr(sound_track, "FROM_START_S", 1.0)
+    monkeypatch.setattr(audio_module, "FROM_START_S", 1.0)
     assert np.abs(read_audio(path, 3.5, 4.5, 16000) - whole[56000:72000]).max() < 1e-6
 
 
@@ -205,7 +204,8 @@ def test_the_end_of_the_track_ends_the_samples(tmp_path, media_factory):
 
 def test_no_sound_gives_no_samples(tmp_path, media_factory):
     path = media_factory.write_video(tmp_path / "x.mp4", n_frames=10)
-    assert not has_audio_track(path)
+    with AudioReader(path) as reader:
+        assert not reader.has_track
     assert read_audio(path, 0.0, 0.4, 16000).shape == (0,)
     assert probe_audio_end_s(path) == 0.0
     with pytest.raises(MediaNotFoundError):
@@ -243,8 +243,9 @@ def test_channels_are_mixed_as_into_a_16_bit_file(tmp_path, media_factory):
 def test_real_tracks_of_all_kinds(shared_data):
     surround = read_audio(shared_data / "edge" / "bigbuckbunny.mp4", 0, 10, 16000)
     assert len(surround) == 254976 // 3 and 0.01 < np.abs(surround).max() <= 1.0
-    assert not has_audio_track(shared_data / "edge" / "carphone_pristine.mp4")
-    with PyAvAudioReader(shared_data / "gmdcsa24" / "Subject_1" / "Fall" / "14.mp4") as reader:  # begins at 109 ms
+    with AudioReader(shared_data / "edge" / "carphone_pristine.mp4") as reader:
+        assert not reader.has_track
+    with AudioReader(shared_data / "gmdcsa24" / "Subject_1" / "Fall" / "14.mp4") as reader:  # begins at 109 ms
         samples = reader.read(0.0, 1.0, 48000)
         assert len(samples) == 48000 and not samples[:5232].any()
     # The best track is the one of the best pictures' programme: 16 kHz, 13.056 s.
@@ -261,7 +262,7 @@ def test_damaged_sound_is_named_and_the_rest_is_read(tmp_path, media_factory):
         if 4.0 <= at_s < 4.3:
             data[pos : pos + size] = b"\xff" * size
     path.write_bytes(data)
-    with pytest.raises(DecodeError, match=r"x\.m4a: its sound can't be decoded at 4\.\d+ s: .*; the file is damaged"):
+    with pytest.raises(DecodeError, match=r"x\.m4a: its audio can't be decoded at 4\.\d+ s: .*; the file is damaged"):
         read_audio(path, 3.5, 4.5, 16000)
     assert np.array_equal(read_audio(path, 1.0, 3.5, 16000), whole[16000:56000])
     assert np.abs(read_audio(path, 5.0, 6.0, 16000) - whole[80000:96000]).max() < 1e-6
@@ -271,9 +272,9 @@ def test_sound_that_is_cut_short_is_refused(tmp_path, media_factory):
     path = media_factory.write_sound(tmp_path / "x.flac", make_chirp(4), "flac", RATE)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert len(read_audio(path, 0.0, 1.5, 16000)) == 24000
-    with pytest.raises(DecodeError, match=r"x\.flac: its sound can't be decoded at 1\.\d+ s: Invalid data"):
+    with pytest.raises(DecodeError, match=r"x\.flac: its audio can't be decoded at 1\.\d+ s: Invalid data"):
         read_audio(path, 1.0, 3.0, 16000)  # its last frame is half there
-    with pytest.raises(DecodeError, match=r"x\.flac declares 4\.00 s of sound but holds \d\.\d+ s: it is cut short"):
+    with pytest.raises(DecodeError, match=r"x\.flac declares 4\.00 s of audio but holds \d\.\d+ s: it is cut short"):
         probe_audio_end_s(path)
     (tmp_path / "text.wav").write_text("no sound\n" * 99)
     with pytest.raises(DecodeError, match=r"text\.wav .* can't be opened as a media file: Invalid data"):

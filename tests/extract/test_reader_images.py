@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoshift.extract.readers.flow_images import FlowImageReader
-from echoshift.extract.readers.frame_folder import FrameFolderReader
-from echoshift.extract.readers.frame_tar import FrameTarReader
+from echoshift.extract.readers.images import open_flow_images, open_frame_images
 from echoshift.pipeline.errors import DecodeError, MediaNotFoundError, SegmentOutsideVideoError
 
 PATTERN = "frame_%010d.jpg"
@@ -28,10 +26,10 @@ def open_images(request, tmp_path, media_factory):
         (folder / "notes.txt").write_text("no frame")
         (folder / "frame_12.jpg").write_bytes(b"too few digits")
         if request.param == "folder":
-            return images, FrameFolderReader(folder, pattern, rate_hz, n_first)
+            return images, open_frame_images(folder, pattern, rate_hz, n_first)
         prefix = "./rgb/P08_01/" if "prefix" in request.param else ""
         path = media_factory.pack_tar(tmp_path / "P08_01.tar", folder, prefix)
-        return images, FrameTarReader(path, pattern, rate_hz, n_first)
+        return images, open_frame_images(path, pattern, rate_hz, n_first)
 
     return make
 
@@ -85,7 +83,7 @@ def test_other_patterns(open_images):
 @pytest.mark.parametrize("pattern", ["frame.jpg", "%d_%d.jpg", "x/%d.jpg", "%s.jpg", "%5d.jpg"])
 def test_a_pattern_has_one_number(tmp_path, pattern):
     with pytest.raises(DecodeError, match="needs exactly one number"):
-        FrameFolderReader(tmp_path, pattern, 60.0)
+        open_frame_images(tmp_path, pattern, 60.0)
 
 
 def test_damaged_and_odd_images_are_named(tmp_path, media_factory):
@@ -93,7 +91,7 @@ def test_damaged_and_odd_images_are_named(tmp_path, media_factory):
     data = (tmp_path / "v" / (PATTERN % 2)).read_bytes()
     (tmp_path / "v" / (PATTERN % 2)).write_bytes(data[: len(data) // 2])
     media_factory.write_images(tmp_path / "v", [4], width=22)
-    with FrameFolderReader(tmp_path / "v", PATTERN, 1.0) as reader:
+    with open_frame_images(tmp_path / "v", PATTERN, 1.0) as reader:
         with pytest.raises(
             DecodeError, match=rf"frame_0000000002\.jpg \({len(data) // 2} bytes\) can't be decoded: .*[Tt]runc"
         ):
@@ -105,11 +103,9 @@ def test_damaged_and_odd_images_are_named(tmp_path, media_factory):
 def test_nothing_there_and_no_tar(tmp_path, media_factory):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DecodeError, match=r"holds no file called like .*frame_0000000001\.jpg"):
-        FrameFolderReader(tmp_path / "empty", PATTERN, 60.0)
+        open_frame_images(tmp_path / "empty", PATTERN, 60.0)
     with pytest.raises(MediaNotFoundError, match="no such folder"):
-        FrameFolderReader(tmp_path / "nothing", PATTERN, 60.0)
-    with pytest.raises(MediaNotFoundError, match="no such file"):
-        FrameTarReader(tmp_path / "nothing.tar", PATTERN, 60.0)
+        open_frame_images(tmp_path / "nothing", PATTERN, 60.0)
     folder = tmp_path / "v"
     media_factory.write_images(folder, range(1, 30))
     with tarfile.open(tmp_path / "v.tar.gz", "w:gz") as tar:
@@ -119,12 +115,12 @@ def test_nothing_there_and_no_tar(tmp_path, media_factory):
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 + 100])
     for name in ("v.tar.gz", "text.tar", "cut.tar"):
         with pytest.raises(DecodeError, match=r"is no whole, uncompressed tar: .*; fetch or make it again"):
-            FrameTarReader(tmp_path / name, PATTERN, 60.0)
+            open_frame_images(tmp_path / name, PATTERN, 60.0)
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         tar.add(folder, arcname="a")
         tar.add(folder, arcname="b")
     with pytest.raises(DecodeError, match=r"twice\.tar holds frame_\d+\.jpg twice"):
-        FrameTarReader(tmp_path / "twice.tar", PATTERN, 60.0)
+        open_frame_images(tmp_path / "twice.tar", PATTERN, 60.0)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -135,7 +131,7 @@ def test_flow_is_u_and_v(tmp_path, media_factory, kind):
     for number in v:  # other values than u's
         (folder / "v" / (PATTERN % number)).write_bytes((folder / "u" / (PATTERN % (7 - number))).read_bytes())
     path = folder if kind == "folder" else media_factory.pack_tar(tmp_path / "flow.tar", folder, "P08_01/")
-    with FlowImageReader(path, PATTERN, 30.0) as reader:
+    with open_flow_images(path, PATTERN, 30.0) as reader:
         flow = reader.read_frames([0.0, 4 / 30])
         assert flow.shape == (2, 10, 20, 2)
         assert np.array_equal(flow[..., 0], [u[1], u[5]]) and np.array_equal(flow[..., 1], [u[6], u[2]])
@@ -146,7 +142,7 @@ def test_flow_whose_channels_differ_in_count_is_refused(tmp_path, media_factory)
     media_factory.write_images(tmp_path / "u", range(1, 7), mode="L")
     media_factory.write_images(tmp_path / "v", [1, 2, 3, 5, 6], mode="L")
     with pytest.raises(DecodeError, match=r"6 frames of u and 5 of v; .* partner is \S*/v/frame_0000000004\.jpg"):
-        FlowImageReader(tmp_path, PATTERN, 30.0)
+        open_flow_images(tmp_path, PATTERN, 30.0)
 
 
 def test_a_frame_that_is_postscript_is_refused_whatever_is_installed(tmp_path, media_factory, monkeypatch):
@@ -163,7 +159,7 @@ def test_a_frame_that_is_postscript_is_refused_whatever_is_installed(tmp_path, m
         image.load()
     assert (tmp_path / "was-run").exists(), "the stand-in shows nothing: PIL no longer runs Ghostscript"
     (tmp_path / "was-run").unlink()
-    with FrameFolderReader(tmp_path / "P08_01", PATTERN, 60.0, 1) as reader:
+    with open_frame_images(tmp_path / "P08_01", PATTERN, 60.0, 1) as reader:
         with pytest.raises(DecodeError, match=r"frame_0000000002\.jpg \(\d+ bytes\) can't be decoded: cannot identify"):
             reader.read_frames([1 / 60])
         assert reader.read_frames([0, 2 / 60]).shape == (2, 10, 20, 3)

@@ -9,15 +9,14 @@ import av
 import numpy as np
 import pytest
 
-from echoshift.extract.readers.orientation import turn_upright
-from echoshift.extract.readers.pyav_video import PyAvFrameReader
+from echoshift.extract.readers.video import VideoReader, turn_upright
 from echoshift.pipeline.errors import DecodeError, MediaNotFoundError, SegmentOutsideVideoError
 
 
 def assert_reads_like(path, times, frames, n_single=4, seed=0):
     """Assert that single frames, a shuffled batch and windows are those of the sequential decode, bit for bit."""
     rng = np.random.default_rng(seed)
-    with PyAvFrameReader(path) as reader:
+    with VideoReader(path) as reader:
         np.testing.assert_allclose(reader.frame_times_s, times, atol=2e-6)
         assert reader.info.n_frames == len(frames)
         for i in rng.permutation(len(frames))[:n_single]:
@@ -58,7 +57,7 @@ def test_real_files_read_like_a_sequential_decode(shared_data, media_factory, na
 def test_the_best_of_several_streams_has_the_times_of_its_list(shared_data):
     path = shared_data / "edge" / "nasa_13013.mp4"
     listed = json.loads((path.parent / f"{path.name}.stream3.all_frames_info.json").read_text())
-    with PyAvFrameReader(path) as reader:
+    with VideoReader(path) as reader:
         np.testing.assert_allclose(reader.frame_times_s, [float(frame["pts_time"]) for frame in listed], atol=1e-6)
         assert (reader.info.width, reader.info.height) == (480, 270)
         assert reader.info.duration_s == pytest.approx(13.013)
@@ -69,7 +68,7 @@ def test_pictures_are_turned_by_the_display_matrix(shared_data, media_factory):
     path = shared_data / "edge" / "decord_video_90.mov"
     times, frames = media_factory.decode_all(path)
     assert frames[0].shape == (320, 568, 3)
-    with PyAvFrameReader(path) as reader:
+    with VideoReader(path) as reader:
         assert (reader.info.height, reader.info.width, reader.info.rotation_deg) == (568, 320, 90)
         images = reader.read_frames(times)
     assert np.array_equal(images, [np.rot90(frame, -1) for frame in frames])  # clockwise
@@ -116,9 +115,9 @@ def test_a_stream_cut_between_keyframes_begins_with_its_first_whole_frame(tmp_pa
 def test_goes_on_decoding_while_the_next_frame_lies_ahead(tmp_path, media_factory, monkeypatch):
     path = media_factory.write_video(tmp_path / "x.mp4", n_frames=200, bf=2, g=50, sc_threshold=0)
     starts = []
-    walk = PyAvFrameReader._decode_from
-    monkeypatch.setattr(PyAvFrameReader, "_decode_from", lambda self, start: starts.append(start) or walk(self, start))
-    with PyAvFrameReader(path) as reader:
+    walk = VideoReader._decode_from
+    monkeypatch.setattr(VideoReader, "_decode_from", lambda self, start: starts.append(start) or walk(self, start))
+    with VideoReader(path) as reader:
         times = reader.frame_times_s
         reader.read_frames(times[5:40])
         reader.read_frames(times[39:60])  # the frame held, then on
@@ -132,7 +131,7 @@ def test_goes_on_decoding_while_the_next_frame_lies_ahead(tmp_path, media_factor
 def test_times_before_the_first_frame_give_it_and_past_the_end_fail(tmp_path, media_factory):
     path = media_factory.write_video(tmp_path / "x.mp4", n_frames=50)
     _, frames = media_factory.decode_all(path)
-    with PyAvFrameReader(path) as reader:
+    with VideoReader(path) as reader:
         assert reader.info.duration_s == pytest.approx(2.0)
         assert reader.info.rate_hz == pytest.approx(25.0)
         images = reader.read_frames([-3.0, 0.0385, 0.0395, 2.0009])  # 1 ms early is on time
@@ -153,7 +152,7 @@ def test_damage_is_named_and_frames_before_it_are_read(shared_data):
     with av.open(str(path)) as container, suppress(av.InvalidDataError):
         for frame in container.decode(video=0):
             whole.append(frame.to_ndarray(format="rgb24"))
-    with PyAvFrameReader(path) as reader:
+    with VideoReader(path) as reader:
         assert reader.info.n_frames == 50
         n_whole = len(whole)
         assert 20 < n_whole < 50
@@ -168,10 +167,8 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, media_factory, name, opti
     codec = "mpeg4" if name == "x.avi" else "libx264"
     path = media_factory.write_video(tmp_path / name, codec, n_frames=100, g=10, container_options=options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        DecodeError, match=rf"{name} declares \d\.\d+ s of pictures but holds \d\.\d+ s: it is cut short"
-    ):
-        PyAvFrameReader(path)
+    with pytest.raises(DecodeError, match=rf"{name} declares \d\.\d+ s of frames but holds \d\.\d+ s: it is cut short"):
+        VideoReader(path)
 
 
 def test_sound_may_end_long_before_or_after_the_pictures(tmp_path, media_factory):
@@ -179,7 +176,7 @@ def test_sound_may_end_long_before_or_after_the_pictures(tmp_path, media_factory
         tone = np.zeros((1, seconds * 44100), np.float32)
         for ending in ("mp4", "mkv"):
             path = media_factory.write_video(tmp_path / f"s{seconds}.{ending}", n_frames=75, sound=tone)
-            with PyAvFrameReader(path) as reader:
+            with VideoReader(path) as reader:
                 assert reader.info.duration_s == pytest.approx(3.0, abs=0.03)
 
 
@@ -194,10 +191,10 @@ def test_what_is_no_video_is_refused_in_one_line(tmp_path, media_factory):
         (tmp_path / name).write_bytes(content)
     for name in (*contents, "sound.wav"):
         with pytest.raises(DecodeError) as caught:
-            PyAvFrameReader(tmp_path / name)
+            VideoReader(tmp_path / name)
         message = str(caught.value)
         assert str(tmp_path / name) in message and "\n" not in message and ("; " in message or ": " in message)
-    with pytest.raises(DecodeError, match="holds no pictures"):
-        PyAvFrameReader(tmp_path / "sound.wav")
+    with pytest.raises(DecodeError, match="holds no video"):
+        VideoReader(tmp_path / "sound.wav")
     with pytest.raises(MediaNotFoundError, match=r"nothing\.mp4: no such file"):
-        PyAvFrameReader(tmp_path / "nothing.mp4")
+        VideoReader(tmp_path / "nothing.mp4")

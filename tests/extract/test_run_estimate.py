@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from echoshift.extract.run_estimate import find_level
-from echoshift.extract.run_timing import estimate_duration
-from echoshift.extract.trial_extraction import choose_spread
+from echoshift.extract.plan import estimate_duration, find_level
+from echoshift.extract.run import choose_spread
 
 
 def measure(path: Path) -> tuple[int, int]:
@@ -110,7 +109,7 @@ def test_encoders_may_be_named_one_by_one_or_with_commas(tiny, named: list[str])
 
 def test_a_plan_that_does_not_fit_is_warned_of(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.add_videos("v")
-    monkeypatch.setattr("echoshift.extract.run_estimate.measure_free_bytes", lambda cache_dir: 1000)
+    monkeypatch.setattr("echoshift.extract.plan.measure_free_bytes", lambda cache_dir: 1000)
     code, _, err = tiny.run("plan", "tiny", *tiny.places, "--sample", "0")
     assert code == 0
     assert "has not the room" in err

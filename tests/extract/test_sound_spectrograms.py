@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from echoshift.extract.readers.pyav_audio import read_audio
-from echoshift.extract.sound.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
-from echoshift.extract.sound.spectrograms import log_spectrogram, rms_dbfs
+from echoshift.extract.audio import log_spectrogram, rms_dbfs
+from echoshift.extract.readers.audio import read_audio
+from echoshift.extract.recipes import CHEN2020, PLANAMENTE2021, ZHANG2022, plan_spectrogram_shape
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec
 
@@ -186,7 +186,7 @@ def test_other_lengths_follow_scipy_too():
 def test_what_cannot_be_computed_is_said():
     with pytest.raises(SpecError, match="has no samples"):
         log_spectrogram([torch.randn(100), torch.zeros(0)], ZHANG2022)
-    with pytest.raises(SpecError, match="no window of sound"):
+    with pytest.raises(SpecError, match="no window of audio"):
         log_spectrogram([], ZHANG2022)
     with pytest.raises(SpecError, match=r"must be \[n\], has the shape \(1, 5\)"):
         log_spectrogram(torch.zeros(2, 1, 5), ZHANG2022)

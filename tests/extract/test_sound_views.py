@@ -12,17 +12,16 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from echoshift.extract.audio import augment_spectrogram, log_spectrogram
+from echoshift.extract.clips import draw_array
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.inference import load_network
-from echoshift.extract.random_draws import draw_array
-from echoshift.extract.readers.pyav_audio import read_audio
-from echoshift.extract.sound.recipes import ZHANG2022
-from echoshift.extract.sound.spectrograms import log_spectrogram
-from echoshift.extract.sound.views import augment_spectrogram
+from echoshift.extract.readers.audio import read_audio
+from echoshift.extract.recipes import ZHANG2022
+from echoshift.extract.shard import load_network
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.specs import AudioSpec, FeatureSpec, fingerprint
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 VIEWS = ("--set", "audio.n_views=3", "--set", "audio.noise=0.05", "--set", "audio.n_masked_bins=9")
 SPEC = ZHANG2022.model_copy(update={"n_views": 3, "noise": 0.05, "n_masked_bins": 9})

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echoshift.extract.reextraction import compare_values, derive_tolerance
+from echoshift.extract.check import compare_values, derive_tolerance
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.store.layout import DONE, PENDING, Shard
-from echoshift.pipeline.store.opening import hold_store, list_stores, open_store
+from echoshift.pipeline.store.open import hold_store, list_stores, open_store
 
 CHOICES = ["--rows-per-shard", "2"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from echoshift.extract.media import MediaLocation, identify_media
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 ENCODER = ("--encoders", "resnet_demo")
 

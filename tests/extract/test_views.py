@@ -7,13 +7,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from echoshift.extract.clips import plan_clips
-from echoshift.extract.crops import Crop, plan_crop, plan_resized_shape
+from echoshift.extract.clips import Crop, draw, plan_clips, plan_crop, plan_resized_shape
 from echoshift.extract.encoders.registry import list_builtin_encoders
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.pictures import Placement, place_pictures
-from echoshift.extract.presets import PRESETS
-from echoshift.extract.random_draws import draw
+from echoshift.extract.frames import Placement, place_frames
+from echoshift.extract.recipes import PRESETS
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
@@ -29,7 +27,7 @@ def frame_spec(**fields: object) -> FrameSpec:
 
 def place(frames: torch.Tensor, spec: FrameSpec, crop: Crop) -> torch.Tensor:
     clip = torch.empty((frames.shape[-1], len(frames), spec.crop, spec.crop))
-    place_pictures(frames, spec, {crop: [Placement(clip, [(i, i) for i in range(len(frames))])]})
+    place_frames(frames, spec, {crop: [Placement(clip, [(i, i) for i in range(len(frames))])]})
     return clip
 
 

@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from echoshift.pipeline.cards import DatasetCard, write_card
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
 
 N_FRAMES, RATE_HZ, SOUND_HZ = 45, 15, 16000

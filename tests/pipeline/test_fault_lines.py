@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from echoshift.pipeline.errors import DecodeError, MediaError, MediaNotFoundError
-from echoshift.pipeline.fault_lines import join_missing, list_fault_lines
-from echoshift.pipeline.manifest_check import Fault, find_media_faults, number_rows
+from echoshift.pipeline.manifest import Fault, find_media_faults, join_missing, list_fault_lines, number_rows
 from echoshift.pipeline.segments import Segment
 
 PATH = Path("m.csv")

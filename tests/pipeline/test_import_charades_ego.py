@@ -9,7 +9,7 @@ import pytest
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.importers.charades_ego import import_charades_ego
-from echoshift.pipeline.manifest_csv import check_manifest, write_manifest
+from echoshift.pipeline.manifest import check_manifest, write_manifest
 from echoshift.pipeline.segments import TimedLabel
 
 CARD = read_dataset_card("charades_ego")

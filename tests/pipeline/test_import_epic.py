@@ -14,8 +14,7 @@ import pytest
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import ManifestError, UnsafePickleError
 from echoshift.pipeline.importers.epic import import_epic, parse_timestamp
-from echoshift.pipeline.manifest_csv import check_manifest, read_manifest, write_manifest
-from echoshift.pipeline.manifest_summary import SplitSummary, summarise_manifest
+from echoshift.pipeline.manifest import SplitSummary, check_manifest, read_manifest, summarise_manifest, write_manifest
 
 CARD = read_dataset_card("epic")
 HEAD = "uid,participant_id,video_id,narration,start_timestamp,stop_timestamp,start_frame,stop_frame,verb,verb_class"

@@ -8,10 +8,9 @@ import pytest
 
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import CardError, ManifestError, MediaNotFoundError
-from echoshift.pipeline.importers.folder import card_from_folder, import_folder
-from echoshift.pipeline.importers.hac import import_hac
-from echoshift.pipeline.importers.own_csv import import_own_csv
-from echoshift.pipeline.manifest_csv import check_manifest, read_manifest, write_manifest
+from echoshift.pipeline.importers.folder import card_from_folder, import_folder, import_hac
+from echoshift.pipeline.importers.own import import_own_csv
+from echoshift.pipeline.manifest import check_manifest, read_manifest, write_manifest
 
 HAC = read_dataset_card("hac")
 

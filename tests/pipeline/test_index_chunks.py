@@ -18,7 +18,7 @@ from echoshift.pipeline.store import index_chunks
 from echoshift.pipeline.store.index_chunks import read_rows, write_rows
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import DONE, PENDING, plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.pipeline.store.raw_chunks import RawArray, describe_raw_array
 
 

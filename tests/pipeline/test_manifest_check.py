@@ -8,8 +8,14 @@ import pytest
 
 from echoshift.pipeline.cards import DatasetCard, ExpectedCount
 from echoshift.pipeline.errors import DecodeError, ManifestError, MediaNotFoundError
-from echoshift.pipeline.manifest_check import Fault, find_count_warnings, find_media_faults, number_rows, require_counts
-from echoshift.pipeline.manifest_csv import check_manifest
+from echoshift.pipeline.manifest import (
+    Fault,
+    check_manifest,
+    find_count_warnings,
+    find_media_faults,
+    number_rows,
+    require_counts,
+)
 from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
 
 CARD = DatasetCard(

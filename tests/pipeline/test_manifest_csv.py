@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import ManifestError
-from echoshift.pipeline.manifest_csv import COLUMNS, locate_manifest, read_manifest, write_manifest
+from echoshift.pipeline.manifest import COLUMNS, locate_manifest, read_manifest, write_manifest
 from echoshift.pipeline.segments import Segment, TimedLabel
 
 CLASSES = ("wash, rinse", 'say "no"', "öffnen 開ける", " spaced  name ", "c1 2.0 3.0", "plain")

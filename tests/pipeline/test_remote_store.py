@@ -18,13 +18,13 @@ import pytest
 from echoshift.pipeline.errors import LeaseLostError, StoreBusyError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from echoshift.pipeline.store.holding import LeaseTiming, hold_store
+from echoshift.pipeline.store.failures import append_run, failures_path, read_failures
 from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.ledger import append_run, failures_path, read_failures
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.opening import create_store, has_store, list_stores, name_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.lock import LeaseTiming, hold_store
+from echoshift.pipeline.store.open import create_store, has_store, list_stores, name_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 SPEC = FeatureSpec(
     encoder="toy",
@@ -143,7 +143,7 @@ def test_threads_and_other_processes_open_the_place_themselves(s3_bucket: str) -
         assert set(threads.map(read_pooled, [store.path] * 6)) == {expected}
         assert set(threads.map(lambda _: store.read_all("pooled").tobytes(), range(6))) == {expected}
     code = (
-        "import sys; from echoshift.pipeline.store.opening import open_store; "
+        "import sys; from echoshift.pipeline.store.open import open_store; "
         "sys.stdout.buffer.write(open_store(sys.argv[1]).read_all('pooled').tobytes())"
     )
     assert subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, check=True).stdout == expected
@@ -223,7 +223,7 @@ def test_a_lease_that_stands_still_is_taken_over_once_and_its_old_holder_stops(
 ) -> None:
     store = make_store(f"{s3_bucket}/taken")
     monkeypatch.setattr(
-        "echoshift.pipeline.store.holding._Lease._beat_on", lambda self: None
+        "echoshift.pipeline.store.lock._Lease._beat_on", lambda self: None
     )  # as in a process that is stopped
     outcomes: list[str] = []
 
@@ -266,9 +266,9 @@ def test_the_ledger_is_read_once_and_written_only_when_it_changes(
 ) -> None:
     calls: list[str] = []
     for name in ("read_failures", "write_failures"):
-        original = getattr(sys.modules["echoshift.pipeline.store.ledger"], name)
+        original = getattr(sys.modules["echoshift.pipeline.store.failures"], name)
         counted = partial(count_call, calls, name, original)
-        monkeypatch.setattr(f"echoshift.pipeline.store.ledger.{name}", counted)
+        monkeypatch.setattr(f"echoshift.pipeline.store.failures.{name}", counted)
     for cache in (f"{s3_bucket}/ledger", tmp_path):
         store = make_store(cache)
         calls.clear()

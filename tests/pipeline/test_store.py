@@ -15,13 +15,13 @@ import zarr
 from echoshift.pipeline.errors import StoreBusyError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report, plan_tasks, select_rows
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec, fingerprint
-from echoshift.pipeline.store.exporting import export_store
+from echoshift.pipeline.store.failures import failures_path, read_failures
+from echoshift.pipeline.store.interchange import export_store
 from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import Shard, plan_shards
-from echoshift.pipeline.store.ledger import failures_path, read_failures
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.opening import create_store, hold_store, list_stores, name_store, open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import create_store, hold_store, list_stores, name_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 MakeStore = Callable[..., FeatureStore]
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from echoshift.cli import store_commands
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
-from echoshift.pipeline.store import auditing
-from echoshift.pipeline.store.auditing import NORM_QUANTILES, audit_output, find_audit_faults, measure_fp16_error
+from echoshift.pipeline.store import audit as auditing
+from echoshift.pipeline.store.audit import NORM_QUANTILES, audit_output, find_audit_faults, measure_fp16_error
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store
+from echoshift.pipeline.store.open import create_store
 
 N_ROWS, N_CLIPS, N_DIMS = 100, 3, 12
 SPEC = FeatureSpec(

@@ -13,13 +13,16 @@ from typer.testing import CliRunner
 from echoshift.cli import store_commands
 from echoshift.pipeline.cards import DatasetCard, write_card
 from echoshift.pipeline.errors import StoreError, UnsafePickleError
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Manifest, Segment
-from echoshift.pipeline.store.exporting import export_store
-from echoshift.pipeline.store.import_sources import open_import_source
-from echoshift.pipeline.store.importing import compute_import_digests, import_features
-from echoshift.pipeline.store.opening import open_store
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.interchange import (
+    compute_import_digests,
+    export_store,
+    import_features,
+    open_import_source,
+)
+from echoshift.pipeline.store.open import open_store
+from echoshift.pipeline.store.verify import verify_store
 
 N = 40
 IDS = [f"P01/s{i:02d}" for i in range(N)]

@@ -17,7 +17,7 @@ from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store import raw_chunks
 from echoshift.pipeline.store.file_maps import N_LARGE_PAGE_BYTES, identify_file, is_still
-from echoshift.pipeline.store.interface import Backend, FeatureStore, ShardIndex
+from echoshift.pipeline.store.interface import Backend, FeatureStore, RowFinder, ShardIndex
 from echoshift.pipeline.store.layout import (
     DONE,
     Shard,
@@ -26,9 +26,8 @@ from echoshift.pipeline.store.layout import (
     plan_rows_per_shard,
     plan_shards,
 )
-from echoshift.pipeline.store.opening import create_store, open_store
-from echoshift.pipeline.store.reading import RowFinder
-from echoshift.pipeline.store.verifying import verify_store
+from echoshift.pipeline.store.open import create_store, open_store
+from echoshift.pipeline.store.verify import verify_store
 
 N_ROWS, N_CLIPS = 40, 3
 
@@ -170,7 +169,7 @@ def test_a_reader_sees_what_another_process_recomputed(tmp_path: Path, backend: 
     write = (
         "import sys, numpy as np; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from test_store_maps import fill, make_index\n"
-        "from echoshift.pipeline.store.opening import open_store\n"
+        "from echoshift.pipeline.store.open import open_store\n"
         "from echoshift.pipeline.store.layout import plan_shards\n"
         "store, values = open_store(Path(sys.argv[2])), np.load(sys.argv[3])\n"
         "fill(store, values, (1,))\n"

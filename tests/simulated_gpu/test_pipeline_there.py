@@ -10,7 +10,7 @@ import pytest
 import tiny_shift
 from simulated_cuda import RUNNER, simulate_gpu
 
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 
 SMALL = (
     "frame.short_side=36",

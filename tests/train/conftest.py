@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from echoshift.pipeline.cards import read_dataset_card
-from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.manifest import read_manifest
 from echoshift.train.data_places import DataPlaces
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.interface import Backend
-from echoshift.pipeline.store.opening import create_store, name_store
+from echoshift.pipeline.store.open import create_store, name_store
 
 HEAVY = ("torch", "torchvision", "torchaudio", "timm", "pytorchvideo", "pandas", "sklearn", "scipy", "matplotlib")
 LIGHT = (*HEAVY, "numpy", "zarr", "h5py", "av", "cv2", "distributed")

@@ -16,7 +16,7 @@ from echoshift.pipeline.errors import RunError, StoreError
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import DONE, plan_shards
-from echoshift.pipeline.store.opening import create_store
+from echoshift.pipeline.store.open import create_store
 from echoshift.train.features import FeatureRows, Sound, read_rows, read_sound, read_visual
 from echoshift.train.loop import predict_rows, train_run
 from echoshift.train.watching import SilentWatcher

@@ -10,7 +10,7 @@ import pytest
 from echoshift.extract.demo.generating import write_mp4
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.media import MediaSurvey
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.segments import Segment

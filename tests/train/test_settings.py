@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.presets import find_preset
+from echoshift.extract.recipes import find_preset
 from echoshift.pipeline.cards import MANIFESTS_DIR, DatasetCard, read_dataset_card
 from echoshift.pipeline.errors import RunError, SpecError
 from echoshift.train import settings as settings_module

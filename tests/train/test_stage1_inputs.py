@@ -15,7 +15,7 @@ import pytest
 from echoshift.extract.demo.generating import write_mp4
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.store.opening import list_stores
+from echoshift.pipeline.store.open import list_stores
 from echoshift.train.runs import RESULTS, read_runs
 
 TRUNK = ("visual.mode=trunk", "visual.n_views=2", "training.trainable_from=split")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 from echoshift.train.stage1.encoder_training import STATE
 
 SETTINGS = [

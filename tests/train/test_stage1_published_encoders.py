@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment, TimedLabel
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.runs import RESULTS, read_runs
 from echoshift.train.stage1.exporting import VisualPredictions
 from echoshift.train.stage1.sound_steps import PREDICTIONS

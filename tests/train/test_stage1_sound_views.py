@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.runs import RESULTS, read_runs
 from echoshift.train.stage1.audio_adaptive_encoder import predict_segments
 from echoshift.train.stage1.audio_classifier import AudioClassifier, predict_audio, train_audio_classifier

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from echoshift.pipeline.cards import read_dataset_card
-from echoshift.pipeline.manifest_csv import read_manifest, write_manifest
+from echoshift.pipeline.manifest import read_manifest, write_manifest
 from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
 # What features are made with; who has the features needs none of it.

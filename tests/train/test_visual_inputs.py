@@ -19,22 +19,19 @@ import torch
 from torch import Tensor
 
 from echoshift.extract import shard as shard_module
-from echoshift.extract.extraction_plan import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.clips import draw_integer
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media_survey import MediaSurvey, count_clips_at_most, identify_segments
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.random_draws import draw_integer
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.media import MediaSurvey, OpenMedia, count_clips_at_most, identify_segments
 from echoshift.extract.weights.load import resolve_weights
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import DecodeError, ManifestError, MediaError, MediaTimeoutError, SpecError, StoreError
 from echoshift.pipeline.execution import ShardTask, commit_report
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import plan_shards
-from echoshift.pipeline.store.opening import create_store, open_store
+from echoshift.pipeline.store.layout import compute_digests, plan_shards
+from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.train.stage1 import frame_inputs
 from echoshift.train.stage1.clip_reading import read_clips
 from echoshift.train.stage1.frame_inputs import FrameInputs
@@ -152,13 +149,13 @@ def test_pictures_are_decoded_once_while_they_fit(
 ) -> None:
     spec = CASES["train"]
     n_opened = []
-    open_pictures = OpenMedia.open_pictures
+    open_frames = OpenMedia.open_frames
 
     def count(self: OpenMedia, segment: Segment, *arguments: object) -> object:
         n_opened.append(segment.segment_id)
-        return open_pictures(self, segment, *arguments)
+        return open_frames(self, segment, *arguments)
 
-    monkeypatch.setattr(OpenMedia, "open_pictures", count)
+    monkeypatch.setattr(OpenMedia, "open_frames", count)
     n_segment_bytes = 20 * 96 * 72 * 3  # 1.2 s at 15 Hz, the frames at both ends, and one more
     for n_fitting, n_expected in ((len(segments), 0), (8, 0), (7, len(segments))):
         with KeptMedia(media, LAYOUT, n_fitting * n_segment_bytes) as kept:
@@ -354,7 +351,7 @@ def test_trunk_mode_gives_stored_views_and_tests_and_agrees_with_the_frames(
         cached = list(inputs.iterate_clips(ids, adapted))
         assert [name for name, _, _ in cached] == ids
         with make_inputs(media, segments) as frames:
-            from echoshift.extract.inference import load_network
+            from echoshift.extract.shard import load_network
 
             network = load_network("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), "cpu")
             for (name, clips, facts), (_, trunk, stored) in zip(

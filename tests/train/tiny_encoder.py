@@ -22,7 +22,7 @@ from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec
 from echoshift.pipeline.store.interface import ShardIndex
 from echoshift.pipeline.store.layout import DONE, plan_shards
-from echoshift.pipeline.store.opening import create_store
+from echoshift.pipeline.store.open import create_store
 from echoshift.train.ranks import Ranks, join_ranks
 from echoshift.train.splits import LabelledSegments
 from echoshift.train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, build_encoder

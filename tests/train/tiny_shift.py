@@ -17,7 +17,7 @@ import numpy as np
 
 from echoshift.extract.demo.generating import write_mp4
 from echoshift.pipeline.cards import DatasetCard, MediaLayout, Shift, write_card
-from echoshift.pipeline.manifest_csv import write_manifest
+from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
 
 NAME, CLASSES, DOMAINS = "tiny", ("low", "high", "never"), ("s", "t")

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from echoshift.pipeline.errors import suggest
 from echoshift.pipeline.specs import SpecModel
-from echoshift.pipeline.suggestions import suggest
 from echoshift.train.alignment.method import find_method, list_builtin, list_methods
 from echoshift.train.alignment.methods.align import AngularAlignment
 from echoshift.train.alignment.methods.grl import GradientReversal

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 from echoshift.train.alignment.config import AlignmentScheduleConfig, AlignmentStageConfig, keep_used
 from echoshift.train.alignment.method import build_method, find_method
 from echoshift.train.alignment.two_streams import TwoStreams

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echoshift.extract.clips import plan_clips
+from echoshift.extract.clips import plan_clips_of
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import ManifestError, MediaNotFoundError, RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureBatch
@@ -120,9 +120,8 @@ class ActivationMapper:
         probabilities = logits.sigmoid() if self._places.card.task == "multi-label" else logits.softmax(dim=0)
         target = classes.index(class_name) if class_name else int(logits.argmax())
         values, layer = compute_activation_map(self._model.gated.network, classify, clip, target)
-        reader = media.open_pictures(segment, spec.frame.source, spec.decoder)
-        times_s, duration_s = reader.frame_times_s, reader.info.duration_s
-        plan = plan_clips(spec.clip, segment.start_s, segment.stop_s, times_s, duration_s, segment.segment_id)
+        reader = media.open_frames(segment, spec.frame.source, spec.decoder)
+        plan = plan_clips_of(reader, segment, spec.clip)
         return ActivationMap(
             run=self._run,
             segment=segment,

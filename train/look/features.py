@@ -14,7 +14,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
 from echoshift.train.alignment.config import AlignmentStageConfig
 from echoshift.train.alignment.method import find_method

@@ -20,7 +20,7 @@ from echoshift.pipeline.errors import EchoshiftError, RunError
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.grids import list_grids
 from echoshift.train.look.activation import make_activation_maps
 from echoshift.train.look.features import find_cached_store, open_adapted_store

@@ -117,7 +117,7 @@ def gather_grids(
                 keys = {(run.stage, run.config_hash, run.shift, run.seed, rule) for run in planned} & set(latest)
                 if keys:
                     shown |= keys
-                    id_ = f"grid-table-{len(results)}"
+                    id_ = f"{grid.name}-{preset}-{rule}"
                     results.append(_make_result(id_, grid, name, preset, rule, planned, request, records))
         if not found and set(list_shifts(grid, card)) & set(request.present_shifts):
             without.append((str(name), grid.title, f"make ablate GRID={name} DATASET={card.name}"))

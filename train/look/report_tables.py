@@ -14,12 +14,12 @@ import numpy as np
 
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.manifest_summary import summarise_manifest
+from echoshift.pipeline.manifest import summarise_manifest
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.pipeline.store.ledger import read_failures
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.look.figures import Plot, draw_histogram
 from echoshift.train.runs import RunRecord
@@ -90,7 +90,7 @@ def count_parts(manifest: Manifest, card: DatasetCard, has_audio: Mapping[str, b
             continue
         durations_s = np.array([segment.duration_s for segment in group])
         known = [has_audio[s.segment_id] for s in group if s.segment_id in has_audio]
-        silent = percent(1 - sum(known) / len(known)) if known else None
+        silent = percent(known.count(False) / len(known)) if known else None
         spans = (float(durations_s.min()), float(np.median(durations_s)), float(durations_s.max()))
         total_min = float(durations_s.sum()) / 60
         counts = (part.n_segments, part.n_videos, total_min, *(show(s, 2) for s in spans), silent, part.n_short)

@@ -12,14 +12,14 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from echoshift.pipeline.suggestions import suggest
 
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError, WeightsError
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.opening import list_stores, open_store
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.look.run_choice import describe_run, find_checkpoint

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from echoshift.extract.clips import plan_audio_windows, plan_clips
+from echoshift.extract.audio import log_spectrogram
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.readers.protocol import find_shown_frames
-from echoshift.extract.shard_inputs import SoundWindow
-from echoshift.extract.sound.recipes import ZHANG2022
-from echoshift.extract.sound.spectrograms import log_spectrogram
-from echoshift.extract.sound_reading import read_sound
+from echoshift.extract.media import OpenMedia
+from echoshift.extract.readers.interface import find_shown_frames
+from echoshift.extract.recipes import ZHANG2022
+from echoshift.extract.rows import AudioWindow, plan_windows_of, read_audio_windows
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import MediaNotFoundError, SegmentOutsideVideoError
 from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
@@ -106,7 +104,7 @@ def read_shown_frames(media: OpenMedia, segment: Segment, n_frames: int) -> tupl
 
     Raises MediaError naming what can't be read.
     """
-    reader = media.open_pictures(segment, "rgb", "pyav")
+    reader = media.open_frames(segment, "rgb", "pyav")
     stop_s = min(segment.stop_s, reader.info.duration_s)
     if segment.stop_s > reader.info.duration_s + END_TOLERANCE_S or segment.start_s >= stop_s:
         raise SegmentOutsideVideoError(
@@ -139,7 +137,7 @@ def read_segment_audio(media: OpenMedia, segment: Segment, rate_hz: int) -> Segm
     Raises MediaNotFoundError where there is none to hear, saying which: no track, or one of zeros alone.
     """
     location = media.locate(segment, "audio")
-    reader = media.open_sound(location)
+    reader = media.open_audio(location)
     if reader is None:
         raise MediaNotFoundError("the video lies as loose frames, which have no sound")
     if not reader.has_track:
@@ -173,23 +171,18 @@ def read_spectrogram(media: OpenMedia, segment: Segment, spec: FeatureSpec, enco
     audio = spec.audio
     assert audio is not None, "chosen among encoders of audio"
     found = {
-        item.entry: item.samples
-        for item in read_sound(media, 0, segment, "", spec)
-        if isinstance(item, SoundWindow) and len(item.samples)
+        item.number: item.samples
+        for item in read_audio_windows(media, segment, "", spec)
+        if isinstance(item, AudioWindow) and len(item.samples)
     }
     if not found:
         raise MediaNotFoundError("there is no sound in the segment, so that no encoder hears it")
     entry = sorted(found)[len(found) // 2]
     values = log_spectrogram([torch.from_numpy(found[entry])], audio)[0, 0].numpy()
     n_own = values.shape[1]
-    clips = None
     if audio.span == "segment":
         n_own = min(n_own, max(1, round(len(found[entry]) / audio.n_hop)))
-    else:
-        reader = media.open_pictures(segment, "rgb", spec.decoder)
-        times_s, duration_s = reader.frame_times_s, reader.info.duration_s
-        clips = plan_clips(spec.clip, segment.start_s, segment.stop_s, times_s, duration_s, segment.segment_id)
-    start_s, stop_s = plan_audio_windows(audio, segment.start_s, segment.stop_s, clips)[entry].tolist()
+    start_s, stop_s = plan_windows_of(media, segment, spec)[entry].tolist()
     return Spectrogram(
         values=values,
         png=encode_spectrogram(values[:, :n_own]),

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echoshift.extract.clip_assembly import ClipAssembler
-from echoshift.extract.extraction_plan import StoreTarget
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.row_reading import read_pictures
-from echoshift.extract.shard_inputs import PictureFacts
+from echoshift.extract.frames import ClipAssembler
+from echoshift.extract.media import OpenMedia
+from echoshift.extract.rows import FrameClips, read_frames
 from echoshift.extract.weights.load import WeightsRecord
+from echoshift.extract.work import StoreTarget
 from echoshift.pipeline.errors import MediaError, MediaMemoryError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
@@ -44,11 +43,11 @@ def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> Segment
     """
     target = StoreTarget(_PATH, spec, WeightsRecord("", spec.weights, "", None))  # reading asks for the spec alone
     taken: dict[int, Tensor] = {}
-    assembler = ClipAssembler({_PATH: spec}, _CPU, lambda _path, _row, entry, clip: taken.__setitem__(entry, clip))
-    facts: PictureFacts | None = None
+    assembler = ClipAssembler({_PATH: spec}, _CPU, lambda _path, entry, clip: taken.__setitem__(entry, clip))
+    facts: FrameClips | None = None
     try:
-        for item in read_pictures(media, 0, segment, [target]):
-            if isinstance(item, PictureFacts):
+        for item in read_frames(media, segment, [target]):
+            if isinstance(item, FrameClips):
                 facts = item
                 assembler.begin(item)
             else:
@@ -64,7 +63,7 @@ def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> Segment
     return SegmentClips(
         clips[0][None] if len(clips) == 1 else torch.stack(clips),
         facts.times.repeat(n_crops, axis=0),
-        facts.frames.repeat(n_crops, axis=0),
+        facts.spans.repeat(n_crops, axis=0),
     )
 
 

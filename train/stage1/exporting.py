@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.pipeline.rows import order_segments
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.holding import hold_store
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
-from echoshift.pipeline.store.layout import DONE, PENDING, Shard, plan_rows_per_shard, plan_shards
-from echoshift.pipeline.store.opening import create_store, has_store, open_store
+from echoshift.pipeline.store.layout import DONE, PENDING, Shard, order_segments, plan_rows_per_shard, plan_shards
+from echoshift.pipeline.store.lock import hold_store
+from echoshift.pipeline.store.open import create_store, has_store, open_store
 from echoshift.train.stage1.audio_adaptive_encoder import SegmentPrediction
 
 Predict = Callable[[Sequence[str]], Iterable[SegmentPrediction]]

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from echoshift.extract.media_survey import MediaSurvey, identify_sources
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import MediaSurvey, OpenMedia, identify_sources
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import ManifestError, MediaError, MediaTimeoutError, SpecError
-from echoshift.pipeline.rows import compute_digest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
+from echoshift.pipeline.store.layout import compute_digest
 from echoshift.train.stage1.clip_reading import SegmentClips, read_clips
 from echoshift.train.stage1.kept_media import KeptMedia
 from echoshift.train.stage1.visual_inputs import ClipFacts, derive_epoch_seed

@@ -11,8 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from echoshift.extract.encoders.inference_form import Precision, prepare_for_inference
 from echoshift.extract.encoders.network import EncoderNetwork
-from echoshift.pipeline.errors import SpecError, WeightsError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, WeightsError, suggest
 
 BatchNormMode = Literal["eval", "train"]
 

@@ -8,22 +8,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction import ExtractionProgress, ExtractionRequest, extract_features
-from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.flow_choice import choose_flow
-from echoshift.extract.media_survey import MediaSurvey, identify_segments
-from echoshift.extract.run_options import RunOptions
-from echoshift.extract.sound.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
+from echoshift.extract.feature_specs import StoreOptions, choose_flow, make_feature_spec
+from echoshift.extract.media import MediaSurvey, identify_segments
+from echoshift.extract.recipes import ZHANG2022_N_MASKED_BINS, ZHANG2022_NOISE
+from echoshift.extract.run import ExtractionProgress, ExtractionRequest, extract_features
 from echoshift.extract.weights.load import WeightsRecord, default_weights, resolve_weights
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.rows import compute_digests
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.layout import DONE
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
+from echoshift.pipeline.store.layout import DONE, compute_digests
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import has_store, name_store, open_store
-from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.open import has_store, name_store, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.stage1.config import SoundConfig, VisualConfig
 

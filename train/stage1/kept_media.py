@@ -11,9 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from echoshift.extract.media import Modality
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.readers.protocol import FrameReader, VideoInfo, find_shown_frames
+from echoshift.extract.media import Modality, OpenMedia
+from echoshift.extract.readers.interface import FrameReader, VideoInfo, find_shown_frames
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.segments import Segment
 
@@ -51,11 +50,11 @@ class KeptMedia(OpenMedia):
         self._stretches: OrderedDict[_SegmentKey, _Stretch] = OrderedDict()
         self._videos: dict[_VideoKey, _VideoFacts] = {}
 
-    def open_pictures(self, segment: Segment, modality: Modality, decoder: _Decoder) -> FrameReader:
+    def open_frames(self, segment: Segment, modality: Modality, decoder: _Decoder) -> FrameReader:
         """Return a reader of a segment's pictures, which opens the media only for what isn't kept."""
 
         def open_media() -> FrameReader:
-            return super(KeptMedia, self).open_pictures(segment, modality, decoder)
+            return super(KeptMedia, self).open_frames(segment, modality, decoder)
 
         video = (segment.video_id, segment.domain, segment.split, modality, decoder)
         if video not in self._videos:

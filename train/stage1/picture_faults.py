@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from echoshift.extract.media import locate_media
-from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.media import MediaSurvey, locate_media
 from echoshift.extract.readers.container import (
     find_video_stream,
     get_container_start_s,
@@ -15,7 +14,7 @@ from echoshift.extract.readers.container import (
     open_container,
 )
 from echoshift.pipeline.errors import MediaError
-from echoshift.pipeline.manifest_check import find_media_faults, number_rows
+from echoshift.pipeline.manifest import find_media_faults, number_rows
 from echoshift.pipeline.segments import END_TOLERANCE_S, Segment
 from echoshift.pipeline.specs import FeatureSpec
 

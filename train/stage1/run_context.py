@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from echoshift.pipeline.cards import DatasetCard, Shift
-from echoshift.pipeline.devices import resolve_device
-from echoshift.pipeline.freed_memory import keep_freed_memory
+from echoshift.pipeline.devices import keep_freed_memory, resolve_device
 from echoshift.train.absent_activities import check_n_absent
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.ranks import Ranks

@@ -10,8 +10,8 @@ import torch
 
 from echoshift.extract.encoders.network import require_trunk
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.extraction import ExtractionProgress
-from echoshift.extract.media_survey import MediaSurvey
+from echoshift.extract.media import MediaSurvey
+from echoshift.extract.run import ExtractionProgress
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echoshift.extract.random_draws import draw_integer
+from echoshift.extract.clips import draw_integer
 from echoshift.pipeline.errors import RunError
-from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
 from echoshift.pipeline.store.layout import DONE
-from echoshift.pipeline.store.reading import RowFinder
 from echoshift.train.stage1.visual_inputs import derive_epoch_seed
 
 MAP, POOLED = "map", "pooled"

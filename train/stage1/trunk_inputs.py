@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echoshift.extract.random_draws import draw_integer
+from echoshift.extract.clips import draw_integer
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.reading import RowFinder
+from echoshift.pipeline.store.interface import FeatureStore, RowFinder
 from echoshift.train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
 
 N_AHEAD = 2

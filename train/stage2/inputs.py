@@ -16,7 +16,7 @@ from echoshift.pipeline.cards import Shift
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.specs import fingerprint
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureRows, Sound, read_rows, read_sound
 from echoshift.train.prediction_table import read_prediction_table

@@ -10,9 +10,8 @@ import typer
 from echoshift.cli.json_answers import make_jsonable, print_json
 
 if TYPE_CHECKING:
-    from echoshift.extract.reextraction import ReextractionReport
-    from echoshift.extract.store_check import StoreCheck
-    from echoshift.pipeline.store.repairing import RepairReport
+    from echoshift.extract.check import ReextractionReport, StoreCheck
+    from echoshift.pipeline.store.verify import RepairReport
 
 N_STALE_NAMED = 10
 

@@ -13,14 +13,14 @@ from echoshift.pipeline.errors import SpecError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from echoshift.pipeline.clusters import ClusterRequest
+    from echoshift.pipeline.dask import ClusterRequest
 
 
 def plan_cluster(
     workers: int | None, scheduler: str | None, *, slurm: bool, slurm_options: Sequence[str], device: str
 ) -> ClusterRequest | None:
     """Decide who computes: None for this process; raises SpecError when options contradict each other."""
-    from echoshift.pipeline.clusters import ClusterRequest
+    from echoshift.pipeline.dask import ClusterRequest
 
     if slurm_options and not slurm:
         raise SpecError("--slurm-option goes with --slurm")

@@ -6,8 +6,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, suggest
 
 
 class SuggestingGroup(TyperGroup):

@@ -47,7 +47,7 @@ def complete_encoders(incomplete: str) -> Offers:
 
 def complete_recipe(incomplete: str) -> Offers:
     """Offer the recipes of `extract --preset`."""
-    from echoshift.extract.presets import PRESETS
+    from echoshift.extract.recipes import PRESETS
 
     return keep_begun(((preset.name, preset.summary) for preset in PRESETS.values()), incomplete)
 

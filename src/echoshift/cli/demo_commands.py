@@ -28,7 +28,7 @@ def generate(
     """Write the demo's videos and its manifest; does nothing when they are there already."""
     from echoshift.cli.terminal import show_progress
     from echoshift.extract.demo.generating import generate_demo
-    from echoshift.pipeline.manifest_csv import locate_manifest, write_manifest
+    from echoshift.pipeline.manifest import locate_manifest, write_manifest
 
     with show_progress("videos", quiet=quiet) as progress:
 

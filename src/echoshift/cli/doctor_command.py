@@ -14,9 +14,7 @@ from echoshift.cli.terminal import is_plain
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from echoshift.extract.doctor.findings import Check, Finding
+    from echoshift.extract.doctor import Finding
 
 EXIT_FAULTS = 1
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -31,24 +29,10 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Look over Python, torch, decoders, GPUs, disk, weights and data; ends with 1 if something fails."""
-    from echoshift.extract.doctor.data_checks import check_cache, check_datasets, check_weights
-    from echoshift.extract.doctor.environment_checks import check_cores, check_packages, check_python, check_torch
-    from echoshift.extract.doctor.findings import run_checks
+    from echoshift.extract.doctor import list_checks, run_checks
 
-    checks: list[tuple[str, Check]] = [
-        ("python", check_python),
-        ("packages", check_packages),
-        ("torch", check_torch),
-        ("cores", check_cores),
-        ("decoders", lambda: _import_decoder_checks().check_decoders()),
-        ("opencv", lambda: _import_decoder_checks().check_flow()),
-        ("networks", lambda: _import_decoder_checks().check_networks()),
-        ("cache", lambda: check_cache(cache)),
-        ("weights", lambda: check_weights(weights)),
-        ("datasets", lambda: check_datasets(manifests)),
-    ]
     findings = []
-    for finding in run_checks(checks):
+    for finding in run_checks(list_checks(cache, weights, manifests)):
         findings.append(finding)
         if not as_json:
             _print(finding)
@@ -59,13 +43,6 @@ def doctor(
         typer.echo(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
     if counts["fail"]:
         raise typer.Exit(EXIT_FAULTS)
-
-
-def _import_decoder_checks() -> ModuleType:
-    """Import what itself imports PyAV, so that a PyAV that can't be imported is a finding like any other."""
-    from echoshift.extract.doctor import decoder_checks
-
-    return decoder_checks
 
 
 def _print(finding: Finding) -> None:

@@ -37,11 +37,11 @@ from echoshift.cli.spec_options import (
     resolve_specs,
 )
 from echoshift.cli.terminal import QuietOption
-from echoshift.extract.run_options import RunOptions
+from echoshift.extract.work import RunOptions
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.extract.extraction import ExtractionSummary
+    from echoshift.extract.run import ExtractionSummary
 
 EXIT_SOME_FAILED = 3
 
@@ -103,9 +103,9 @@ def extract(
     """Extract features into stores; resumes, skips what is done, ends with 3 if a segment failed or can't be read."""
     from echoshift.cli.cluster_options import end_on_sigterm, plan_cluster
     from echoshift.cli.terminal import make_notifier, show_progress
-    from echoshift.extract.extraction import ExtractionRequest, extract_features
+    from echoshift.extract.run import ExtractionRequest, extract_features
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
 
     cluster = plan_cluster(workers, scheduler, slurm=slurm, slurm_options=slurm_option or [], device=device)
     card = read_dataset_card(dataset, manifests)
@@ -162,7 +162,7 @@ def describe_summary(summary: ExtractionSummary) -> dict[str, object]:
 def print_summary(summary: ExtractionSummary) -> None:
     """Print what each store holds for the manifest, and the first failures by name."""
     from echoshift.cli.terminal import print_table
-    from echoshift.pipeline.store.ledger import failures_path
+    from echoshift.pipeline.store.failures import failures_path
 
     rows = []
     for store in summary.stores:

@@ -13,9 +13,8 @@ from echoshift.cli.json_answers import JsonOption, print_json
 from echoshift.cli.spec_options import ManifestsOption
 from echoshift.cli.terminal import print_table
 from echoshift.cli.train_completion import STAGES, list_grid_titles, list_preset_stages, list_stage_settings
-from echoshift.pipeline.errors import RunError
+from echoshift.pipeline.errors import RunError, suggest
 from echoshift.pipeline.places import MANIFESTS_DIR, list_cards
-from echoshift.pipeline.suggestions import suggest
 
 if TYPE_CHECKING:
     from echoshift.cli.setting_keys import SettingKey
@@ -69,7 +68,7 @@ def _list_rows(what: Kind, dataset: str, of: str, manifests: Path) -> list[dict[
         entries = list_encoders().values()
         return [{"name": e.name, "modality": e.modality, "outputs": ", ".join(e.default_outputs)} for e in entries]
     if what == Kind.recipes:
-        from echoshift.extract.presets import PRESETS
+        from echoshift.extract.recipes import PRESETS
 
         return [{"name": preset.name, "summary": preset.summary} for preset in PRESETS.values()]
     if what == Kind.weights:

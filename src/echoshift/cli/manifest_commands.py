@@ -19,8 +19,7 @@ from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.extract.media_survey import MediaSurvey
-    from echoshift.extract.needed_media import NeededMediaProbe
+    from echoshift.extract.media import MediaSurvey, NeededMediaProbe
     from echoshift.pipeline.cards import DatasetCard
     from echoshift.pipeline.segments import Segment
 
@@ -121,7 +120,7 @@ def hac(
 ) -> None:
     """Import SimMMDG's Human-Animal-Cartoon lists; the lengths come from the videos."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.importers.hac import import_hac
+    from echoshift.pipeline.importers.folder import import_hac
 
     card = read_dataset_card("hac", manifests)
     _write(card, import_hac(lists, card, _survey(media, card), allow_counts), manifests)
@@ -135,7 +134,7 @@ def csv_(
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
     """Import a manifest in echoshift's own format: segment_id, video_id, start_s, stop_s, labels, domain, split."""
-    from echoshift.pipeline.importers.own_csv import card_from_csv, import_own_csv
+    from echoshift.pipeline.importers.own import card_from_csv, import_own_csv
 
     card, is_new = _read_or_make_card(dataset, manifests, lambda: card_from_csv(file, dataset))
     segments = import_own_csv(file, card, allow_counts)
@@ -156,8 +155,7 @@ def check(
 ) -> None:
     """Name file and line of every fault; ends with 1 if there is any."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.fault_lines import join_missing, list_fault_lines
-    from echoshift.pipeline.manifest_csv import check_manifest, locate_manifest
+    from echoshift.pipeline.manifest import check_manifest, join_missing, list_fault_lines, locate_manifest
 
     card = read_dataset_card(dataset, manifests)
     path = file or locate_manifest(dataset, manifests)
@@ -186,7 +184,7 @@ def show(
 ) -> None:
     """Count segments, classes and videos of each domain and split."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
 
     card = read_dataset_card(dataset, manifests)
     manifest = read_manifest(locate_manifest(dataset, manifests), card)
@@ -197,13 +195,13 @@ def show(
 
 
 def _make_probe(media: Path, card: DatasetCard) -> NeededMediaProbe:
-    from echoshift.extract.needed_media import NeededMediaProbe, find_needed_modalities
+    from echoshift.extract.media import NeededMediaProbe, find_needed_modalities
 
     return NeededMediaProbe(_survey(media, card), find_needed_modalities(card))
 
 
 def _survey(media: Path, card: DatasetCard) -> MediaSurvey:
-    from echoshift.extract.media_survey import MediaSurvey
+    from echoshift.extract.media import MediaSurvey
 
     if not media.is_dir():
         raise ManifestError(f"no media folder {media}; say where the videos of {card.name} lie with --media")
@@ -222,7 +220,7 @@ def _read_or_make_card(dataset: str, manifests: Path, make: Callable[[], Dataset
 
 def _write_card(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) -> None:
     from echoshift.pipeline.cards import write_card
-    from echoshift.pipeline.importers.own_card import list_doubts
+    from echoshift.pipeline.importers.own import list_doubts
 
     path = manifests / f"{card.name}.toml"
     write_card(path, card)
@@ -232,7 +230,7 @@ def _write_card(card: DatasetCard, segments: tuple[Segment, ...], manifests: Pat
 
 
 def _write(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) -> None:
-    from echoshift.pipeline.manifest_csv import locate_manifest, write_manifest
+    from echoshift.pipeline.manifest import locate_manifest, write_manifest
 
     path = locate_manifest(card.name, manifests)
     write_manifest(path, segments)
@@ -242,7 +240,7 @@ def _write(card: DatasetCard, segments: tuple[Segment, ...], manifests: Path) ->
 
 def describe_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> dict[str, object]:
     """Return what `manifest show` counts; classes by name, as a card fixes them."""
-    from echoshift.pipeline.manifest_summary import summarise_manifest
+    from echoshift.pipeline.manifest import summarise_manifest
 
     splits = [
         {**make_jsonable(summary), "n_per_class": dict(zip(card.classes, summary.n_per_class, strict=True))}
@@ -253,7 +251,7 @@ def describe_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> dict[st
 
 def _print_counts(card: DatasetCard, segments: tuple[Segment, ...]) -> None:
     from echoshift.cli.terminal import print_table
-    from echoshift.pipeline.manifest_summary import summarise_manifest
+    from echoshift.pipeline.manifest import summarise_manifest
 
     summaries = summarise_manifest(segments, card)
     many = len(card.classes) > 20

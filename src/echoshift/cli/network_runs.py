@@ -38,8 +38,7 @@ def run_networks(
     from echoshift.cli.cluster_options import end_on_sigterm
     from echoshift.cli.terminal import make_notifier, show_progress
     from echoshift.pipeline.devices import resolve_device
-    from echoshift.pipeline.errors import RunError
-    from echoshift.pipeline.suggestions import suggest
+    from echoshift.pipeline.errors import RunError, suggest
     from echoshift.train.run_method import plan_network_run, run_training
 
     notify = make_notifier(quiet=answer.quiet)

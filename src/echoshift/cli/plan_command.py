@@ -40,8 +40,7 @@ from echoshift.cli.terminal import QuietOption
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.extract.run_estimate import RunEstimate
-    from echoshift.extract.run_timing import TimedSample
+    from echoshift.extract.plan import RunEstimate, TimedSample
 
 
 def plan(
@@ -70,13 +69,12 @@ def plan(
 ) -> None:
     """Say what extract would do with the same options: segments, clips, bytes, files, hours; writes no store."""
     from echoshift.cli.terminal import show_progress
-    from echoshift.extract.extraction import ExtractionRequest
-    from echoshift.extract.media_survey import MediaSurvey
-    from echoshift.extract.run_estimate import plan_run
-    from echoshift.extract.run_options import RunOptions
-    from echoshift.extract.run_timing import time_sample
+    from echoshift.extract.media import MediaSurvey
+    from echoshift.extract.plan import plan_run, time_sample
+    from echoshift.extract.run import ExtractionRequest
+    from echoshift.extract.work import RunOptions
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
 
     card = read_dataset_card(dataset, manifests)
     choices = SpecChoices(encoders, weights, outputs, preset, set_, flow, dtype, precision, decoder)

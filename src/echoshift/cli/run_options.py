@@ -85,7 +85,7 @@ class AnswerChoices:
 def find_last_dataset(cache: str) -> str:
     """Return the dataset of the store in a cache that was last extracted to; raises RunError where there is none."""
     from echoshift.pipeline.store.location import locate
-    from echoshift.pipeline.store.opening import list_stores, open_store
+    from echoshift.pipeline.store.open import list_stores, open_store
 
     found: list[tuple[str, str]] = []
     for path in list_stores(cache):
@@ -110,7 +110,7 @@ def choose_dataset(choices: RunChoices, notify: Callable[[str], None]) -> str:
 def open_places(choices: RunChoices, notify: Callable[[str], None] | None = None) -> DataPlaces:
     """Read card and manifest, and say where everything lies; `notify` is told of a dataset that wasn't named."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
     from echoshift.train.data_places import DataPlaces
 
     dataset = choose_dataset(choices, notify or make_notifier(quiet=False))

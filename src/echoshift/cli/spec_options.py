@@ -16,8 +16,7 @@ from echoshift.cli.completion import (
     complete_recipe,
     complete_spec_setting,
 )
-from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.suggestions import suggest
+from echoshift.pipeline.errors import SpecError, suggest
 
 if TYPE_CHECKING:
     from echoshift.extract.weights.load import WeightsRecord
@@ -142,8 +141,7 @@ def resolve_specs(
 ) -> tuple[tuple[FeatureSpec, WeightsRecord], ...]:
     """Make each chosen encoder's specification, with its weights; raises SpecError or WeightsError by name."""
     from echoshift.extract.encoders.registry import find_encoder
-    from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-    from echoshift.extract.flow_choice import choose_flow
+    from echoshift.extract.feature_specs import StoreOptions, choose_flow, make_feature_spec
     from echoshift.extract.weights.load import default_weights, resolve_weights
 
     names = list_names(choices.encoders or []) or list(card.encoders)

@@ -59,8 +59,7 @@ def stage1(
     """
     from echoshift.cli.cluster_options import end_on_sigterm
     from echoshift.cli.terminal import make_notifier, show_progress
-    from echoshift.pipeline.errors import RunError
-    from echoshift.pipeline.suggestions import suggest
+    from echoshift.pipeline.errors import RunError, suggest
     from echoshift.train.ranks import join_ranks
     from echoshift.train.stage1.running import STEPS, Stage1Request, run_stage1
 

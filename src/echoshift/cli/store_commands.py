@@ -72,7 +72,7 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
 
     from echoshift.pipeline.store.layout import STATE_NAMES
     from echoshift.pipeline.store.location import locate
-    from echoshift.pipeline.store.opening import open_store
+    from echoshift.pipeline.store.open import open_store
 
     opened = open_store(store)
     states, counts = np.unique(opened.read_array("state"), return_counts=True)
@@ -105,9 +105,9 @@ def verify(
     from contextlib import nullcontext
 
     from echoshift.cli.check_printing import print_check
-    from echoshift.extract.run_options import RunOptions
-    from echoshift.extract.store_check import CheckOptions, check_store, repair_store
-    from echoshift.pipeline.store.opening import hold_store, open_store
+    from echoshift.extract.check import CheckOptions, check_store, repair_store
+    from echoshift.extract.work import RunOptions
+    from echoshift.pipeline.store.open import hold_store, open_store
 
     open_store(store)  # holding makes files beside it, so that it must be there
     options = CheckOptions(manifests, media, sample, seed, RunOptions(device=device))
@@ -138,8 +138,8 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Say why a segment's row is done, stale, failed or pending, in one store or in all that may know it."""
-    from echoshift.extract.explaining import explain_everywhere, format_explanation
-    from echoshift.pipeline.store.opening import list_stores
+    from echoshift.extract.explain import explain_everywhere, format_explanation
+    from echoshift.pipeline.store.open import list_stores
 
     paths = [store] if store is not None else list_stores(cache)
     explanations = explain_everywhere(paths, segment, manifests, media, dataset)
@@ -160,8 +160,8 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write one output of every done row as npz, one h5, Parquet, or EPIC-100's pickle."""
-    from echoshift.pipeline.store.exporting import export_store
-    from echoshift.pipeline.store.opening import open_store
+    from echoshift.pipeline.store.interchange import export_store
+    from echoshift.pipeline.store.open import open_store
 
     n_rows = export_store(open_store(store), output, to, form.value)
     if as_json:
@@ -178,9 +178,9 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Sum up what the features look like; ends with 1 and a line for every output that can't be right."""
-    from echoshift.extract.describing_audits import describe_audit
-    from echoshift.pipeline.store.auditing import audit_output, find_audit_faults
-    from echoshift.pipeline.store.opening import open_store
+    from echoshift.extract.check import describe_audit
+    from echoshift.pipeline.store.audit import audit_output, find_audit_faults
+    from echoshift.pipeline.store.open import open_store
 
     opened = open_store(store)
     names = [output] if output is not None else [o.name for o in opened.spec.outputs]
@@ -226,11 +226,9 @@ def import_(
 ) -> None:
     """Make a store of features that were computed elsewhere; nothing in a pickle is run."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.errors import StoreError
-    from echoshift.pipeline.manifest_csv import locate_manifest, read_manifest
-    from echoshift.pipeline.store.import_sources import open_import_source
-    from echoshift.pipeline.store.importing import import_features
-    from echoshift.pipeline.suggestions import suggest
+    from echoshift.pipeline.errors import StoreError, suggest
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
+    from echoshift.pipeline.store.interchange import import_features, open_import_source
 
     if backend not in ("zarr", "hdf5"):
         raise StoreError(f"no backend {backend!r}; {suggest(backend, ('zarr', 'hdf5'))}")

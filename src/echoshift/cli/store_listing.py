@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from echoshift.pipeline.specs import fingerprint
 from echoshift.pipeline.store.layout import DONE, FAILED
 from echoshift.pipeline.store.location import Place
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 
 
 @dataclass(frozen=True, slots=True)

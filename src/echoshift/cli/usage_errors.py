@@ -7,7 +7,7 @@ import sys
 
 from typer.exceptions import TyperException
 
-from echoshift.pipeline.suggestions import find_nearest, suggest
+from echoshift.pipeline.errors import find_nearest, suggest
 
 _NOT_ONE_OF = re.compile(r"'(?P<given>[^']*)' is not one of (?P<choices>'.*')\.?$")
 

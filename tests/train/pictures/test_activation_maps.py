@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from echoshift.extract.open_media import OpenMedia
+from echoshift.extract.media import OpenMedia
 from echoshift.pipeline.specs import FrameSpec
 from echoshift.train.pictures.activation_figure import draw_activation_maps, overlay_map
 from echoshift.train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures
@@ -27,7 +27,7 @@ IDS = ("t-test-0", "t-test-1")
 def mapped(compared: Any) -> Any:
     """Return a mapper of the checkpoint with two segments' maps."""
     from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest_csv import read_manifest
+    from echoshift.pipeline.manifest import read_manifest
     from echoshift.train.data_places import DataPlaces
 
     card = read_dataset_card("tiny", compared.root)

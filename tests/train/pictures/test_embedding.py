@@ -11,7 +11,7 @@ from sklearn.manifold import TSNE
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 from echoshift.train.pictures import adapted_features
 from echoshift.train.pictures.embedding import EmbeddedFeatures, choose_segments, draw_embedding, embed
 from echoshift.train.pictures.modality_features import read_projected_features

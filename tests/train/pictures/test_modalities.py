@@ -10,7 +10,7 @@ import pytest
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.store.opening import open_store
+from echoshift.pipeline.store.open import open_store
 from echoshift.pipeline.tensor_files import read_tensors
 from echoshift.train.pictures.making import make_norm_shares
 from echoshift.train.pictures.modality_features import (

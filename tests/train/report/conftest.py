@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from echoshift.pipeline.cards import read_card
-from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.manifest import read_manifest
 from echoshift.train.runs import RESULTS, RunRecord, append_run
 from echoshift.train.settings import resolve_settings
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from echoshift.pipeline.cards import read_card
-from echoshift.pipeline.manifest_csv import read_manifest
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.manifest import read_manifest
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.pictures.adapted_features import open_adapted_store
 from echoshift.train.report.feature_section import make_feature_section

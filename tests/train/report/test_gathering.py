@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from echoshift.pipeline.cards import read_card
-from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.manifest import read_manifest
+from echoshift.pipeline.store.failures import write_failures
 from echoshift.pipeline.store.interface import Failure
 from echoshift.pipeline.store.layout import FAILED
-from echoshift.pipeline.store.ledger import write_failures
 from echoshift.train.report.breakdowns import break_down, fold_confusion, gather_loose
 from echoshift.train.report.stage1_facts import count_right_marks, read_stage1_facts
 from echoshift.train.report.store_facts import describe_store, list_dataset_stores, read_silence

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from echoshift.pipeline.cards import read_card
-from echoshift.pipeline.manifest_csv import read_manifest
+from echoshift.pipeline.manifest import read_manifest
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.prediction_table import read_prediction_table
 from echoshift.train.report.segment_section import make_segment_card, make_segment_section

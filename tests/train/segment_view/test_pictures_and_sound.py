@@ -14,9 +14,9 @@ import pytest
 import scipy.signal
 from PIL import Image
 
-from echoshift.extract.open_media import OpenMedia
-from echoshift.extract.readers.pyav_audio import read_audio
-from echoshift.extract.sound.recipes import PLANAMENTE2021
+from echoshift.extract.media import OpenMedia
+from echoshift.extract.readers.audio import read_audio
+from echoshift.extract.recipes import PLANAMENTE2021
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import MediaError, MediaNotFoundError
 from echoshift.pipeline.segments import Segment

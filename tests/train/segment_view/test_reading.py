@@ -16,7 +16,7 @@ import torch
 
 from echoshift.extract.weights.load import default_weights, load_encoder, resolve_weights
 from echoshift.pipeline.errors import ManifestError, WeightsError
-from echoshift.pipeline.store.opening import list_stores, open_store
+from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.runs import RESULTS, read_runs
 from echoshift.train.segment_view import reading
 from echoshift.train.segment_view.gates import CheckpointGates, summarise_gates

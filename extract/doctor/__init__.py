@@ -1,1 +1,0 @@
-"""What looks over an installation: environment, decoders, places and data."""

@@ -1,1 +1,0 @@
-"""Turns samples into the two papers' spectrograms."""
