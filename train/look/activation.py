@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echoshift.extract.clips import plan_clips_of
 from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.media import OpenMedia
+from echoshift.extract.rows import plan_clips_of
 from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import ManifestError, MediaNotFoundError, RunError
 from echoshift.pipeline.segments import Segment

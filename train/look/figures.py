@@ -473,11 +473,12 @@ def draw_losses(title: str, runs: Sequence[Mapping[str, Sequence[float | None]]]
             lines = [np.array([np.nan if v is None else v for v in run[loss]], float) for run in runs if loss in run]
             longest = max(len(values) for values in lines)
             mean = np.stack([values for values in lines if len(values) == longest]).mean(axis=0)
-            for values, look in (*((values, {"linewidth": 0.8, "alpha": 0.45}) for values in lines), (mean, {})):
+            for values in lines:
                 there = np.flatnonzero(np.isfinite(values))
-                style = look or {"linewidth": 2, "label": loss, "marker": "o" if len(there) < 4 else None}
-                axis.plot(there + 1, values[there], color=colour, **style)
+                axis.plot(there + 1, values[there], color=colour, linewidth=0.8, alpha=0.45)
             there = np.flatnonzero(np.isfinite(mean))
+            marker = "o" if len(there) < 4 else None
+            axis.plot(there + 1, mean[there], color=colour, linewidth=2, label=loss, marker=marker)
             if len(there):
                 ends.append(f"{loss} from {mean[there[0]]:.3g} to {mean[there[-1]]:.3g}")
         axis.set_xlabel("epoch")

@@ -202,7 +202,7 @@ def _describe_store(i: int, store: FeatureStore, request: ReportRequest) -> dict
 def _gather_stage1(runs: Sequence[Stage1Run], classes: Sequence[str]) -> dict[str, Any]:
     """Gather the table of Stage 1's runs, its losses, clusters and marks of absent activities."""
     names = name_variants(runs)
-    figures = []
+    figures: list[ReportFigure] = []
     for i, (variant, name) in enumerate(names.items()):
         curves = [_list_losses(run) for run in runs if run.variant == variant and run.losses]
         if curves and len(figures) < MAX_CHARTS:

@@ -105,7 +105,8 @@ def gather_grids(
     """
     card, latest = request.places.card, keep_latest(records)
     results: list[GridResult] = []
-    without, shown = [], set()
+    without: list[tuple[str, str, str]] = []
+    shown: set[RunKey] = set()
     for name in (*list_grids(), *request.grids):
         grid = read_grid(name)
         if grid.task not in (None, card.task):
@@ -291,7 +292,8 @@ def gather_loose(
         elif record.key not in shown:
             key = (record.stage, record.config_hash, record.shift, record.selection)
             grouped.setdefault(key, []).append(record)
-    rows, breakdowns = [], []
+    rows: list[tuple[Any, ...]] = []
+    breakdowns: list[Breakdown] = []
     order = list(dict.fromkeys(key[:2] for key in grouped))
     for key in sorted(grouped, key=lambda key: (key[0], order.index(key[:2]), key[2:])):
         (stage, config_hash, shift, rule), found = key, grouped[key]

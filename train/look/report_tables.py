@@ -83,7 +83,7 @@ class PageTable:
 
 def count_parts(manifest: Manifest, card: DatasetCard, has_audio: Mapping[str, bool]) -> PageTable:
     """Count segments by domain and split; `has_audio` is by id, as far as it is known."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for part in summarise_manifest(manifest, card):
         group = [s for s in manifest if (s.domain, s.split) == (part.domain, part.split)]
         if not group:
@@ -105,7 +105,7 @@ def count_classes(manifest: Manifest, card: DatasetCard) -> PageTable:
     """Count segments of each class by domain and split; a segment of several classes counts in each."""
     parts = [part for part in summarise_manifest(manifest, card) if part.n_segments]
     most = max((n for part in parts for n in part.n_per_class), default=0) or 1
-    rows = []
+    rows: list[tuple[str | int | Cell, ...]] = []
     for k, name in enumerate(card.classes):
         counts = [part.n_per_class[k] for part in parts]
         rows.append((name, *(Cell(f"{n:,}", n, n / most) for n in counts), sum(counts)))

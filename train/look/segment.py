@@ -12,10 +12,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from echoshift.pipeline.suggestions import suggest
 
 from echoshift.extract.media import OpenMedia
-from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError, WeightsError
+from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError, WeightsError, suggest
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
@@ -354,7 +353,7 @@ class SegmentReader:
             ids = ids or self._identify(record, path.parent)
         if not parts or ids is None:
             raise RunError(f"{describe_run(record)}: it doesn't say whose predictions it has; run it again")
-        mean = np.mean(parts, axis=0, dtype=np.float64).astype(np.float32)
+        mean = np.asarray(np.mean(parts, axis=0, dtype=np.float64)).astype(np.float32)
         return StoredPredictions("recogniser" if record.stage == "stage2" else "alignment", _number(ids), mean)
 
     def _find(self, record: RunRecord, name: str) -> Path | None:

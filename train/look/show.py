@@ -247,7 +247,7 @@ def _draw_predictions(axis: Any, view: SegmentView, shown: Sequence[SegmentPredi
     axis.set_yticks(range(n_rows), names, fontsize=7)
     slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, classes)) > 12 else {}
     axis.set_xticks(range(n_classes), [textwrap.shorten(name, 40) for name in classes], fontsize=8, **slanted)
-    frame = {"fill": False, "edgecolor": TRUE_COLOUR, "linewidth": 2, "clip_on": False}
+    frame: dict[str, Any] = {"fill": False, "edgecolor": TRUE_COLOUR, "linewidth": 2, "clip_on": False}
     for column, (tick, name) in enumerate(zip(axis.get_xticklabels(), classes, strict=True)):
         if name in view.segment.labels:
             axis.add_patch(Rectangle((column - 0.5, -0.5), 1, n_rows, **frame))

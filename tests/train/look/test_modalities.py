@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import numpy as np
@@ -12,49 +11,45 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.open import open_store
 from echoshift.pipeline.tensor_files import read_tensors
-from echoshift.train.pictures.making import make_norm_shares
-from echoshift.train.pictures.modality_features import (
+from echoshift.train.look.features import (
     Classifier,
     ModalityFeatures,
     read_cached_features,
     read_projected_features,
 )
-from echoshift.train.pictures.norm_histograms import compute_norms, draw_norm_histograms
-from echoshift.train.pictures.norm_shares import compute_shares, draw_shares, share_norm
-from echoshift.train.pictures.run_choice import RunChoice, choose_alignment_run, find_source_only
+from echoshift.train.look.figures import compute_norms, compute_shares, draw_norms, draw_shares, share_norm
+from echoshift.train.look.run_choice import RunChoice, choose_alignment_run, find_source_only, get_method
 from echoshift.train.prediction_table import read_prediction_table
-from echoshift.train.report.feature_section import make_feature_section
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.segment_view.run_predictions import find_method
 
 
-def make_features(*, visual: np.ndarray, audio: np.ndarray, heard: np.ndarray, **more: Any) -> ModalityFeatures:
+def make_features(*, frames: np.ndarray, audio: np.ndarray, heard: np.ndarray, **more: Any) -> ModalityFeatures:
     segments = tuple(
-        Segment(str(i), "v", 0.0, 1.0, ("a",), "s" if i < len(visual) // 2 else "t", "test") for i in range(len(visual))
+        Segment(str(i), "v", 0.0, 1.0, ("a",), "s" if i < len(frames) // 2 else "t", "test") for i in range(len(frames))
     )
-    return ModalityFeatures("made", segments, visual, audio, heard, **more)
+    return ModalityFeatures("made", segments, frames, audio, heard, **more)
 
 
 def test_norms_are_means_over_clips_of_sounding_segments() -> None:
     visual = np.array([[[3.0, 4.0], [0.0, 1.0]], [[6.0, 8.0], [0.0, 0.0]], [[1, 0], [1, 0]], [[0, 2], [0, 2]]])
     audio = np.array([[[2.0], [4.0]], [[9.0], [9.0]], [[1.0], [1.0]], [[5.0], [3.0]]])
-    norms = compute_norms(make_features(visual=visual, audio=audio, heard=np.array([True, False, True, True])))
-    assert norms.visual.tolist() == [3.0, 5.0, 1.0, 2.0]
+    norms = compute_norms(make_features(frames=visual, audio=audio, heard=np.array([True, False, True, True])))
+    assert norms.frames.tolist() == [3.0, 5.0, 1.0, 2.0]
     assert norms.audio.tolist() == [3.0, 1.0, 4.0]
     assert norms.ratio == pytest.approx(2.75 / (8 / 3))
     assert norms.ratios == {"s": pytest.approx(4.0 / 3.0), "t": pytest.approx(1.5 / 2.5)}
-    drawn = draw_norm_histograms([norms], "here")
+    drawn = draw_norms([norms], "here")
     numbers = drawn.numbers["made"]
-    expected, _ = np.histogram(norms.visual, bins=drawn.numbers["edges"])
-    assert numbers["counts_visual"].tolist() == expected.tolist()
-    assert numbers["counts_visual"].sum() == 4 and numbers["counts_audio"].sum() == 3
-    assert "made: mean norm of pictures 2.75, of sound 2.67, ratio 1.03" in drawn.description
+    expected, _ = np.histogram(norms.frames, bins=drawn.numbers["edges"])
+    assert numbers["counts_frames"].tolist() == expected.tolist()
+    assert numbers["counts_frames"].sum() == 4 and numbers["counts_audio"].sum() == 3
+    assert "made: mean norm of frames 2.75, of audio 2.67, ratio 1.03" in drawn.description
 
 
 def test_silence_has_no_norm() -> None:
     ones = np.ones((2, 1, 3))
     with pytest.raises(RunError, match="no segment has sound, or the network doesn't hear"):
-        compute_norms(make_features(visual=ones, audio=ones, heard=np.zeros(2, dtype=bool)))
+        compute_norms(make_features(frames=ones, audio=ones, heard=np.zeros(2, dtype=bool)))
 
 
 def test_top_features_are_those_of_the_largest_weights() -> None:
@@ -74,10 +69,10 @@ def test_shares_against_numpy() -> None:
     labels = rng.integers(0, 3, 12)
     shares = compute_shares(
         make_features(
-            visual=visual,
+            frames=visual,
             audio=audio,
             heard=heard,
-            classify_visual=Classifier(weights["v"], bias["v"]),
+            classify_frames=Classifier(weights["v"], bias["v"]),
             classify_audio=Classifier(weights["a"], bias["a"]),
         ),
         labels,
@@ -86,14 +81,14 @@ def test_shares_against_numpy() -> None:
     logits_v = visual.mean(axis=1)[heard] @ weights["v"].T + bias["v"]
     logits_a = audio.mean(axis=1)[heard] @ weights["a"].T + bias["a"]
     both = logits_v + logits_a
-    for name, logits in (("pictures", logits_v), ("sound", logits_a), ("both", both)):
+    for name, logits in (("frames", logits_v), ("audio", logits_a), ("both", both)):
         assert shares.accuracy[name] == pytest.approx((logits.argmax(axis=1) == labels[heard]).mean())
     rows, predicted = np.arange(11), both.argmax(axis=1)
     v = np.abs(logits_v[rows, predicted] - logits_v.mean(axis=1))
     a = np.abs(logits_a[rows, predicted] - logits_a.mean(axis=1))
-    assert shares.score_share["pictures"] == pytest.approx((v / (v + a)).mean())
-    assert shares.score_share["sound"] == pytest.approx((a / (v + a)).mean())
-    assert (shares.n_top, shares.n_features) == ({"pictures": 4, "sound": 3}, {"pictures": 10, "sound": 6})
+    assert shares.score_share["frames"] == pytest.approx((v / (v + a)).mean())
+    assert shares.score_share["audio"] == pytest.approx((a / (v + a)).mean())
+    assert (shares.n_top, shares.n_features) == ({"frames": 4, "audio": 3}, {"frames": 10, "audio": 6})
     drawn = draw_shares([shares], "here")
     assert drawn.numbers["made"]["norm_share"] == dict(shares.norm_share)
     titles = [axis.get_title(loc="left") for axis in drawn.figure.axes]
@@ -103,7 +98,7 @@ def test_shares_against_numpy() -> None:
 def test_features_are_those_that_the_trained_network_classifies(compared: Any, open_tiny: Any) -> None:
     places, runs_dir = open_tiny(compared), compared.runs / "tiny"
     record = choose_alignment_run(runs_dir, RunChoice())
-    assert find_method(record) == "rna"
+    assert get_method(record) == "rna"
     found = read_projected_features(places, runs_dir, record)
     stage1 = read_runs(runs_dir / RESULTS)[0]
     folder = compared.steps / f"features-{stage1.steps['features']}"
@@ -118,13 +113,13 @@ def test_features_are_those_that_the_trained_network_classifies(compared: Any, o
     w = {name.removeprefix("streams."): tensor.numpy() for name, tensor in weights.items()}
     visual = np.maximum(pooled @ w["project_visual.weight"].T + w["project_visual.bias"], 0)
     audio = np.maximum(heard @ w["project_audio.weight"].T + w["project_audio.bias"], 0)
-    np.testing.assert_allclose(found.visual[:, 0], visual, atol=1e-4)
+    np.testing.assert_allclose(found.frames[:, 0], visual, atol=1e-4)
     np.testing.assert_allclose(found.audio[:, 0], audio, atol=1e-4)
-    assert found.classify_visual is not None
-    np.testing.assert_array_equal(found.classify_visual.weight, w["classify_visual.weight"])
-    assert found.heard.all()
+    assert found.classify_frames is not None
+    np.testing.assert_array_equal(found.classify_frames.weight, w["classify_visual.weight"])
+    assert found.has_audio.all()
     cached = read_cached_features(places, runs_dir, record)
-    np.testing.assert_allclose(cached.visual[:, 0], pooled, atol=1e-6)
+    np.testing.assert_allclose(cached.frames[:, 0], pooled, atol=1e-6)
     np.testing.assert_allclose(cached.audio[:, 0], heard, atol=1e-6)
 
 
@@ -132,7 +127,7 @@ def test_a_method_is_compared_with_source_only_of_its_network(compared: Any) -> 
     runs_dir = compared.runs / "tiny"
     record = choose_alignment_run(runs_dir, RunChoice(method="rna", seed=0))
     without = find_source_only(runs_dir, record)
-    assert without is not None and find_method(without) == "source_only"
+    assert without is not None and get_method(without) == "source_only"
     described = record.config["alignment"]
     wider = {**described, "alignment": {**described["alignment"], "network": {"width": 9}}}
     changed = record.model_copy(update={"config": {**record.config, "alignment": wider}})
@@ -145,15 +140,3 @@ def test_a_lost_checkpoint_is_said(compared: Any, open_tiny: Any, tmp_path: Any)
     record = choose_alignment_run(compared.runs / "tiny", RunChoice())
     with pytest.raises(RunError, match=r"trained\.safetensors is gone; run `echoshift align` for s-t, seed 0, again"):
         read_projected_features(open_tiny(compared), tmp_path, record)
-
-
-def test_the_report_has_both_pictures_with_their_numbers(compared: Any, open_tiny: Any) -> None:
-    runs_dir = compared.runs / "tiny"
-    section = make_feature_section(open_tiny(compared), runs_dir, read_runs(runs_dir / RESULTS))
-    figures = [figure for block in section.blocks if block.kind == "figures" for figure in block.figures]
-    shares = make_norm_shares(open_tiny(compared), runs_dir, RunChoice())
-    (drawn,) = (figure for figure in figures if "Figure 7" in figure.caption)
-    assert html.escape(shares.description, quote=True) in drawn.svg
-    features = read_projected_features(open_tiny(compared), runs_dir, choose_alignment_run(runs_dir, RunChoice()))
-    (told,) = (figure.caption for figure in figures if figure.caption.startswith("rna: mean norm"))
-    assert told.endswith(f"pictures / sound {compute_norms(features).ratio:.2f}.")

@@ -1,4 +1,4 @@
-"""Gives the tests of the report a page of a small data set: a finished Stage 1, and a grid of made-up scores."""
+"""Runs of all stages on the small data set, and a report of a grid of made-up scores."""
 
 from __future__ import annotations
 
@@ -19,6 +19,43 @@ from echoshift.train.settings import resolve_settings
 
 SMALL = ("frame.short_side=36", "frame.crop=32", "clip.n_frames=4", "clip.n_clips=2")
 N_RIGHT = {("plain", 0): 1, ("plain", 1): 2, ("gated", 0): 4, ("gated", 1): 3}
+ALIGNMENT = (
+    "features.of=stage1",
+    "alignment.network.width=8",
+    "iterations.n_batch=4",
+    "iterations.n_checkpoints=2",
+    "iterations.checkpoint_every=2",
+)
+
+
+def align(tiny: Any, tiny_shift: ModuleType, *settings: str) -> None:
+    settings = (*ALIGNMENT, *settings)
+    code, _, err = tiny_shift.run(*tiny.list_arguments("align", "tiny", "--shift", "s-t", settings=settings))
+    assert code == 0, err
+
+
+@pytest.fixture(scope="package")
+def compared(finished: Any, tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run two methods of alignment on what Stage 1 left; nobody changes what they leave."""
+    runs = tmp_path_factory.mktemp("compared") / "runs"
+    shutil.copytree(finished.runs, runs)
+    tiny = finished.with_runs(runs)
+    for method in ("source_only", "rna"):
+        steps = ("iterations.n_steps=20", "iterations.lr_drop_step=10")
+        align(tiny, tiny_shift, *steps, f"alignment.method={method}")
+    return tiny
+
+
+@pytest.fixture(scope="package")
+def all_stages(finished: Any, tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run Stage 2 and alignment on what Stage 1 left; nobody changes what they leave."""
+    runs = tmp_path_factory.mktemp("all_stages") / "runs"
+    shutil.copytree(finished.runs, runs)
+    tiny = finished.with_runs(runs)
+    code, _, err = tiny.stage2()
+    assert code == 0, err
+    align(tiny, tiny_shift, "iterations.n_steps=6", "iterations.lr_drop_step=3")
+    return tiny
 
 
 @pytest.fixture(scope="session")

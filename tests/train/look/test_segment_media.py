@@ -21,11 +21,11 @@ from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import MediaError, MediaNotFoundError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
-from echoshift.train.segment_view.pictures_and_sound import (
-    encode_picture,
+from echoshift.train.look.segment_media import (
+    encode_frame,
     encode_spectrogram,
     encode_wav,
-    read_segment_sound,
+    read_segment_audio,
     read_shown_frames,
     read_spectrogram,
 )
@@ -95,7 +95,7 @@ def test_a_segment_beyond_its_video_isnt_shown(media: OpenMedia) -> None:
 def test_wide_pictures_become_320_pixels_wide() -> None:
     picture = np.zeros((360, 640, 3), dtype=np.uint8)
     picture[:, 320:] = 200
-    frame = encode_picture(picture, 0.5, 3)
+    frame = encode_frame(picture, 0.5, 3)
     image = Image.open(io.BytesIO(frame.jpeg))
     assert image.format == "JPEG"
     assert image.size == (frame.width_px, frame.height_px) == (320, 180)
@@ -105,7 +105,7 @@ def test_wide_pictures_become_320_pixels_wide() -> None:
 
 
 def test_sound_is_that_of_the_segment(media: OpenMedia, media_root: Path) -> None:
-    sound = read_segment_sound(media, make_segment("loud", 3.0, 4.0), 16000)
+    sound = read_segment_audio(media, make_segment("loud", 3.0, 4.0), 16000)
     expected = read_audio(media_root / "loud.mp4", 3.0, 4.0, 16000)
     np.testing.assert_array_equal(sound.samples, expected)
     with wave.open(io.BytesIO(sound.wav)) as file:
@@ -120,7 +120,7 @@ def test_sound_is_that_of_the_segment(media: OpenMedia, media_root: Path) -> Non
 
 
 def test_at_most_ten_seconds_are_heard(media: OpenMedia) -> None:
-    sound = read_segment_sound(media, make_segment("loud", 1.0, 12.0), 8000)
+    sound = read_segment_audio(media, make_segment("loud", 1.0, 12.0), 8000)
     assert len(sound.samples) == 80000
     assert sound.stop_s == 11.0
 
@@ -133,13 +133,13 @@ def test_loud_samples_are_clipped_not_wrapped() -> None:
 
 def test_no_track_is_said(media: OpenMedia) -> None:
     with pytest.raises(MediaNotFoundError, match=r"mute\.mp4 has no sound track"):
-        read_segment_sound(media, make_segment("mute", 0.0, 1.0), 16000)
+        read_segment_audio(media, make_segment("mute", 0.0, 1.0), 16000)
     with pytest.raises(MediaNotFoundError, match="no sound in the segment"):
-        read_spectrogram(media, make_segment("mute", 0.0, 1.0), SPEC, is_stored=True)
+        read_spectrogram(media, make_segment("mute", 0.0, 1.0), SPEC, "resnet_demo")
 
 
 def test_the_spectrogram_is_scipys(media: OpenMedia, media_root: Path) -> None:
-    shown = read_spectrogram(media, make_segment("loud", 2.0, 3.0), SPEC, is_stored=True)
+    shown = read_spectrogram(media, make_segment("loud", 2.0, 3.0), SPEC, "resnet_demo")
     samples = np.tile(read_audio(media_root / "loud.mp4", 2.0, 3.0, 16000), 2)[:32000].astype(np.float64)
     _, _, power = scipy.signal.spectrogram(samples, 16000, nperseg=512, noverlap=512 - 159)
     expected = np.log(power + 1e-7)
@@ -157,7 +157,7 @@ def test_the_spectrogram_is_scipys(media: OpenMedia, media_root: Path) -> None:
 def test_of_sound_around_clips_the_middle_one_is_shown(media: OpenMedia, media_root: Path) -> None:
     clip = ClipSpec(n_frames=4, rate_hz=12.0, n_clips=3)
     spec = SPEC.model_copy(update={"audio": PLANAMENTE2021, "clip": clip})
-    shown = read_spectrogram(media, make_segment("loud", 2.0, 5.0), spec, is_stored=True)
+    shown = read_spectrogram(media, make_segment("loud", 2.0, 5.0), spec, "resnet_demo")
     # 36 frames, clips of 4: a = 33 / 3, offsets 5, 16, 27; the middle clip runs from 2 + 16 / 12 to 2 + 20 / 12 s.
     middle_s = 2 + 18 / 12
     assert (shown.start_s, shown.stop_s) == pytest.approx((middle_s - 1.279 / 2, middle_s + 1.279 / 2))
@@ -169,7 +169,7 @@ def test_of_sound_around_clips_the_middle_one_is_shown(media: OpenMedia, media_r
     np.testing.assert_allclose(shown.values[:, 128], expected, atol=2e-3)
 
 
-def test_the_picture_of_a_spectrogram_has_low_bands_at_the_bottom() -> None:
+def test_the_image_of_a_spectrogram_has_low_bands_at_the_bottom() -> None:
     values = np.zeros((4, 3))
     values[0] = 1.0
     image = np.asarray(Image.open(io.BytesIO(encode_spectrogram(values))))

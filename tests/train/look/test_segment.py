@@ -17,11 +17,17 @@ import torch
 from echoshift.extract.weights.load import default_weights, load_encoder, resolve_weights
 from echoshift.pipeline.errors import ManifestError, WeightsError
 from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.train.look import segment as reading
+from echoshift.train.look.segment import (
+    CheckpointGates,
+    SegmentPrediction,
+    SegmentReader,
+    ViewOptions,
+    rank_classes,
+    read_segment_view,
+    summarise_gates,
+)
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.segment_view import reading
-from echoshift.train.segment_view.gates import CheckpointGates, summarise_gates
-from echoshift.train.segment_view.reading import SegmentViews, ViewOptions, rank_classes, read_segment_view
-from echoshift.train.segment_view.view import SegmentPrediction
 from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
 from echoshift.train.stage1.config import Stage1Config
 
@@ -62,9 +68,8 @@ def test_gates_are_those_of_the_trained_encoder(all_stages: Any, open_tiny: Any)
 
 def test_a_summary_names_the_channels_at_either_end() -> None:
     group = summarise_gates("path", np.array([0.5, 0.9, 0.1, 0.9, 0.2, 0.7, 0.3], dtype=np.float32))
-    assert [channel.number for channel in group.most_open] == [1, 3, 5, 0, 6]
-    assert [channel.number for channel in group.most_closed] == [2, 4, 6, 0, 5]
-    assert group.most_closed[0].value == pytest.approx(0.1)
+    assert list(group.most_open) == [1, 3, 5, 0, 6]
+    assert list(group.most_closed) == [2, 4, 6, 0, 5]
 
 
 def test_a_changed_checkpoint_makes_no_gates(all_stages: Any, tmp_path: Path) -> None:
@@ -80,23 +85,23 @@ def test_a_changed_checkpoint_makes_no_gates(all_stages: Any, tmp_path: Path) ->
 def test_stage1_says_what_its_table_says(all_stages: Any, open_tiny: Any) -> None:
     table = pq.read_table(all_stages.find_step("table") / "table.parquet").to_pandas().set_index("segment_id")
     classes = ("low", "high", "never")
-    with SegmentViews(open_tiny(all_stages), all_stages.runs / "tiny") as views:
+    with SegmentReader(open_tiny(all_stages), all_stages.runs / "tiny") as views:
         for segment_id, role in (("t-train-3", "target train"), ("s-train-0", "source train")):
             view, row = views.read(segment_id), table.loc[segment_id]
-            seen, heard = select(view.predictions, "pictures"), select(view.predictions, "sound")
+            seen, heard = select(view.predictions, "frames"), select(view.predictions, "audio")
             np.testing.assert_array_equal(seen.probabilities, row["visual_probabilities"])
             np.testing.assert_array_equal(heard.probabilities, row["audio_probabilities"])
             expected = "" if row["pseudo_label"] < 0 else classes[row["pseudo_label"]]
             assert (seen.pseudo_label, heard.pseudo_label) == (expected, "")
             assert seen.role == role
-            assert {p.speaker for p in view.predictions} == {"pictures", "sound"}
+            assert {p.speaker for p in view.predictions} == {"frames", "audio"}
             assert "predictions" not in view.missing
 
 
 def test_networks_say_what_they_stored(all_stages: Any, open_tiny: Any) -> None:
     places, runs_dir = open_tiny(all_stages), all_stages.runs / "tiny"
     records = {(record.stage, record.selection): record for record in read_runs(runs_dir / RESULTS)}
-    with SegmentViews(places, runs_dir, ViewOptions(with_media=False)) as views:
+    with SegmentReader(places, runs_dir, ViewOptions(with_media=False)) as views:
         found = [views.read(f"t-test-{i}").predictions for i in range(4)]
     for (stage, rule), speaker in ((("stage2", "last"), "recogniser"), (("alignment", "mean_last"), "alignment")):
         record = records[stage, rule]
@@ -123,7 +128,7 @@ def test_options_choose_runs(all_stages: Any, open_tiny: Any) -> None:
     assert none.predictions == ()
     assert none.missing["predictions"].startswith("No finished run has predicted it")
     assert "`echoshift stage1 tiny` trains one" in none.missing["gate"]
-    assert none.frames == () and none.sound is None and "frames" not in none.missing
+    assert none.frames == () and none.audio is None and "frames" not in none.missing
 
 
 def test_runs_of_another_manifest_are_left_out(all_stages: Any, open_tiny: Any) -> None:
@@ -152,8 +157,8 @@ def test_predictions_of_unknown_segments_are_left_out(all_stages: Any, open_tiny
     step["inputs"]["test"] = "0" * 12
     (folder / "record.json").write_text(json.dumps(step))
     view = read_segment_view(open_tiny(tiny), tiny.runs / "tiny", "t-test-0", ViewOptions(with_media=False))
-    assert {p.speaker for p in view.predictions} == {"pictures", "sound", "alignment"}
-    assert "stage2 s-t, seed 0: it doesn't say of which segments its predictions are" in view.missing["predictions"]
+    assert {p.speaker for p in view.predictions} == {"frames", "audio", "alignment"}
+    assert "stage2 s-t, seed 0: it doesn't say whose predictions it has" in view.missing["predictions"]
 
 
 def test_predictions_without_hits_are_those_of_the_manifests_test_split(
@@ -173,7 +178,7 @@ def test_predictions_without_hits_are_those_of_the_manifests_test_split(
 def test_missing_media_are_sentences(all_stages: Any, open_tiny: Any, tmp_path: Path) -> None:
     places = replace(open_tiny(all_stages), media_root=tmp_path)
     view = read_segment_view(places, all_stages.runs / "tiny", "t-test-0")
-    assert (view.frames, view.sound, view.spectrogram) == ((), None, None)
+    assert (view.frames, view.audio, view.spectrogram) == ((), None, None)
     assert view.missing["frames"] == f"No rgb of video t-test below {tmp_path}; tried t-test."
     assert view.gate is not None and len(view.predictions) == 5
 
@@ -183,19 +188,19 @@ def test_silent_segments_share_one_gate(tiny_shift: ModuleType, tmp_path: Path, 
     tiny.make(without_track=("t-test", "s-test"))
     code, _, err = tiny.stage1("--no-export", settings=("training.n_epochs=1",))
     assert code == 0, err
-    with SegmentViews(open_tiny(tiny), tiny.runs / "tiny") as views:
+    with SegmentReader(open_tiny(tiny), tiny.runs / "tiny") as views:
         first, second, loud = (views.read(name) for name in ("t-test-0", "t-test-1", "t-train-0"))
-    assert first.sound is None and "has no sound track" in first.missing["sound"]
+    assert first.audio is None and "has no sound track" in first.missing["audio"]
     assert first.gate is not None and second.gate is not None and loud.gate is not None
     assert (first.gate.hears, loud.gate.hears) == (False, True)
     for a, b, c in zip(first.gate.groups, second.gate.groups, loud.gate.groups, strict=True):
         np.testing.assert_array_equal(a.values, b.values)
         assert np.abs(a.values - c.values).max() > 0
-    assert [p.speaker for p in first.predictions] == ["pictures"]  # nothing is heard, so that nobody says what it was
+    assert [p.speaker for p in first.predictions] == ["frames"]  # nothing is heard, so that nobody says what it was
 
 
 def test_an_unknown_segment_is_told_its_nearest(all_stages: Any, open_tiny: Any) -> None:
-    with pytest.raises(ManifestError, match=r"tiny has no segment t-tset-0; did you mean t-test-0"):
+    with pytest.raises(ManifestError, match=r"tiny has no segment 't-tset-0'; did you mean 't-test-0'"):
         read_segment_view(open_tiny(all_stages), all_stages.runs / "tiny", "t-tset-0")
 
 
@@ -207,7 +212,7 @@ def test_each_checkpoint_and_file_is_opened_once(
         original = getattr(reading, name)
         monkeypatch.setattr(reading, name, lambda *a, f=original, n=name: (opened.append(n), f(*a))[1])
     n_stores = len(list_stores(all_stages.root / "cache"))
-    with SegmentViews(open_tiny(all_stages), all_stages.runs / "tiny", ViewOptions(with_media=False)) as views:
+    with SegmentReader(open_tiny(all_stages), all_stages.runs / "tiny", ViewOptions(with_media=False)) as views:
         for i in range(4):
             views.read(f"t-test-{i}")
     assert sorted(opened) == ["CheckpointGates", *["open_store"] * n_stores, "read_runs"]

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from echoshift.train.report.grid_facts import PRESETS
+from echoshift.train.look.report_results import PRESETS
 from echoshift.train.tables import PERCENT
 
 pytestmark = pytest.mark.browser
+
+TABLE = f"two-{PRESETS[0]}-last"
 
 CHROMIUM = os.environ.get("ECHOSHIFT_CHROMIUM") or shutil.which("chromium") or ""
 # Nothing that the browser does by itself asks the network for anything, so that a request can only be the page's.
@@ -95,11 +97,11 @@ def test_its_numbers_are_those_of_the_results(opened: Any, reported: Any) -> Non
     page, _, _ = opened
     scores = {(r.row, r.seed): r.scores.main.value * PERCENT for r in reported.records}
     means = [(scores[row, 0] + scores[row, 1]) / 2 for row in ("plain", "gated")]
-    assert read_column(page, "grid-table-0", 0) == ["plain", "gated"]
-    assert read_values(page, "grid-table-0", find_column(page, "grid-table-0", "s-t")) == pytest.approx(means)
+    assert read_column(page, TABLE, 0) == ["plain", "gated"]
+    assert read_values(page, TABLE, find_column(page, TABLE, "s-t")) == pytest.approx(means)
     silent = {(r.row, r.seed): r.scores.silent.value * PERCENT for r in reported.records}
     means = [(silent[row, 0] + silent[row, 1]) / 2 for row in ("plain", "gated")]
-    assert read_values(page, "grid-table-0", find_column(page, "grid-table-0", "silent")) == pytest.approx(means)
+    assert read_values(page, TABLE, find_column(page, TABLE, "silent")) == pytest.approx(means)
     column = find_column(page, "all-runs", "score, %")
     listed = [
         value
@@ -107,7 +109,7 @@ def test_its_numbers_are_those_of_the_results(opened: Any, reported: Any) -> Non
         if row in ("plain", "gated")
     ]
     assert listed == [r.scores.main.value * PERCENT for r in reported.records]
-    assert f"mean of {2} seeds" in page.inner_text("#choice-0")
+    assert "mean of 2 seeds" in page.inner_text("#results")
     assert PRESETS[0] in page.inner_text("#results")
 
 
@@ -119,7 +121,7 @@ def test_a_grids_table_is_the_one_that_the_command_prints(opened: Any, reported:
     assert code == 0, err
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line)
     for i, name in enumerate(header):
-        shown = read_column(page, "grid-table-0", find_column(page, "grid-table-0", name))
+        shown = read_column(page, TABLE, find_column(page, TABLE, name))
         assert shown == [row[i] for row in rows], name
     assert {"s-t", "difference to plain", "p"} <= set(header)
 
@@ -149,19 +151,17 @@ def test_a_filter_keeps_the_rows_that_hold_all_its_words(opened: Any) -> None:
     n_all = len(read_column(page, "all-runs", 0))
     page.fill("#all-runs-filter", "GATED stage1")
     assert read_column(page, "all-runs", 1) == ["gated", "gated"]
-    block = page.locator("[data-table]", has=page.locator("#all-runs"))
+    block = page.locator("[data-filtered]", has=page.locator("#all-runs"))
     assert block.locator(".filter-count").inner_text() == f"2 of {n_all}"
     page.fill("#all-runs-filter", "")
     assert len(read_column(page, "all-runs", 0)) == n_all
 
 
-def test_a_row_and_shift_can_be_chosen(opened: Any) -> None:
+def test_classes_of_a_row_and_shift_are_shown(opened: Any) -> None:
     page, _, _ = opened
-    panels = page.locator("#choice-0 .panel")
-    assert [panels.nth(i).is_visible() for i in range(panels.count())] == [True, False]
-    page.select_option("#choice-0-select", label="gated, s-t")
-    assert [panels.nth(i).is_visible() for i in range(panels.count())] == [False, True]
-    cells = panels.nth(1).locator(".confusion tbody td").all_inner_texts()
+    parts = page.locator("#results details details", has=page.locator(f"#{TABLE}-1-classes"))
+    assert parts.locator("summary").inner_text() == "gated, s-t"
+    cells = parts.locator(".confusion tbody td").all_inner_texts()
     # Of 4 segments, labels 0 1 0 1, the first seed has all right, the second the last one wrong.
     assert cells == ["4", "0", "0", "0", "3", "1", "0", "0", "0"]
 
@@ -173,13 +173,12 @@ def test_colours_follow_the_system_and_the_switch(opened: Any) -> None:
     page.emulate_media(color_scheme="dark")
     dark = page.evaluate(read_paper)
     assert light == "rgb(247, 247, 244)" and dark == "rgb(20, 23, 26)"
-    page.click("[data-set-theme=light]")
+    page.click("button.theme")
     assert page.evaluate(read_paper) == light
-    assert page.get_attribute("[data-set-theme=light]", "aria-pressed") == "true"
-    page.emulate_media(color_scheme="light")
-    page.click("[data-set-theme=dark]")
+    page.click("button.theme")
     assert page.evaluate(read_paper) == dark
-    page.click("[data-set-theme=auto]")
+    page.evaluate("delete document.documentElement.dataset.theme")
+    page.emulate_media(color_scheme="light")
     assert page.evaluate(read_paper) == light
 
 
@@ -201,7 +200,7 @@ def test_a_phone_scrolls_no_way_but_down(opened: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     width, screen = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width == screen == 360
-    table = page.locator("[data-table] .scroll", has=page.locator("#all-runs"))
+    table = page.locator(".table-block .scroll", has=page.locator("#all-runs"))
     assert table.evaluate("(box) => box.scrollWidth > box.clientWidth")
     page.set_viewport_size({"width": 1280, "height": 900})
 
@@ -222,18 +221,17 @@ def test_segments_are_seen_and_heard(opened: Any) -> None:
         })"""
     )
     assert duration_s == pytest.approx(1.0, abs=0.01)
-    page.fill("#segment-filter", "t-test high")
+    page.fill("#segments-filter", "t-test high")
     shown = [card.get_by_role("heading").inner_text() for card in cards.all() if card.is_visible()]
     assert len(shown) == 1 and shown[0] in ("t-test-1", "t-test-3")
-    page.fill("#segment-filter", "")
+    page.fill("#segments-filter", "")
 
 
 def test_features_are_drawn_before_and_after(opened: Any) -> None:
     page, _, _ = opened
     figures = page.locator("#features figure svg[role=img]")
-    labels = [figure.get_attribute("aria-label") for figure in figures.all()]
-    # Eight test segments, four of each domain; of each domain two of either class.
-    counted = [label.rpartition(": ")[2] for label in labels[:4]]
-    assert counted == ["8 points; s 4, t 4.", "8 points; low 4, high 4."] * 2
-    assert "before" in labels[0] and "after" in labels[2] and labels[4].startswith("Norms of pooled, s-t")
+    embedding, norms, cam = [figure.get_attribute("aria-label") for figure in figures.all()]
+    assert embedding.startswith("t-SNE of all 8 segments, tiny") and "before: slowfast_demo as extracted" in embedding
+    assert norms.startswith("Norms of pooled, s-t: histogram")
+    assert cam.startswith("Class activation maps over a clip of t-test-0") and figures.nth(2).locator("image").count()
     assert "make align METHOD=rna DATASET=tiny" in page.inner_text("#features")

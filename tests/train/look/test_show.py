@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoshift.train.pictures.segment_figure import choose_classes, draw_segment
-from echoshift.train.segment_view.describing import draw_histogram, draw_loudness, make_view_json
-from echoshift.train.segment_view.reading import ViewOptions, read_segment_view
+from echoshift.cli.json_answers import make_jsonable
+from echoshift.train.look.segment import ViewOptions, read_segment_view
+from echoshift.train.look.show import choose_classes, describe_view, draw_counts, draw_loudness, draw_segment
 
 
 def show(tiny: Any, tiny_shift: ModuleType, *arguments: object) -> tuple[int, str, str]:
@@ -45,15 +45,15 @@ def test_json_is_the_view(all_stages: Any, tiny_shift: ModuleType, open_tiny: An
     assert code == 0, err
     view = read_segment_view(open_tiny(all_stages), all_stages.runs / "tiny", "t-train-2")
     found = json.loads(out)
-    assert found == json.loads(json.dumps(make_view_json(view)))
+    assert found == json.loads(json.dumps(make_jsonable(describe_view(view))))
     assert found["segment"]["labels"] == ["low"]
-    seen = next(p for p in found["predictions"] if p["speaker"] == "pictures")
+    seen = next(p for p in found["predictions"] if p["speaker"] == "frames")
     assert sum(seen["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert len(found["gate"]["groups"][0]["values"]) == view.gate.groups[0].values.size  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_picture_is_written(all_stages: Any, tiny_shift: ModuleType, tmp_path: Path, ending: str) -> None:
+def test_the_figure_is_written(all_stages: Any, tiny_shift: ModuleType, tmp_path: Path, ending: str) -> None:
     path = tmp_path / "deep" / f"segment.{ending}"
     code, _, err = show(all_stages, tiny_shift, "t-test-0", "tiny", "--to", path)
     assert code == 0 and f"picture: {path}" in err
@@ -69,9 +69,9 @@ def test_the_picture_is_written(all_stages: Any, tiny_shift: ModuleType, tmp_pat
 def test_errors_are_one_line(all_stages: Any, tiny_shift: ModuleType, tmp_path: Path) -> None:
     code, out, err = show(all_stages, tiny_shift, "t-test-9", "tiny")
     assert (code, out) == (2, "")
-    assert err.startswith("error: tiny has no segment t-test-9; did you mean t-test-")
+    assert err.startswith("error: tiny has no segment 't-test-9'; did you mean 't-test-")
     code, _, err = show(all_stages, tiny_shift, "t-test-0", "tiny", "--to", tmp_path / "x.gif")
-    assert code == 2 and "a picture is written as .png or .svg" in err
+    assert code == 2 and "a figure is written as .png or .svg" in err
     code, _, err = show(all_stages, tiny_shift, "t-test-0", "tiny", "--shift", "a-b")
     assert code == 2 and "no shift 'a-b'" in err
 
@@ -79,7 +79,7 @@ def test_errors_are_one_line(all_stages: Any, tiny_shift: ModuleType, tmp_path: 
 def test_levels_are_drawn_in_decibels() -> None:
     samples = np.repeat([1.0, 0.0, 10**-1.5, 1.0], 10)  # 0 dB, silence, -30 dB, 0 dB
     assert draw_loudness(samples, 4) == "█▁▅█"
-    assert draw_histogram(np.array([0.1, 0.1, 0.1, 0.1, 0.9]), 4) == "█  ▃"
+    assert draw_counts(np.array([0.1, 0.1, 0.1, 0.1, 0.9]), 4) == "█  ▃"
 
 
 def test_of_many_classes_the_segments_own_and_the_likely_are_drawn(all_stages: Any, open_tiny: Any) -> None:

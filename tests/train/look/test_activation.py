@@ -14,10 +14,15 @@ from torch.nn import functional as F
 
 from echoshift.extract.media import OpenMedia
 from echoshift.pipeline.specs import FrameSpec
-from echoshift.train.pictures.activation_figure import draw_activation_maps, overlay_map
-from echoshift.train.pictures.activation_maps import ActivationMap, ActivationMapper, restore_pictures
-from echoshift.train.pictures.making import make_activation_maps
-from echoshift.train.pictures.run_choice import RunChoice, choose_stage1_run
+from echoshift.train.look.activation import (
+    ActivationMap,
+    ActivationMapper,
+    draw_activation_maps,
+    make_activation_maps,
+    overlay_map,
+    restore_frames,
+)
+from echoshift.train.look.run_choice import RunChoice, choose_stage1_run
 from echoshift.train.stage1.clip_reading import read_clips
 
 IDS = ("t-test-0", "t-test-1")
@@ -51,7 +56,7 @@ def test_it_is_grad_cam(mapped: Any) -> None:
     for name, found, clip in zip(IDS, maps, clips, strict=True):
         middle = clip[len(clip) // 2][None]
         with torch.no_grad():
-            gates = model.compute_gates(mapper._sound.read_maps([name]), torch.ones(1, dtype=torch.bool))
+            gates = model.compute_gates(mapper._audio.read_maps([name]), torch.ones(1, dtype=torch.bool))
         kept: list[torch.Tensor] = []
         hook = layer.register_forward_hook(lambda _m, _i, output, kept=kept: kept.append(output))
         logits = model.gated({"clip": middle}, gates)
@@ -72,8 +77,8 @@ def test_pictures_are_those_of_the_video_at_their_times(mapped: Any, compared: A
     found = maps[1]  # 1 to 2 s of t-test.mp4
     with av.open(str(compared.media / "t-test.mp4")) as container:
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
-    assert found.pictures.shape[1:] == (32, 32, 3) and len(found.times_s) == len(found.pictures)
-    for picture, time_s in zip(found.pictures, found.times_s, strict=True):
+    assert found.frames.shape[1:] == (32, 32, 3) and len(found.times_s) == len(found.frames)
+    for picture, time_s in zip(found.frames, found.times_s, strict=True):
         number = int(np.floor(time_s * 12 + 1e-2))
         assert 12 <= number < 24
         # The short side goes to 36 pixels, of which the middle 32 are seen: the picture's own middle, a bit enlarged.
@@ -89,7 +94,7 @@ def test_pictures_are_restored() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     mean, std = np.array(spec.mean), np.array(spec.std)
     clip = torch.from_numpy(((pictures - mean) / std).transpose(3, 0, 1, 2).astype(np.float32))
-    np.testing.assert_array_equal(restore_pictures(clip, spec), pictures)
+    np.testing.assert_array_equal(restore_frames(clip, spec), pictures)
 
 
 def test_an_overlay_changes_where_the_map_is() -> None:
@@ -121,11 +126,11 @@ def test_the_command_draws_all_kinds(
     places += ["--runs", compared.runs]
     code, out, err = tiny_shift.run("picture", "norms", "tiny", *places)
     assert code == 0, err
-    assert "source_only: mean norm of pictures" in out and "rna: mean norm of pictures" in out
+    assert "source_only: mean norm of frames" in out and "rna: mean norm of frames" in out
     assert (tmp_path / "reports" / "tiny" / "norms.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = tiny_shift.run("picture", "shares", "tiny", "--to", tmp_path / "s.svg", "--json", *places)
     assert code == 0, err
-    assert '"accuracy": {"pictures":' in out
+    assert '"accuracy": {"frames":' in out
     text = (tmp_path / "s.svg").read_text()
     assert ">share of the final score</text>" in text  # text is text
     code, out, err = tiny_shift.run(
@@ -165,7 +170,7 @@ def test_where_a_method_stands_on_the_encoder_its_logits_are_mapped(
     with OpenMedia(places.media_root, places.card.media) as media:
         found = mapper.map(media, segment, "low")
         clips = read_clips(media, segment, mapper._spec).clips
-    assert found.values.shape == found.pictures.shape[:3]
+    assert found.values.shape == found.frames.shape[:3]
     # The mean over clips of what the method says of each is what the run stored.
     said = []
     for clip in clips:
