@@ -28,7 +28,7 @@ METHOD ?= rna
 SEGMENT ?=
 KIND ?=
 
-.PHONY: help setup demo plan extract stage1 stage2 align ablate table report show picture doctor test test-all check format weights lock clean
+.PHONY: help setup demo plan extract stage1 stage2 align ablate table report show plot doctor test test-all check format weights lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,13 +92,13 @@ report: $(INSTALLED) ## Write reports/DATASET/index.html, one page of all that i
 	$(BIN)/echoshift report $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") $(if $(PRESET),--preset $(PRESET)) \
 	  --cache "$(CACHE)" --runs "$(RUNS)" $(ARGS)
 
-show: $(INSTALLED) ## Show a segment's frames, sound, gates and predictions: SEGMENT=… [DATASET=…] [ARGS="--to it.png"]
+show: $(INSTALLED) ## Show a segment's frames, audio, gates and predictions: SEGMENT=… [DATASET=…] [ARGS="--to it.png"]
 	@test -n "$(SEGMENT)" || { echo 'make $@ needs SEGMENT=, such as make $@ SEGMENT=workshop-test-00-00 DATASET=demo'; exit 2; }
 	$(BIN)/echoshift show "$(SEGMENT)" $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") --cache "$(CACHE)" --runs "$(RUNS)" $(ARGS)
 
-picture: $(INSTALLED) ## Draw features or a network: KIND=norms|shares|embedding|cam [DATASET=…] [ARGS=…]
+plot: $(INSTALLED) ## Plot features or a network: KIND=norms|shares|embedding|cam [DATASET=…] [ARGS=…]
 	@test -n "$(KIND)" || { echo 'make $@ needs KIND=norms, shares, embedding or cam'; exit 2; }
-	$(BIN)/echoshift picture $(KIND) $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") --cache "$(CACHE)" --runs "$(RUNS)" $(ARGS)
+	$(BIN)/echoshift plot $(KIND) $(DATASET) $(if $(MEDIA),--media "$(MEDIA)") --cache "$(CACHE)" --runs "$(RUNS)" $(ARGS)
 
 doctor: $(INSTALLED) ## Look over the installation: decoders, GPU, disk, weights, data, a line each with the remedy
 	$(BIN)/echoshift doctor --cache "$(CACHE)" $(ARGS)

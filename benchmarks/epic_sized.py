@@ -27,9 +27,7 @@ from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpe
 from echoshift.pipeline.store.interface import ShardIndex
 from echoshift.pipeline.store.layout import order_segments, plan_rows_per_shard, plan_shards
 from echoshift.pipeline.store.open import create_store, open_store
-from echoshift.train.stage1.audio_classifier import AudioPredictions
-from echoshift.train.stage1.exporting import VisualPredictions
-from echoshift.train.stage1.prediction_table import write_prediction_table
+from echoshift.train.predictions import AudioPredictions, Predictions, write_prediction_table
 
 DATASET = "epic_sized"
 N_CLIPS, N_VISUAL, N_AUDIO = 5, 2304, 512
@@ -176,7 +174,7 @@ def _write_table(
     ids = tuple(s.segment_id for s in segments)
     classes, _ = _index(made, segments)
     heard = AudioPredictions(ids, _guess(classes, P_HEARD_RIGHT, made, rng), audio[0][kept], audio[1][kept])
-    seen = VisualPredictions(ids, _guess(classes, P_RIGHT, made, rng))
+    seen = Predictions(ids, _guess(classes, P_RIGHT, made, rng))
     labelled = [s.segment_id for s in segments if s.domain == shift.target and s.split == "train"]
     path = made.table(shift.name, seed)
     write_prediction_table(path, segments, made.card.classes, heard, seen, seen, labelled)

@@ -37,12 +37,10 @@ from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import compute_digests, plan_shards
 from echoshift.pipeline.store.open import create_store, open_store
-from echoshift.train.stage1.audio_attention import AudioAttention
+from echoshift.train.stage1.clips import ClipSource, TrunkClips
 from echoshift.train.stage1.config import AttentionConfig
-from echoshift.train.stage1.frame_inputs import FrameInputs
-from echoshift.train.stage1.gated_encoder import GatedEncoder
-from echoshift.train.stage1.trunk_inputs import TrunkInputs
-from echoshift.train.stage1.visual_inputs import VisualInputs
+from echoshift.train.stage1.encoder import AudioAttention, GatedEncoder
+from echoshift.train.stage1.frames import DecodedClips
 
 LAYOUT = MediaLayout()
 N_CLASSES = 8
@@ -122,8 +120,8 @@ def main() -> None:
     spec = make_feature_spec(options.encoder, weights, StoreOptions(precision=options.precision), **spec_options)
     with tempfile.TemporaryDirectory(prefix="stage1-modes-") as folder:
         store, making_s = make_trunk_store(Path(folder), options, segments)
-        frames = FrameInputs(options.media, LAYOUT, segments, spec, seed=0, n_readers=0, n_cached_mb=options.cached_mb)
-        modes: dict[str, VisualInputs] = {"frames": frames, "trunk": TrunkInputs(store, [], seed=0)}
+        frames = DecodedClips(options.media, LAYOUT, segments, spec, seed=0, n_readers=0, n_cached_mb=options.cached_mb)
+        modes: dict[str, ClipSource] = {"frames": frames, "trunk": TrunkClips(store, [], seed=0)}
         print(
             f"{options.encoder}, {len(segments)} segments, batch {options.batch}, {options.precision}, "
             f"{torch.get_num_threads()} threads, medians of {options.repeats}; the store of {options.views} views took "
@@ -149,9 +147,7 @@ def plan_map_shape(sound_s: float) -> tuple[int, ...]:
     return entry.output_shapes(entry.clip, entry.audio.model_copy(update={"duration_s": sound_s}))["map"]
 
 
-def report(
-    training: Training, modes: dict[str, VisualInputs], batches: Sequence[Sequence[str]], n_repeats: int
-) -> None:
+def report(training: Training, modes: dict[str, ClipSource], batches: Sequence[Sequence[str]], n_repeats: int) -> None:
     """Measure epochs of both modes step by step in turn, after one that isn't counted, and print a row of each.
 
     The ratio is the median over the pairs of steps, which meet the same neighbours on the machine.

@@ -37,7 +37,7 @@ from benchmarks.plain_recogniser import (
     train_plainly,
 )
 from echoshift.train.loop import Schedule, TrainingData, TrainingJob, train_run
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.settings import resolve_config
 from echoshift.train.stage2.config import Stage2Config
 from echoshift.train.stage2.inputs import StreamInputs, open_stream

@@ -1,1 +1,1 @@
-"""Turns pixels and sound into features."""
+"""Turns pixels and audio into features."""

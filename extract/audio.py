@@ -119,7 +119,7 @@ def _zhang_power(samples: Tensor, window: Tensor, spec: AudioSpec) -> Tensor:
     spectrum = torch.fft.rfft(frames, n=spec.n_fft)
     power = (spectrum.real.square() + spectrum.imag.square()) / (spec.rate_hz * window.square().sum())
     n_mirrored = power.shape[1] - (1 if spec.n_fft % 2 == 0 else 0)
-    power[:, 1:n_mirrored] *= 2  # every bin but DC and, for an even n_fft, Nyquist stands for its mirror too
+    power[:, 1:n_mirrored] *= 2  # every bin but DC and, for an even n_fft, Nyquist counts for its mirror too
     return power
 
 

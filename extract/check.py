@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,16 +39,25 @@ from echoshift.pipeline.store.verify import (
 )
 
 SPAN_TOLERANCE_S = 1e-6  # of arithmetic on float64 seconds
+N_BAR_CHARACTERS = 40
+MIN_COSINE = 0.999
+# The unit roundoff of what a network computes in. fp32 is taken as TF32, with which GPUs run convolutions.
+PRECISION_ROUNDOFF = {"fp32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
+DTYPE_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
+# Roundings of layer after layer add up like a random walk: about the root of 64 layers, and norms keep the scale.
+N_ROUNDINGS = 8
+
+Outcome = Literal["equal", "close", "different", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """How a store is checked.
+    """Options of a check.
 
     Attributes:
         manifests_dir: where the dataset's card and manifest lie.
         media_root: None: data/DATASET beside the manifests.
-        sample_percent: how much of the done rows is extracted anew; 0, nothing.
+        sample_percent: how much of the done rows is extracted again; 0, nothing.
     """
 
     manifests_dir: Path
@@ -65,9 +74,9 @@ class StoreCheck:
     Attributes:
         faults: everything wrong with the store as it lies there.
         damages: stretches of the index that can't be read; each is among the faults too.
-        stale_ids: done rows whose media or times have changed since; no fault, the next extract computes them anew.
+        stale_ids: done rows whose media or times have changed since; no fault, the next extract computes them again.
         notes: what could not be checked, and why.
-        sample: the rows extracted anew; None when none were.
+        sample: the rows extracted again; None when none were.
     """
 
     path: str
@@ -80,48 +89,53 @@ class StoreCheck:
 
 
 def check_store(path: Place, options: CheckOptions, notify: Callable[[int], None] = lambda n_rows: None) -> StoreCheck:
-    """Check checksums, numbers, times and ledger; with the media at hand spans too, and a sample extracted anew.
+    """Check checksums, numbers, times and ledger; with the media at hand spans too, and a sample extracted again.
 
     Raises SpecError when a sample is asked for and manifest or media aren't there.
     """
     store = open_store(path)
     damages = find_index_damage(store)
-    faults = [_describe_damage(damage) for damage in damages]
-    if any(damage.array in ("state", "segment_id") for damage in damages):
-        note = "without states or ids nothing else can be checked; --repair first"
-        return StoreCheck(store.path, store.layout.n_rows, tuple(faults), tuple(damages), notes=(note,))
-    found = verify_store(store) if not damages else store.find_checksum_faults()
+    faults = [
+        VerifyFault(damage.array, "", f"rows {damage.start_row} to {damage.stop_row}: {damage.reason}")
+        for damage in damages
+    ]
+    found = StoreCheck(store.path, store.layout.n_rows, tuple(faults), tuple(damages))
     damaged = {damage.array for damage in damages}
-    faults += [fault for fault in found if fault.array not in damaged]
+    if damaged & {"state", "segment_id"}:
+        return replace(found, notes=("without states or ids nothing else can be checked; --repair first",))
+    of_arrays = verify_store(store) if not damages else store.find_checksum_faults()
+    faults += [fault for fault in of_arrays if fault.array not in damaged]
+    found = replace(found, faults=tuple(faults))
     try:
         card, manifest = _read_dataset(store, options)
         survey = MediaSurvey(_find_media(store, options), card.media)
     except (EchoshiftError, FileNotFoundError) as error:
         if options.sample_percent:
             raise
-        note = f"spans were not checked: {error}"
-        return StoreCheck(store.path, store.layout.n_rows, tuple(faults), tuple(damages), notes=(note,))
-    broken = {fault.array for fault in faults}
-    if broken & {"times", "frames", "n_valid", "digest"}:
-        note = "spans and sample wait until the index is whole"
-        return StoreCheck(store.path, store.layout.n_rows, tuple(faults), tuple(damages), notes=(note,))
+        return replace(found, notes=(f"spans were not checked: {error}",))
+    if {fault.array for fault in faults} & {"times", "frames", "n_valid", "digest"}:
+        return replace(found, notes=("spans and sample wait until the index is whole",))
     by_id = {segment.segment_id: segment for segment in manifest}
-    segments = [by_id.get(segment_id) for segment_id in store.segment_ids]
     done = store.read_array("state") == DONE
-    known_segments = [segment for segment, is_done in zip(segments, done, strict=True) if is_done and segment]
-    identities = identify_segments(survey, known_segments, store.spec)
-    present = [s if s is not None and s.segment_id in identities else None for s in segments]
-    checkable = done & np.asarray([segment is not None for segment in present], dtype=bool)
-    fresh = checkable & (store.read_array("digest") == compute_digests(present, identities)).all(axis=1)
-    faults += check_spans(store, present, fresh)
-    stale_ids = tuple(store.segment_ids[row] for row in np.flatnonzero(checkable & ~fresh).tolist())
-    sample = None
+    segments = [
+        by_id.get(segment_id) if is_done else None
+        for segment_id, is_done in zip(store.segment_ids, done.tolist(), strict=True)
+    ]
+    present = np.asarray([segment is not None for segment in segments], dtype=bool)
+    identities = identify_segments(survey, [segment for segment in segments if segment is not None], store.spec)
+    fresh = present & (store.read_array("digest") == compute_digests(segments, identities)).all(axis=1)
+    faults += check_spans(store, segments, fresh)
+    stale_ids = tuple(store.segment_ids[row] for row in np.flatnonzero(present & ~fresh).tolist())
+    sample: ReextractionReport | None = None
+    notes: tuple[str, ...] = ()
     if options.sample_percent and fresh.any():
-        rows = choose_rows(np.flatnonzero(fresh), int(done.sum()), options.sample_percent, options.seed)
-        sample = compare_sample(store, rows, present, survey, options.run, notify)
+        n_sampled = max(1, math.ceil(int(done.sum()) * options.sample_percent / 100))
+        rows = choose_spread(np.flatnonzero(fresh).tolist(), n_sampled, options.seed)
+        sample = compare_sample(store, rows, segments, survey, options.run, notify)
         faults += sample.faults
-    notes = ("no row could be extracted anew: none is up to date",) if options.sample_percent and sample is None else ()
-    return StoreCheck(store.path, store.layout.n_rows, tuple(faults), tuple(damages), stale_ids, notes, sample)
+    elif options.sample_percent:
+        notes = ("no row could be extracted again: none is up to date",)
+    return replace(found, faults=tuple(faults), stale_ids=stale_ids, notes=notes, sample=sample)
 
 
 def repair_store(path: Place, check: StoreCheck, options: CheckOptions) -> RepairReport:
@@ -145,7 +159,7 @@ def repair_store(path: Place, check: StoreCheck, options: CheckOptions) -> Repai
     if without_row:
         fault = without_row[0]
         raise StoreError(
-            f"{path}: {fault.array}: {fault.message}: no row to re-queue; delete the store and extract it anew"
+            f"{path}: {fault.array}: {fault.message}: no row to re-queue; delete the store and extract it again"
         )
     done = requeue_rows(store, rows, check.damages)
     return RepairReport(done.n_rows, done.n_shards, restored_ids=restored)
@@ -158,7 +172,7 @@ def check_spans(store: FeatureStore, segments: list[Segment | None], rows: np.nd
     spans = np.asarray([(s.start_s, s.stop_s) if s is not None else (np.nan, np.nan) for s in segments]).reshape(-1, 2)
     margin_s = SPAN_TOLERANCE_S
     if spec.audio is not None and spec.audio.span == "clip":
-        margin_s += spec.audio.duration_s / 2  # windows stand around the middle of clips that lie inside
+        margin_s += spec.audio.duration_s / 2  # windows lie around the middle of clips that lie inside
     exists = (np.arange(times.shape[1])[None] < n_valid[:, None]) & rows[:, None]
     with np.errstate(invalid="ignore"):
         inside = (times[..., 0] >= spans[:, None, 0] - margin_s) & (times[..., 1] <= spans[:, None, 1] + margin_s)
@@ -181,10 +195,6 @@ def check_spans(store: FeatureStore, segments: list[Segment | None], rows: np.nd
     ]
 
 
-def _describe_damage(damage: IndexDamage) -> VerifyFault:
-    return VerifyFault(damage.array, "", f"rows {damage.start_row} to {damage.stop_row}: {damage.reason}")
-
-
 def _read_dataset(store: FeatureStore, options: CheckOptions) -> tuple[DatasetCard, Manifest]:
     card = read_dataset_card(str(store.attributes["dataset"]), options.manifests_dir)
     return card, read_manifest(locate_manifest(card.name, options.manifests_dir), card)
@@ -198,7 +208,7 @@ def _find_media(store: FeatureStore, options: CheckOptions) -> Path:
 
 
 def _find_planned_ids(store: FeatureStore, options: CheckOptions) -> list[str]:
-    remedy = "the rows can't be told apart any more: delete the store and extract it anew"
+    remedy = "the rows can't be told apart any more: delete the store and extract it again"
     try:
         _, manifest = _read_dataset(store, options)
     except EchoshiftError as error:
@@ -210,19 +220,9 @@ def _find_planned_ids(store: FeatureStore, options: CheckOptions) -> list[str]:
     return [segment.segment_id for segment in order_segments(manifest)]
 
 
-MIN_COSINE = 0.999
-# The unit roundoff of what a network computes in. fp32 is taken as TF32, with which GPUs run convolutions.
-PRECISION_ROUNDOFF = {"fp32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
-DTYPE_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
-# Roundings of layer after layer add up like a random walk: about the root of 64 layers, and norms keep the scale.
-N_ROUNDINGS = 8
-
-Outcome = Literal["equal", "close", "different", "failed"]
-
-
 @dataclass(frozen=True, slots=True)
 class RowComparison:
-    """One output of one row against itself, extracted anew.
+    """One output of one row against itself, extracted again.
 
     Attributes:
         outcome: the same bytes; within the tolerance; beyond it; or the row can't be extracted now.
@@ -243,7 +243,7 @@ class RowComparison:
 
 @dataclass(frozen=True, slots=True)
 class ReextractionReport:
-    """The outcome of extracting a sample anew; `fp16_errors` is by output, empty for a store of float32."""
+    """The outcome of extracting a sample again; `fp16_errors` is by output, empty for a store of float32."""
 
     n_rows: int
     tolerance: float
@@ -295,11 +295,6 @@ def find_weights(store: FeatureStore) -> WeightsRecord:
     raise WeightsError(f"{store.path} was made with {source} (sha256 {spec.weights[:12]}), not here: {why}; {remedy}")
 
 
-def choose_rows(candidates: np.ndarray, n_done: int, percent: float, seed: int) -> list[int]:
-    """Choose `percent` of the done rows, at least one, spread over the shards by a seeded choice."""
-    return choose_spread(candidates.tolist(), max(1, math.ceil(n_done * percent / 100)), seed)
-
-
 def compare_sample(
     store: FeatureStore,
     rows: Sequence[int],
@@ -308,7 +303,7 @@ def compare_sample(
     options: RunOptions,
     notify: Callable[[int], None] = lambda n_rows: None,
 ) -> ReextractionReport:
-    """Extract rows anew with the store's own specification and weights, in float32, and compare each output.
+    """Extract rows again with the store's own specification and weights, in float32, and compare each output.
 
     `segments` has an entry a row of the store; the chosen rows' are there. Raises WeightsError when the weights aren't,
     StoreError when the encoder has been revised since.
@@ -317,11 +312,11 @@ def compare_sample(
     revision = find_encoder(spec.encoder).revision
     if revision != spec.revision:
         raise StoreError(
-            f"{store.path} was made by revision {spec.revision} of {spec.encoder}, this is {revision}; extract it anew"
+            f"{store.path} was made by revision {spec.revision} of {spec.encoder}, this is {revision}; extract it again"
         )
     weights = find_weights(store)
     chosen = [segment for row in rows if (segment := segments[row]) is not None]
-    assert len(chosen) == len(rows), "only rows of the manifest can be extracted anew"
+    assert len(chosen) == len(rows), "only rows of the manifest can be extracted again"
     comparisons: list[RowComparison] = []
     fresh_values: dict[str, list[np.ndarray]] = {output.name: [] for output in spec.outputs}
     with TemporaryDirectory(prefix="echoshift-verify-") as folder:
@@ -342,7 +337,7 @@ def compare_sample(
             if state[i] != DONE:
                 failure = failures.get(segment.segment_id)
                 reason = f"{failure.exception}: {failure.reason}" if failure else "its shard gave no features"
-                detail = f"can't be extracted anew: {reason}"
+                detail = f"can't be extracted again: {reason}"
                 comparisons.append(RowComparison(segment.segment_id, spec.outputs[0].name, "failed", detail=detail))
                 continue
             comparisons += _compare_row(store, trial, row, i, segment.segment_id, fresh_values)
@@ -371,7 +366,7 @@ def compare_values(
     b = fresh.astype(np.float64).reshape(len(fresh), -1)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return RowComparison(
-            segment_id, output, "different", math.inf, math.inf, 0.0, "features where there is no sound"
+            segment_id, output, "different", math.inf, math.inf, 0.0, "features where there is no audio"
         )
     norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -383,7 +378,7 @@ def compare_values(
     if cosine >= MIN_COSINE and relative <= tolerance:
         return RowComparison(segment_id, output, "close", max_abs, relative, cosine)
     detail = (
-        f"extracted anew it differs: cosine {cosine:.6f}, relative error {relative:.2e} (tolerance {tolerance:.1e})"
+        f"extracted again it differs: cosine {cosine:.6f}, relative error {relative:.2e} (tolerance {tolerance:.1e})"
     )
     return RowComparison(segment_id, output, "different", max_abs, relative, cosine, detail)
 
@@ -401,7 +396,7 @@ def _compare_row(
     for name in ("n_valid", "times", "frames"):
         stored = store.read_array(name, row, row + 1)
         if stored.tobytes() != trial.read_array(name, trial_row, trial_row + 1).tobytes():
-            detail = f"extracted anew, its {name} are others"
+            detail = f"extracted again, its {name} are others"
             first = store.spec.outputs[0].name
             return [RowComparison(segment_id, first, "different", math.inf, math.inf, 0.0, detail)]
     for output in store.spec.outputs:
@@ -414,12 +409,9 @@ def _compare_row(
     return comparisons
 
 
-N_BAR_CHARACTERS = 40
-
-
 def describe_audit(audit: OutputAudit) -> Iterator[str]:
     """Describe one output in some thirty lines."""
-    silent = f", {audit.n_silent} without sound left out" if audit.n_silent else ""
+    silent = f", {audit.n_silent} without audio left out" if audit.n_silent else ""
     yield f"{audit.output}: {audit.n_vectors} clips of {audit.n_rows} done rows{silent}"
     yield f"  values  mean {audit.mean:.5g}, std {audit.std:.5g}, min {audit.min:.5g}, max {audit.max:.5g}"
     yield f"  dead    {100 * audit.share_dead:.2f} % of {audit.n_dims} dimensions have one value throughout"

@@ -43,7 +43,7 @@ TOLERATED_TONE = 0.1  # of the amplitude, relative
 AUDIO_READ_HZ = 16000
 FLOW_SIDE_PX = 32
 NEVER_OF_DECORD = ("av1",)  # its FFmpeg is older than AV1: decord_video.py
-INSTALL = "pip install --force-reinstall {}, or make setup anew"
+INSTALL = "pip install --force-reinstall {}, or run make setup again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Why a row of a store is done, stale, failed or pending, and gathers that over the stores of a cache."""
+"""Explains why a segment's row is done, stale, failed or pending, in all stores of a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import EchoshiftError, MediaError, StoreError, suggest
 from echoshift.pipeline.manifest import locate_manifest, read_manifest
 from echoshift.pipeline.segments import Segment
-from echoshift.pipeline.specs import AudioSpec
 from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE, FAILED, NO_MEDIA, compute_digest
@@ -27,7 +26,7 @@ N_CLIPS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class RowExplanation:
-    """What can be said of one segment in one store.
+    """One segment in one store.
 
     Attributes:
         status: done and up to date; stale: made from other media or times, whether done or failed then; failed;
@@ -36,7 +35,7 @@ class RowExplanation:
         why: the reasons, a line each.
         start_s, stop_s: what the manifest says now; None when the segment is no longer in it.
         times_s: start and end of each clip of a done row.
-        frames: first and last picture, or first sample and one past the last, of each clip.
+        frames: first and last frame, or first sample and one past the last, of each clip.
         last_run: when a run last wrote to the store (UTC), "" when that isn't known.
     """
 
@@ -142,26 +141,23 @@ def _describe_done(store: FeatureStore, row: int, bare: RowExplanation) -> RowEx
     n_valid = int(store.read_array("n_valid", row, row + 1)[0])
     times = store.read_array("times", row, row + 1)[0, :n_valid]
     frames = store.read_array("frames", row, row + 1)[0, :n_valid]
-    why: tuple[str, ...] = ()
-    if store.spec.audio is not None:
+    why: list[str] = []
+    audio = store.spec.audio
+    if audio is not None:
         loudness = float(store.read_array("loudness_dbfs", row, row + 1)[0])
-        heard = bool(store.read_array("has_audio", row, row + 1)[0])
-        why = (f"sound: {loudness:.1f} dBFS" if heard else "sound: none; its features are NaN",)
-        if store.spec.audio.n_views > 1:
-            why = (*why, _describe_views(store.spec.audio))
+        is_heard = bool(store.read_array("has_audio", row, row + 1)[0])
+        why.append(f"audio: {loudness:.1f} dBFS" if is_heard else "audio: none; its features are NaN")
+        if audio.n_views > 1:
+            why.append(
+                f"{audio.n_views} views of each window of audio, one after the other: the first as it is, the others "
+                f"with noise of +-{audio.noise:g} and {audio.n_masked_bins} bands masked"
+            )
     return replace(
         bare,
         status="done",
-        why=why,
+        why=tuple(why),
         times_s=tuple((start, stop) for start, stop in times.tolist()),
         frames=tuple((first, last) for first, last in frames.tolist()),
-    )
-
-
-def _describe_views(audio: AudioSpec) -> str:
-    return (
-        f"{audio.n_views} views of each window of sound, one after the other: the first as it is, the others with "
-        f"noise of +-{audio.noise:g} and {audio.n_masked_bins} bands masked"
     )
 
 
@@ -176,7 +172,7 @@ def _explain_failure(store: FeatureStore, segment_id: str) -> tuple[str, ...]:
 def _explain_pending(store: FeatureStore, row: int) -> tuple[str, ...]:
     why = "never computed"
     if store.read_array("digest", row, row + 1).any():
-        why = "it was computed once, and then re-queued: by --repair, or its shard is being computed anew"
+        why = "it was computed once, and then re-queued: by --repair, or its shard is being computed again"
     holder = locate(store.path).beside(".holder.json").read_text()
     if holder is not None:
         held = f"its shard may be under way: the store is held by {holder.strip()}"
@@ -192,12 +188,12 @@ def _explain_staleness(
     What proves that the times changed: the digest is that of today's video with the times the row covers; or other
     rows of the video still match. What suggests that the video changed: no row of it matches.
     """
-    imported = store.spec.imported is not None  # then the source's content stands for the media's
+    imported = store.spec.imported is not None  # then the content of its source is its identity
     identity = store.spec.weights if imported else identify_segments(survey, [segment], store.spec)[segment.segment_id]
     digest = store.read_array("digest", row, row + 1)[0].tobytes()
     if digest == compute_digest(identity, segment.start_s, segment.stop_s):
         return ()
-    again = "the next extract computes it anew"
+    again = "the next extract computes it again"
     if identity == NO_MEDIA:
         return (f"the row was made from media that are no longer below {survey.root}",)
     if identity == UNREADABLE:

@@ -29,7 +29,7 @@ class FlowMethod:
 
 
 class FlowComputer:
-    """Computes flow by one method; is used by one thread."""
+    """One method of computing flow; is used by one thread."""
 
     def __init__(self, method: FlowMethod) -> None:
         self._method = method
@@ -78,7 +78,7 @@ def pair_frames(
 
 
 class FlowMaker:
-    """Computes the flow of one row's clips from frames that come in order of time, each pair of them once."""
+    """The flow of one row's clips, computed from frames that come in order of time, each pair of them once."""
 
     def __init__(self, method: FlowMethod) -> None:
         self.method = method

@@ -1,4 +1,4 @@
-"""Holds the published recipes of spectrograms and the arithmetic of their shapes; needs no torch."""
+"""The published recipes of spectrograms and of clips, and the arithmetic of shapes; needs no torch."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
 
 
 def find_preset(name: str) -> Preset:
-    """Find a preset by name; raises SpecError with the nearest name, or with all of them."""
+    """Find a preset; raises SpecError with the nearest name, or with all of them."""
     try:
         return PRESETS[name]
     except KeyError as error:

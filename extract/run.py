@@ -61,7 +61,7 @@ from echoshift.pipeline.store.layout import (
     plan_shards,
 )
 from echoshift.pipeline.store.location import Location, Place, locate
-from echoshift.pipeline.store.lock import StoreHold, hold_store
+from echoshift.pipeline.store.lock import StoreLock, hold_store
 from echoshift.pipeline.store.open import (
     check_space,
     count_needed_bytes,
@@ -181,7 +181,7 @@ class _StoreWork:
     store: FeatureStore
     target: StoreTarget
     rows: RowChoice
-    hold: StoreHold | None = None
+    hold: StoreLock | None = None
     n_computed: int = 0
 
 

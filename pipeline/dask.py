@@ -18,7 +18,7 @@ from uuid import uuid4
 from echoshift.pipeline.errors import ClusterError
 from echoshift.pipeline.execution import ShardReport, ShardTask, begin_task, commit_report
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.lock import StoreHold
+from echoshift.pipeline.store.lock import StoreLock
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -244,7 +244,7 @@ def run_with_dask(
     stores: Mapping[str, FeatureStore],
     notify: Callable[[int], None] = lambda n_rows: None,
     committed: Callable[[ShardReport], None] = lambda report: None,
-    holds: Mapping[str, StoreHold] | None = None,
+    holds: Mapping[str, StoreLock] | None = None,
 ) -> None:
     """Run tasks on a client's workers, each committed here as it arrives; raises ClusterError if the scheduler goes.
 
@@ -305,7 +305,7 @@ class _DaskRun:
         stores: Mapping[str, FeatureStore],
         notify: Callable[[int], None],
         committed: Callable[[ShardReport], None],
-        holds: Mapping[str, StoreHold] | None,
+        holds: Mapping[str, StoreLock] | None,
     ) -> None:
         self._client = client
         self._job = job

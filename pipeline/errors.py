@@ -88,10 +88,6 @@ class StoreFullError(StoreError):
     """The disk under a store is full, or would be; what is committed stays, and the same command goes on from there."""
 
 
-class LeaseLostError(StoreError):
-    """Another process has taken over a store while this one was out of reach; this one must not write any more."""
-
-
 class ClusterError(EchoshiftError):
     """Workers can't be started or reached, don't see the same files or versions, or the scheduler is gone."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from echoshift.pipeline.store.failures import FailureLedger
 from echoshift.pipeline.store.interface import FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import FAILED, Shard, StoreLayout, plan_shards
-from echoshift.pipeline.store.lock import StoreHold
+from echoshift.pipeline.store.lock import StoreLock
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ def plan_tasks(
 
 
 def commit_report(
-    stores: Mapping[str, FeatureStore], report: ShardReport, holds: Mapping[str, StoreHold] | None = None
+    stores: Mapping[str, FeatureStore], report: ShardReport, holds: Mapping[str, StoreLock] | None = None
 ) -> None:
     """Commit a shard in every store it was computed for: the ledger first, then the index with `state` last.
 
-    `holds` are the rights to write the stores, by path; each keeps its store's ledger in memory. Raises LeaseLostError
-    before anything is written when a store has been taken over by another process.
+    `holds` are the rights to write the stores, by path; each keeps its store's ledger in memory. Raises StoreError
+    before anything is written when a store's lock was removed meanwhile.
     """
     shard = report.task.shard
     for path, index in report.indices.items():
@@ -82,7 +82,7 @@ def commit_report(
 
 
 def begin_task(
-    stores: Mapping[str, FeatureStore], task: ShardTask, holds: Mapping[str, StoreHold] | None = None
+    stores: Mapping[str, FeatureStore], task: ShardTask, holds: Mapping[str, StoreLock] | None = None
 ) -> None:
     """Set the rows of a task that aren't kept to pending, so that a run killed inside it redoes them all."""
     for path in task.store_paths:
@@ -96,7 +96,7 @@ def run_in_process(
     tasks: Iterable[ShardTask],
     stores: Mapping[str, FeatureStore],
     committed: Callable[[ShardReport], None] = lambda report: None,
-    holds: Mapping[str, StoreHold] | None = None,
+    holds: Mapping[str, StoreLock] | None = None,
 ) -> None:
     """Run tasks one after the other in this process, each committed before the next begins."""
     for task in tasks:

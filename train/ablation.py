@@ -103,7 +103,7 @@ def run_grid(
 
 def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
     """Plan each run of Stage 1 once, with everything that Stage 2 needs where a row of it asks."""
-    from echoshift.train.stage1.run_context import Stage1Request
+    from echoshift.train.stage1.steps import Stage1Request
 
     records = read_runs(place.runs_dir / RESULTS)
     needed: dict[tuple[str, str, int], NeededStage1] = {}
@@ -143,7 +143,7 @@ def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
 def run_one_stage1(request: Any) -> None:
     """Run Stage 1 in this process, and say nothing of its steps."""
     from echoshift.train.ranks import Ranks
-    from echoshift.train.stage1.running import run_stage1
+    from echoshift.train.stage1.run import run_stage1
 
     run_stage1(request, SilentWatcher(), ranks=Ranks())
 
@@ -200,7 +200,7 @@ def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[tuple
 
 def _make_portable(argument: Any) -> Any:
     """Have paths hold wherever a worker runs; a worker, which may start no processes, decode by itself."""
-    from echoshift.train.stage1.run_context import Stage1Request
+    from echoshift.train.stage1.steps import Stage1Request
 
     if isinstance(argument, DataPlaces):
         where = str(argument.cache_dir)

@@ -88,10 +88,18 @@ class NetworkRun(ABC):
     """One network of a run, planned: what is trained, and what is predicted with it.
 
     Features are read when they are asked for.
+
+    Attributes:
+        one_clip: each clip is predicted by itself.
+        over_clips: how predictions of clips are combined then.
+        predicts_snapshots: the weights of each snapshot are predicted with, when the training is over.
     """
 
     request: MethodRequest
     name: str
+    one_clip: bool
+    over_clips: Literal["mean", "max"]
+    predicts_snapshots: bool
 
     @property
     def inputs(self) -> StreamInputs:
@@ -103,21 +111,6 @@ class NetworkRun(ABC):
         """Name it in a line of progress."""
         several = f" {self.name}" if len(self.request.inputs) > 1 else ""
         return f"{self.request.title}{several}"
-
-    @property
-    @abstractmethod
-    def one_clip(self) -> bool:
-        """Whether each clip is predicted by itself."""
-
-    @property
-    @abstractmethod
-    def over_clips(self) -> Literal["mean", "max"]:
-        """How predictions of clips are combined then."""
-
-    @property
-    @abstractmethod
-    def predicts_snapshots(self) -> bool:
-        """Whether the weights of each snapshot are predicted with, when the training is over."""
 
     @abstractmethod
     def plan_step(self) -> Step:

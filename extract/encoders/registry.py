@@ -91,7 +91,7 @@ def list_builtin_encoders() -> Mapping[str, EncoderEntry]:
 
 
 def list_encoders() -> Mapping[str, EncoderEntry]:
-    """List all encoders by name, echoshift's own first; raises PluginError where one from outside isn't sound."""
+    """List all encoders by name, echoshift's own first; raises PluginError where one from outside is faulty."""
     outside = {name: find_encoder(name) for name in list_plugin_names(ENCODER_GROUP)}
     return {**list_builtin_encoders(), **outside}
 
@@ -99,7 +99,7 @@ def list_encoders() -> Mapping[str, EncoderEntry]:
 def find_encoder(name: str) -> EncoderEntry:
     """Find an encoder by name, echoshift's own or one from outside.
 
-    Raises SpecError with the nearest name, or with all of them; PluginError where the one from outside isn't sound.
+    Raises SpecError with the nearest name, or with all of them; PluginError where the one from outside is faulty.
     """
     builtin = list_builtin_encoders()
     plugin = load_plugin(ENCODER_GROUP, name)

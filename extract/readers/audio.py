@@ -68,7 +68,7 @@ class AudioTrack:
     def read_blocks(self, first: int, stop: int) -> Iterator[Samples]:
         """Read samples [first, stop) as consecutive blocks; they end earlier if and only if the track does.
 
-        Zeros stand where the track has no sample: before its start and in gaps of at least 15 ms.
+        The samples are zero where the track has none: before its start and in gaps of at least 15 ms.
         Raises DecodeError where the audio doesn't decode or the track is cut short.
         """
         position, end = first, 0
@@ -98,7 +98,7 @@ class AudioTrack:
         self._start_s = get_container_start_s(container)
         self._is_untouched = True
 
-    def _open_anew(self) -> None:
+    def _reopen(self) -> None:
         if not self._is_untouched:
             self._container.close()
             self._take(open_container(self._path))
@@ -173,11 +173,11 @@ class AudioTrack:
 
     def _decode_from(self, target_s: float | None, first: int) -> Iterator[tuple[float | None, Samples]]:
         # A span's bytes must not depend on what was read before, but AAC's and AC-3's decoders keep a random state
-        # through a seek, and Ogg's demuxer gives other time stamps after a seek from elsewhere: so each opens anew.
+        # through a seek, and Ogg's demuxer gives other time stamps after a seek from elsewhere: so each opens again.
         # Except where the index is whole: parsing that of a long film takes longer than decoding a window, and there a
         # new decoder is enough.
         if target_s is None or not self._keeps_container:
-            self._open_anew()
+            self._reopen()
             decoder = self._get_decoder(self._container)
         else:
             decoder = av.CodecContext.create(self._stream.codec_context.name, "r")

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ from echoshift.pipeline.tensor_files import check_tensors, read_header, read_ten
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from echoshift.extract.encoders.network import EncoderNetwork
 
@@ -143,7 +142,13 @@ def install_weights(
         classes=entry.classes,
         installed_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _write_weights(folder / f"{name}{_ENDING}", tensors, installed)
+    sidecar, file = folder / f"{name}.json", folder / f"{name}{_ENDING}"
+    sidecar.unlink(missing_ok=True)  # an old record must not describe the new tensors, whenever this is interrupted
+    header = {"encoder": installed.encoder, "tensor_sha256": installed.tensor_sha256, "source": installed.source}
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as fresh:  # of this process alone
+        write_tensors(Path(fresh) / file.name, tensors, header)
+        (Path(fresh) / file.name).replace(file)
+    _write_text(sidecar, json.dumps(asdict(installed), indent=2) + "\n")
     return installed
 
 
@@ -239,15 +244,6 @@ def list_weights(weights_dir: Path | None = None) -> list[WeightsRow]:
             )
         )
     return rows
-
-
-def _write_weights(path: Path, tensors: Mapping[str, Tensor], record: InstalledWeights) -> None:
-    """Write the tensors to `path` (.safetensors) and the record to the .json beside it, each whole or not at all."""
-    sidecar = path.with_suffix(".json")
-    sidecar.unlink(missing_ok=True)  # an old record must not describe the new tensors, whenever this is interrupted
-    header = {"encoder": record.encoder, "tensor_sha256": record.tensor_sha256, "source": record.source}
-    write_tensors(path, tensors, header)
-    _write_text(sidecar, json.dumps(asdict(record), indent=2) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:

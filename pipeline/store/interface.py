@@ -161,44 +161,18 @@ def index_segments(store: FeatureStore) -> dict[str, int]:
 
 
 class RowFinder:
-    """Finds the rows of many ids at once: a dict's lookups each wait for memory, NumPy's overlap.
+    """The rows of a store's segments."""
 
-    A table of one row for each remainder of Python's 64-bit hashes of the ids; the few ids whose place another has
-    are in a dict. The hashes of a store's ids are compared when it is made (the dict holds them all should two agree);
-    that an id which is not there has the hash of one that is has a chance of 1 in 10**13 in a store of a million.
-    """
-
-    def __init__(self, segment_ids: Sequence[str]) -> None:
-        self._ids = segment_ids
-        n = len(segment_ids)
-        self._hashes = np.fromiter(map(hash, segment_ids), np.int64, n)
-        n_places = 2 ** max(4 * n, 1).bit_length()
-        self._mask = n_places - 1
-        places = self._hashes & self._mask
-        # An empty place names row 0, whose hash can't be that of an id with this place.
-        self._row_at = np.zeros(n_places, np.int32)
-        self._row_at[places] = np.arange(n)
-        self._dict_alone = n == 0 or len(np.unique(self._hashes)) < n
-        others = np.arange(n) if self._dict_alone else np.flatnonzero(self._row_at[places] != np.arange(n))
-        self._row_of = {segment_ids[row]: row for row in others.tolist()}
-
-    def __reduce__(self) -> tuple[type[RowFinder], tuple[Sequence[str]]]:
-        return RowFinder, (self._ids,)  # another process hashes otherwise
+    def __init__(self, segment_ids: Iterable[str]) -> None:
+        self._row_of = {segment_id: row for row, segment_id in enumerate(segment_ids)}
 
     def find(self, path: str, segment_ids: Sequence[str]) -> np.ndarray:
         """Find the rows of segments, int64 [n]; raises StoreError naming the first that is absent from `path`."""
-        if self._dict_alone:
-            rows, others = np.zeros(len(segment_ids), np.int64), list(range(len(segment_ids)))
-        else:
-            hashes = np.fromiter(map(hash, segment_ids), np.int64, len(segment_ids))
-            rows = self._row_at[hashes & self._mask].astype(np.int64)
-            others = np.flatnonzero(self._hashes[rows] != hashes).tolist()
-        for i in others:
-            row = self._row_of.get(segment_ids[i])
-            if row is None:
-                raise StoreError(f"segment {segment_ids[i]} is not in {path}; extract the manifest that holds it")
-            rows[i] = row
-        return rows
+        try:
+            return np.fromiter(map(self._row_of.__getitem__, segment_ids), np.int64, len(segment_ids))
+        except KeyError as error:
+            message = f"segment {error.args[0]} is not in {path}; extract the manifest that holds it"
+            raise StoreError(message) from error
 
 
 def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> None:

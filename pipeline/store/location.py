@@ -28,8 +28,6 @@ DRIVERS = {
     "sftp": "paramiko",
 }
 WITH_EXTRA = {"s3fs": "pip install 'echoshift[s3]' (in the checkout: pip install -e '.[s3]')"}
-# S3 puts an object only if it is still the one that was read; fsspec has no common name for that.
-CONDITIONAL_PUT_PROTOCOLS = frozenset({"s3", "s3a"})
 
 T = TypeVar("T")
 
@@ -123,33 +121,6 @@ class Location:
             self._remote(lambda fs, path: fs.pipe_file(path, text.encode(), mode="create"))
         except StoreError as error:
             if isinstance(error.__cause__, FileExistsError):
-                return False
-            raise
-        return True
-
-    def read_version(self) -> tuple[str, str] | None:
-        """Read a small object and the mark of its version, "" where its file system has none; URLs only."""
-        conditional = self.text.partition("://")[0] in CONDITIONAL_PUT_PROTOCOLS
-        try:
-            # The mark first: if the object changes in between, the write that follows is refused.
-            version = str(self._remote(lambda fs, path: fs.info(path)["ETag"])) if conditional else ""
-        except StoreError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
-        text = self.read_text()
-        return None if text is None else (text, version)
-
-    def replace_version(self, text: str, version: str) -> bool:
-        """Replace a small object if it is still that version, and say whether it did; without a mark always."""
-        options = {"IfMatch": version} if version else {}
-        try:
-            self._remote(lambda fs, path: fs.pipe_file(path, text.encode(), **options))
-        except StoreError as error:
-            # s3fs has no class of error for a refused condition (412, or 409 while two put at once; 404: it is gone).
-            if re.search(r"pre-?condition|conditional", str(error.__cause__), re.IGNORECASE):
-                return False
-            if isinstance(error.__cause__, FileNotFoundError):
                 return False
             raise
         return True

@@ -14,8 +14,6 @@ from zarr.core.sync import sync
 
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.file_maps import map_file
-from echoshift.pipeline.store.index_chunks import read_rows, write_rows
 from echoshift.pipeline.store.interface import (
     Backend,
     RowFinder,
@@ -36,9 +34,8 @@ from echoshift.pipeline.store.layout import (
     encode_segment_ids,
     plan_arrays,
 )
-from echoshift.pipeline.store.local_rows import LocalRows
+from echoshift.pipeline.store.local_reader import ChunkFiles, LocalReader, describe_chunk_files
 from echoshift.pipeline.store.location import Place, tell_store_faults
-from echoshift.pipeline.store.raw_chunks import N_CHECKSUM_BYTES, RawArray, describe_raw_array, is_whole, read_whole
 
 
 def create_zarr_store(
@@ -84,8 +81,8 @@ class ZarrFeatureStore:
         self._segment_ids: list[str] | None = None
         self._arrays: dict[str, zarr.Array] = {}
         self._finder: RowFinder | None = None
-        self._raw: dict[str, RawArray | None] = {}
-        self._rows: LocalRows | None = None
+        self._files: dict[str, ChunkFiles | None] = {}
+        self._reader: LocalReader | None = None
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -121,7 +118,7 @@ class ZarrFeatureStore:
         )
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Read one output of done segments, in their order; LocalRows says what holds while others write."""
+        """Read one output of done segments, in their order; LocalReader says what holds while others write."""
         return self._read(segment_ids, output, None)
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
@@ -143,29 +140,26 @@ class ZarrFeatureStore:
 
     def read_all(self, output: str) -> np.ndarray:
         """Read one output of every row from the files as they are now, every checksum compared."""
-        local = self._find_local(f"outputs/{output}")
-        return read_whole(local[1], self.layout.n_rows) if local is not None else self.read_array(f"outputs/{output}")
+        return self.read_array(f"outputs/{output}")
 
-    def _find_local(self, name: str) -> tuple[LocalRows, RawArray] | None:
+    def _find_local(self, name: str) -> tuple[LocalReader, ChunkFiles] | None:
         """Find the files behind an output of a local store; None where zarr has to read it."""
         array = self._describe(name)
-        if self._rows is None:
-            state = self._describe("state")
-            self._rows = None if state is None else LocalRows(self.path, state)
-        return None if array is None or self._rows is None else (self._rows, array)
+        if self._reader is None and (state := self._describe("state")) is not None:
+            self._reader = LocalReader(self.path, state)
+        return None if array is None or self._reader is None else (self._reader, array)
 
-    def _describe(self, name: str) -> RawArray | None:
-        if name not in self._raw:
-            self._raw[name] = describe_raw_array(self._open_array(name))
-        return self._raw[name]
+    def _describe(self, name: str) -> ChunkFiles | None:
+        if name not in self._files:
+            self._files[name] = describe_chunk_files(self._open_array(name))
+        return self._files[name]
 
     def _write_rows(self, name: str, start_row: int, values: np.ndarray) -> None:
         """Write rows of an array of the index."""
-        array = None if self._group.read_only else self._describe(name)  # zarr has the words for what it may not write
-        if array is None:
+        try:
             self._open_array(name)[start_row : start_row + len(values)] = values
-        else:
-            write_rows(array, start_row, values)
+        except ValueError as error:  # a chunk that keeps rows beside them is read first
+            raise self._make_read_error(name, start_row, start_row + len(values), error) from error
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
         """Describe for each row whether it is pending or stale."""
@@ -192,9 +186,9 @@ class ZarrFeatureStore:
             self._open_array(array.name).resize(array.shape)
         self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
         self._group.attrs.update({"n_rows": layout.n_rows, "n_clips": layout.n_clips})
-        self.layout, self._segment_ids, self._finder, self._rows = layout, ids, None, None
+        self.layout, self._segment_ids, self._finder, self._reader = layout, ids, None, None
         self._arrays.clear()
-        self._raw.clear()
+        self._files.clear()
 
     def read_outputs(
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
@@ -212,8 +206,7 @@ class ZarrFeatureStore:
 
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
         """Set the shard's rows to pending but those kept, whose values each chunk that is written has again."""
-        array, rows = self._describe("state"), (shard.start_row, shard.stop_row)
-        states = self.read_array("state", *rows) if array is None else read_rows(array, *rows)
+        states = self.read_array("state", shard.start_row, shard.stop_row)
         begun = plan_begun_states(shard, states, kept_rows)
         if (states != begun).any():
             self._write_rows("state", shard.start_row, begun)
@@ -275,7 +268,7 @@ def find_chunk_faults(
 def _check_array(
     name: str, array: zarr.Array, done: np.ndarray, n_valid: np.ndarray, segment_ids: Sequence[str]
 ) -> Iterator[VerifyFault]:
-    raw = describe_raw_array(array)
+    raw = describe_chunk_files(array)
     present = _list_chunks(array, raw)
     n_chunk_rows = array.chunks[0]
     has_clips = name.startswith("outputs/") or name in _INDEX_OF_CLIPS
@@ -299,7 +292,7 @@ def _check_array(
                 yield VerifyFault(name, segment_ids[first], f"chunk {chunk} {message}")
 
 
-def _list_chunks(array: zarr.Array, raw: RawArray | None) -> set[str]:
+def _list_chunks(array: zarr.Array, raw: ChunkFiles | None) -> set[str]:
     """List the chunks that are there, `c/0/0`, in one go: asking for each takes a request each on a remote store."""
     if raw is not None:
         folder = Path(raw.folder)
@@ -312,13 +305,12 @@ def _list_chunks(array: zarr.Array, raw: RawArray | None) -> set[str]:
     return sync(list_keys())
 
 
-def _check_file(raw: RawArray, name: str) -> str:
-    mapped = map_file(f"{raw.folder}/{name}")
-    if mapped is None:
+def _check_file(files: ChunkFiles, name: str) -> str:
+    try:
+        data = Path(files.folder, name).read_bytes()
+    except FileNotFoundError:
         return "was removed while it was checked"
-    if mapped.identity.n_bytes != raw.n_chunk_bytes + N_CHECKSUM_BYTES:
-        return f"has {mapped.identity.n_bytes} bytes instead of {raw.n_chunk_bytes + N_CHECKSUM_BYTES}"
-    return "" if is_whole(raw, mapped.data) else "has a crc32c that is not that of its content"
+    return files.find_fault(len(data), data)
 
 
 def _check_remote(array: zarr.Array, start: int, stop: int, side: int) -> str:

@@ -18,7 +18,7 @@ ON_THE_DEMO = (
     "docs/scaling-out.md#worker-processes",
     "docs/report.md#the-report",
     "docs/report.md#one-segment",
-    "docs/report.md#pictures",
+    "docs/report.md#plots",
     "docs/report.md#the-installation",
     "docs/adding-an-encoder.md#adding-an-encoder",
     "docs/adding-a-method.md#adding-a-method",

@@ -248,7 +248,7 @@ def test_the_same_file_built_in_is_a_method_and_changes_no_other(
     before = {name: describe(name) for name in list_builtin()}
     (tmp_path / MODULE).write_text(blocks.find_file(PAGE, MODULE))
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    for found in (method.list_builtin, method._load_builtin):
+    for found in (method.list_builtin, method.load_builtin):
         found.cache_clear()
     try:
         assert NAME in list_builtin()
@@ -263,5 +263,5 @@ def test_the_same_file_built_in_is_a_method_and_changes_no_other(
         assert config["own"] == {"weight": 2.0} and "source" not in config
         assert keep_used(config).keys() == {"method", "setting", "class_weight", "network", "own"}
     finally:
-        for found in (method.list_builtin, method._load_builtin):
+        for found in (method.list_builtin, method.load_builtin):
             found.cache_clear()

@@ -45,7 +45,7 @@ def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     with av.open(str(path)) as container:
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return np.array([time_s for time_s, _ in frames]), np.stack([picture for _, picture in frames])
+    return np.array([time_s for time_s, _ in frames]), np.stack([image for _, image in frames])
 
 
 def read_track(path: Path) -> tuple[float, np.ndarray]:
@@ -122,9 +122,8 @@ def test_domains_differ_in_balance_props_and_timbres():
 
 def test_another_seed_is_another_plan_and_the_default_stays_what_it_was():
     digest = hashlib.sha256(repr(PLANS).encode()).hexdigest()
-    assert (
-        digest == "f03112877eeafd08a707e2872bd0a4c99c5e8ba81f59d5b95a2bc804d36262b1"
-    )  # another one draws everybody's demo again, and moves its numbers
+    # Another plan draws everybody's demo again, and moves its numbers.
+    assert digest == "f03112877eeafd08a707e2872bd0a4c99c5e8ba81f59d5b95a2bc804d36262b1"
     assert plan_demo(**TINY) == plan_demo(**TINY)
     assert plan_demo(seed=1, **TINY) != plan_demo(**TINY)
     with pytest.raises(ManifestError, match="at least 6 segments a split and a seed >= 0, was asked for 5 train"):

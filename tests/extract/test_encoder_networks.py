@@ -153,16 +153,6 @@ def test_i3ds_pooling_without_a_padded_copy_is_exact(n: int, kernel: int, stride
     assert torch.equal(pool((kernel,) * 3, (stride,) * 3)(x), F.max_pool3d(padded, kernel, stride))
 
 
-@pytest.mark.parametrize(("n_frames", "side", "trunk"), [(1, 32, (1, 2)), (8, 33, (2, 3)), (17, 64, (5, 4))])
-def test_i3d_takes_any_clip_and_frame_size(n_frames: int, side: int, trunk: tuple[int, int]) -> None:
-    network = build_i3d(2).eval()
-    with torch.inference_mode():
-        outputs = network(torch.randn(1, 2, n_frames, side, side), ["trunk", "pooled", "logits"])
-    assert outputs["trunk"].shape == (1, 832, trunk[0], trunk[1], trunk[1])
-    assert outputs["pooled"].shape == (1, 1024)
-    assert torch.isfinite(outputs["logits"]).all()
-
-
 def test_i3ds_logits_average_windows_of_two_positions_in_time() -> None:
     torch.manual_seed(0)
     network = build_i3d(3).eval()

@@ -24,7 +24,7 @@ def test_a_done_row_is_told_in_every_store_with_its_clips(tiny) -> None:
     assert out.count("segment w-1: done; row 5 of") == 2
     assert out.count("manifest: w, 0.5 s to 1.7 s") == 2
     assert out.count("up to date: video and times are those the row was made from") == 2
-    assert "sound: -20" in out
+    assert "audio: -20" in out
     assert "5 clips: 0.5" in out
     found = explain(tiny, "w-1")
     store = open_store(next(path for path in list_stores(tiny.cache) if "slowfast_demo" in path.name))

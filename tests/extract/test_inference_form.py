@@ -18,12 +18,11 @@ from echoshift.pipeline.errors import SpecError
 
 _CPU = torch.device("cpu")
 _SHAPES = {
-    "slowfast_r50": (1, 3, 8, 40, 40),
     "slowfast_r50_mmaction": (1, 3, 8, 40, 40),
     "slowfast_demo": (2, 3, 8, 64, 64),
     "slowonly_r50_flow": (2, 2, 4, 40, 40),
     "i3d_rgb": (1, 3, 17, 65, 65),
-    "i3d_flow": (2, 2, 8, 64, 64),
+    "i3d_flow": (2, 2, 1, 32, 32),
     "resnet18_audio": (1, 1, 65, 100),
     "resnet_demo": (2, 1, 257, 100),
     "bninception_audio": (1, 1, 65, 100),

@@ -1,7 +1,8 @@
-"""Checks, by the command line, what every kind of broken, missing or replaced media ends in."""
+"""Checks what broken, missing, replaced or unreadable media end in: one line each, and no feature lost."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
-from echoshift.extract.media import MediaSurvey, OpenMedia, identify_segments
+from echoshift.extract.media import MediaLocation, MediaSurvey, OpenMedia, identify_media, identify_segments
 from echoshift.extract.run import ExtractionRequest, extract_features
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import RunOptions
@@ -82,7 +83,7 @@ def test_every_broken_file_gives_one_line_and_harms_no_other(tiny, tiny_dataset)
     assert open_pictures(tiny).read(["good-0"], "pooled").tobytes() == good.tobytes()
 
 
-def test_a_video_replaced_between_runs_is_computed_anew(tiny, tiny_dataset) -> None:
+def test_a_video_replaced_between_runs_is_computed_again(tiny, tiny_dataset) -> None:
     tiny.add_videos("v", "w")
     assert tiny.extract("--rows-per-shard", "4")[0] == 0
     store = open_pictures(tiny)
@@ -168,41 +169,6 @@ def test_the_watch_notices_replacing_and_passes_touching(tiny, tiny_dataset) -> 
             watch.check_unchanged(segment, spec, digest)
 
 
-def test_an_unreadable_file_fails_its_rows(tiny) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    tiny.add_videos("v", "w")
-    (tiny.media / "w.mp4").chmod(0)
-    assert tiny.extract()[0] == 3
-    assert "w.mp4" in read_failures(Path(open_pictures(tiny).path))["w-0"].reason
-    check_whole(tiny)
-    (tiny.media / "w.mp4").chmod(0o644)
-    assert tiny.extract()[0] == 0
-
-
-def test_media_that_the_system_refuses_fail_their_rows_and_turn_stale(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.add_videos("v", "w")
-    with monkeypatch.context() as patch:
-        import echoshift.extract.media as survey_module
-
-        identify = survey_module.identify_media
-
-        def refuse(location):
-            if location.path.name == "w.mp4":
-                raise PermissionError(13, "Permission denied", str(location.path))
-            return identify(location)
-
-        patch.setattr(survey_module, "identify_media", refuse)
-        assert tiny.run("plan", "tiny", *tiny.places, "--sample", "0")[0] == 0
-        tiny.extract("--encoders", "slowfast_demo")
-    before = open_pictures(tiny).read_array("digest")
-    assert tiny.extract("--encoders", "slowfast_demo")[0] == 0
-    after = open_pictures(tiny).read_array("digest")
-    assert (before[:4] == after[:4]).all()
-    assert (before[4:] != after[4:]).any(axis=1).all()
-    check_whole(tiny)
-
-
 @pytest.mark.shared
 def test_sound_that_breaks_off_leaves_the_pictures_done(tiny, tiny_dataset, shared_data: Path) -> None:
     shutil.copy(shared_data / "edge/video_with_failing_audio.mp4", tiny.media / "v.mp4")
@@ -213,3 +179,130 @@ def test_sound_that_breaks_off_leaves_the_pictures_done(tiny, tiny_dataset, shar
     assert sound.read_array("has_audio").tolist() == [1, 0, 0], "beyond where it breaks off there is no sound"
     assert np.isnan(sound.read(["v-5", "v-10"], "pooled")).all()
     check_whole(tiny)
+
+
+ENCODER = ("--encoders", "resnet_demo")
+
+
+def read_files(tiny) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(tiny.cache.rglob("*")) if path.is_file()}
+
+
+def test_a_wrong_folder_makes_no_store_and_changes_none(tiny, tmp_path: Path) -> None:
+    tiny.add_videos("v")
+    empty = tmp_path / "not mounted"
+    empty.mkdir()
+    places = [empty if part == tiny.media else part for part in tiny.places]
+    code, out, err = tiny.run("extract", "tiny", *places, *ENCODER, "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: none of 4 segments has its media below {empty}: no audio of video v below {empty}; ")
+    assert err.count("\n") == 1 and "name the folder with --media, or mount its disk" in err
+    assert not list_stores(tiny.cache)
+    assert tiny.extract(*ENCODER)[0] == 0
+    before = read_files(tiny)
+    assert tiny.run("extract", "tiny", *places, *ENCODER, "--quiet")[0] == 2
+    assert read_files(tiny) == before
+
+
+@pytest.mark.parametrize("encoder", ["slowfast_demo", "resnet_demo"])
+def test_rows_whose_video_was_deleted_are_not_lost(tiny, tiny_dataset, encoder: str) -> None:
+    tiny.add_videos("v", "w")
+    assert tiny.extract("--encoders", encoder)[0] == 0
+    before = read_files(tiny)
+    (tiny.media / "w.mp4").unlink()
+    code, _, err = tiny.extract("--encoders", encoder)
+    assert code == 2
+    assert "error: 4 rows of " in err and "are done, and their media are gone: no " in err and "of video w below" in err
+    assert read_files(tiny) == before
+    tiny.write_manifest(tiny_dataset.make_segments(["v"]))
+    assert tiny.extract("--encoders", encoder)[0] == 0
+    assert read_files(tiny) == before
+
+
+def make_unreadable(path: Path) -> None:
+    """Put a file in a video's place that everybody may open and whose first byte gives EIO, as on a failing disk."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        path.read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["zarr", pytest.param("hdf5", marks=pytest.mark.slow)])
+def test_done_rows_whose_video_cannot_be_read_stay_and_are_counted(tiny, backend: str) -> None:
+    tiny.add_videos("v", "w")
+    assert tiny.extract(*ENCODER, "--backend", backend)[0] == 0
+    (path,) = list_stores(tiny.cache)
+    before, whole = read_files(tiny), (tiny.media / "w.mp4").read_bytes()
+    make_unreadable(tiny.media / "w.mp4")
+    code, out, _ = tiny.extract(*ENCODER, "--backend", backend, "--retry-failed")
+    assert code == 3
+    line = (
+        "not checked: resnet_demo: 4 done rows, which stay as they are: their media can't be read now; "
+        "video w: [Errno 5] Input/output error"
+    )
+    assert [said for said in out.splitlines() if "not checked" in said] == [line]
+    assert "failed:" not in out
+    assert read_files(tiny) == before
+    _, out, _ = tiny.run("plan", "tiny", *tiny.places, *ENCODER, "--backend", backend, "--sample", "0", "--json")
+    (planned,) = json.loads(out)["stores"]
+    assert (planned["n_done"], planned["n_to_do"], planned["n_shards_to_do"]) == (8, 0, 0)
+    _, out, _ = tiny.run("store", "explain", "w-1", path, "--manifests", tiny.root, "--media", tiny.media)
+    assert "its media can't be read now; until they can the row stays as it is" in out
+    (tiny.media / "w.mp4").unlink()
+    (tiny.media / "w.mp4").write_bytes(whole)
+    assert tiny.extract(*ENCODER, "--backend", backend)[0] == 0
+    assert read_files(tiny) == before
+
+
+def test_they_stay_in_a_shard_that_is_computed_again(tiny, tiny_dataset) -> None:
+    tiny.add_videos("v", "w")
+    assert tiny.extract(*ENCODER)[0] == 0
+    (path,) = list_stores(tiny.cache)
+    ids = [f"w-{i}" for i in range(4)]
+    before = open_store(path).read(ids, "pooled").tobytes()
+    digests = open_store(path).read_array("digest")
+    make_unreadable(tiny.media / "w.mp4")
+    tiny_dataset.write_video(tiny.media / "v.mp4", seed=5)
+    code, out, _ = tiny.extract(*ENCODER, "--json")
+    (said,) = json.loads(out)["stores"]
+    assert (code, said["n_computed"], said["n_done"], said["n_failed"], said["n_unchecked"]) == (3, 4, 8, 0, 4)
+    assert said["unchecked_reason"] == "video w: [Errno 5] Input/output error"
+    after = open_store(path)
+    assert after.read(ids, "pooled").tobytes() == before
+    assert (after.read_array("digest") == digests).all(axis=1).tolist() == [False] * 4 + [True] * 4
+
+
+def test_rows_that_were_never_done_fail_as_ever_and_a_broken_file_fails_its_rows(tiny) -> None:
+    tiny.add_videos("v", "w")
+    good = (tiny.media / "w.mp4").read_bytes()
+    make_unreadable(tiny.media / "w.mp4")
+    assert tiny.extract(*ENCODER)[0] == 3
+    (path,) = list_stores(tiny.cache)
+    assert open_store(path).read_array("state").tolist() == [DONE] * 4 + [FAILED] * 4
+    assert set(read_failures(path)) == {f"w-{i}" for i in range(4)}
+    (tiny.media / "w.mp4").unlink()
+    (tiny.media / "w.mp4").write_bytes(good)
+    assert tiny.extract(*ENCODER)[0] == 0
+    (tiny.media / "w.mp4").write_bytes(good[: len(good) // 8])
+    code, out, _ = tiny.extract(*ENCODER)
+    assert (code, "not checked" in out) == (3, False)
+    assert open_store(path).read_array("state").tolist() == [DONE] * 4 + [FAILED] * 4
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v/inner").mkdir(parents=True)
+    (tmp_path / "v/inner/1.jpg").write_bytes(b"1")
+    location = MediaLocation("folder", tmp_path / "v", rate_hz=25, pattern="%d.jpg")
+    assert len(identify_media(location)) == 32
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "inner":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        identify_media(location)

@@ -178,6 +178,9 @@ def test_sound_around_clips_streams_and_knows_silence(tmp_path, video):
     assert store.read_array("has_audio").tolist() == [0, 1, 1]
     assert np.isnan(store.read_all("pooled")[0]).all() and np.isfinite(store.read_all("pooled")[1:]).all()
     assert np.isneginf(store.read_array("loudness_dbfs")[0])
+    times = store.read_array("times")
+    np.testing.assert_allclose(times[..., 1] - times[..., 0], 0.5)
+    assert (times[1:, 1] > times[1:, 0]).all()
 
 
 @pytest.mark.alone

@@ -246,19 +246,17 @@ def test_a_clock_that_jumps_changes_nothing(
     folder: Path, unbroken: dict[str, bytes], s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from echoshift.pipeline.errors import StoreBusyError
-    from echoshift.pipeline.store.lock import LeaseTiming, hold_store
+    from echoshift.pipeline.store.lock import hold_store
 
     year_s = 365 * 86400.0
     real, now = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + now[0])
-    timing = LeaseTiming(beat_s=0.1, takeover_s=0.6)
     for place in (f"{s3_bucket}/c/tiny/a.zarr", folder / "c/tiny/a.zarr"):
         now[0] = 0.0
-        with hold_store(place, timing=timing) as hold:
+        with hold_store(place) as hold:
             for now[0] in (year_s, -year_s):
-                time.sleep(0.25)
                 hold.check()
-                with pytest.raises(StoreBusyError), hold_store(place, timing=timing, wait_s=0.2):
+                with pytest.raises(StoreBusyError), hold_store(place, wait_s=0.2):
                     pass
     now[0] = 0.0
     for jump_s in (year_s, -year_s):
@@ -273,7 +271,7 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_wall_time_is_only_ever_written_down() -> None:
     """Everything that reads the wall clock is listed here, and none of it decides anything.
 
-    Times of change of files are compared for being the same (media, file_maps), or shown (explain).
+    Times of change of files are compared for being the same (media, local_reader), or shown (explain).
     """
     found = set()
     for package in ("pipeline", "extract"):
@@ -290,5 +288,5 @@ def test_wall_time_is_only_ever_written_down() -> None:
                 if isinstance(node, ast.Attribute) and node.attr in {"st_mtime", "st_mtime_ns", "st_ctime"}:
                     found.add(str(file.relative_to(CHECKOUT)))
     written = {"pipeline/store/layout.py", "extract/weights/load.py"}
-    compared = {"extract/media.py", "pipeline/store/file_maps.py"}
+    compared = {"extract/media.py", "pipeline/store/local_reader.py"}
     assert found == written | compared | {"extract/explain.py"}

@@ -1,4 +1,4 @@
-"""Checks that verify finds what was damaged, that a sample is compared with numbers extracted anew, and repair."""
+"""Checks that verify finds what was damaged, that a sample is compared with numbers extracted again, and repair."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def repair_and_extract(tiny, path: Path, n_requeued: int, *choices: str) -> None
         pytest.param("hdf5", "float32", marks=pytest.mark.slow),
     ],
 )
-def test_a_sample_extracted_anew_has_the_same_bytes(tiny, backend: str, dtype: str) -> None:
+def test_a_sample_extracted_again_has_the_same_bytes(tiny, backend: str, dtype: str) -> None:
     tiny.add_videos("v", "w")
     assert tiny.extract("--backend", backend, "--dtype", dtype, *CHOICES)[0] == 0
     before = sorted(p.name for p in find_store(tiny).parent.iterdir())
@@ -79,7 +79,7 @@ def test_a_sample_extracted_anew_has_the_same_bytes(tiny, backend: str, dtype: s
 
 
 @pytest.mark.slow
-def test_wrong_numbers_with_right_checksums_are_found_by_extracting_anew(tiny) -> None:
+def test_wrong_numbers_with_right_checksums_are_found_by_extracting_again(tiny) -> None:
     tiny.add_videos("v", "w")
     tiny.extract(*CHOICES)
     path = find_store(tiny)
@@ -90,8 +90,8 @@ def test_wrong_numbers_with_right_checksums_are_found_by_extracting_anew(tiny) -
     assert tiny.verify(path)[0] == 0, "checksums and shapes are right"
     code, out, _ = tiny.verify(path, "--sample", "100")
     assert code == 1
-    assert "outputs/pooled: segment v-2: extracted anew it differs: cosine" in out
-    assert "outputs/pooled: segment v-3: extracted anew it differs: cosine" in out
+    assert "outputs/pooled: segment v-2: extracted again it differs: cosine" in out
+    assert "outputs/pooled: segment v-3: extracted again it differs: cosine" in out
     assert "14 equal" not in out
     assert "6 equal, 0 close, 2 different, 0 failed" in out
     code, out, _ = tiny.verify(path, "--sample", "100", "--repair")
@@ -113,7 +113,7 @@ def test_a_stale_row_is_no_fault(tiny, tiny_dataset) -> None:
     (tiny.media / "v.mp4").unlink()
     code, out, _ = tiny.verify(find_store(tiny), "--sample", "100")
     assert code == 0
-    assert "no row could be extracted anew" in out
+    assert "no row could be extracted again" in out
 
 
 def test_a_damaged_output_chunk_is_repaired(tiny) -> None:
@@ -226,7 +226,7 @@ def test_damaged_ids_of_another_manifest_are_left_alone(tiny, tiny_dataset) -> N
     code, _, err = tiny.verify(path, "--repair")
     assert code == 2
     assert "the manifest is not the one it was made for" in err
-    assert "delete the store and extract it anew" in err
+    assert "delete the store and extract it again" in err
     assert (path / "segment_id/c/0/0").read_bytes() == before
     assert count_states(path)[DONE] == 4
 

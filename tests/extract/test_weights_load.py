@@ -84,9 +84,8 @@ def test_install_from_file_then_resolve_check_and_load(i3d_file: Path, tmp_path:
     assert not any(parameter.requires_grad for parameter in network.parameters())
     for name, tensor in torch.load(i3d_file, weights_only=True).items():
         assert torch.equal(network.state_dict()[name], tensor)
-    row = next(row for row in list_weights(tmp_path) if row.name == "i3d-rgb-piergiaj")
-    assert row.installed and row.encoder == "i3d_rgb" and row.path == record.path
-    assert [row.name for row in list_weights(tmp_path) if row.installed] == ["i3d-rgb-piergiaj"]
+    [row] = [row for row in list_weights(tmp_path) if row.installed]
+    assert (row.name, row.encoder, row.path) == ("i3d-rgb-piergiaj", "i3d_rgb", record.path)
     assert record.path is not None
     assert read_header(record.path)["encoder"] == "i3d_rgb"
     alone = tmp_path / "elsewhere" / "mine.safetensors"
@@ -283,40 +282,33 @@ def test_checksum_by_hand_and_whatever_the_order_or_layout() -> None:
     assert tensor_sha256({"a": a.double(), "b": b}) != digest.hexdigest()
 
 
-def test_random_weights_are_the_same_in_every_process() -> None:
+def test_random_weights_are_the_same_in_every_process(tmp_path: Path) -> None:
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
     encoders = ("slowfast_demo", "resnet_demo")
-    records = [resolve_weights("random:7", encoder) for encoder in encoders]
+    records = [resolve_weights("random:7", encoder, tmp_path / "here") for encoder in encoders]
     for encoder, record in zip(encoders, records, strict=True):
-        network = load_encoder(encoder, record)
-        assert tensor_sha256(network.state_dict()) == record.sha256
+        assert tensor_sha256(load_encoder(encoder, record).state_dict()) == record.sha256
         assert record.path is None and record.source == "default initialisation, seed 7"
-        assert resolve_weights("random:8", encoder).sha256 != record.sha256
+        assert resolve_weights("random:8", encoder, tmp_path).sha256 != record.sha256
     assert torch.equal(torch.random.get_rng_state(), before)
     code = (
-        "import torch; torch.set_num_threads(1); torch.rand(3);"
+        "import torch; from pathlib import Path; torch.set_num_threads(1); torch.rand(3);"
         "from echoshift.extract.weights.load import resolve_weights;"
-        f"print(*[resolve_weights('random:7', encoder).sha256 for encoder in {encoders}])"
+        f"print(*[resolve_weights('random:7', e, Path({str(tmp_path / 'there')!r})).sha256 for e in {encoders}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == [record.sha256 for record in records]
 
 
-def test_defaults() -> None:
-    assert {encoder: default_weights(encoder) for encoder in list_builtin_encoders()} == {
-        "slowfast_r50": "slowfast-r50-pytorchvideo",
-        "slowfast_r101": "slowfast-r101-pytorchvideo",
-        "slowfast_r50_mmaction": "slowfast-r50-mmaction2",
-        "slowfast_r101_mmaction": "slowfast-r101-mmaction2",
-        "slowfast_demo": "random:0",
-        "slowonly_r50_flow": "slowonly-r50-flow-mmaction2",
-        "i3d_rgb": "i3d-rgb-kinetics400",
-        "i3d_flow": "i3d-flow-piergiaj",
-        "resnet18_audio": "resnet18-vggsound",
-        "bninception_audio": "bninception-imagenet",
-        "resnet_demo": "random:0",
-    }
+def test_the_default_is_the_catalogues_preferred_weights_and_random_for_the_demo() -> None:
+    for encoder in list_builtin_encoders():
+        name = default_weights(encoder)
+        if encoder.endswith("_demo"):
+            assert name == "random:0"
+        else:
+            entry = find_catalogue_entry(name)
+            assert entry.preferred and entry.encoder == encoder
     with pytest.raises(SpecError, match="did you mean 'i3d_rgb'"):
         default_weights("i3d_rbg")
 

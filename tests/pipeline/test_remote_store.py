@@ -1,12 +1,12 @@
-"""Checks stores, ledgers and leases on a URL, against a local S3-compatible server."""
+"""Checks stores, ledgers and locks on a URL, against a local S3-compatible server."""
 
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echoshift.pipeline.errors import LeaseLostError, StoreBusyError, StoreError
+from echoshift.pipeline.errors import StoreBusyError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.failures import append_run, failures_path, read_failures
 from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import plan_shards
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.lock import LeaseTiming, hold_store
+from echoshift.pipeline.store.lock import hold_store, remove_lock
 from echoshift.pipeline.store.open import create_store, has_store, list_stores, name_store, open_store
 from echoshift.pipeline.store.verify import verify_store
 
@@ -35,7 +35,6 @@ SPEC = FeatureSpec(
     dtype="float32",
 )
 IDS = [f"s{i:03d}" for i in range(20)]
-FAST = LeaseTiming(beat_s=0.1, takeover_s=0.8)
 
 
 def make_store(cache: str | Path) -> FeatureStore:
@@ -181,83 +180,47 @@ def test_a_server_that_is_away_is_one_error_that_says_where_options_come_from(
         list_stores(f"{s3_bucket}/away")
 
 
-@pytest.mark.alone
-def test_a_living_lease_is_refused_and_names_its_holder(s3_bucket: str) -> None:
+def test_a_lock_on_a_url_is_refused_and_names_its_holder_and_the_remedy(s3_bucket: str) -> None:
     place = f"{s3_bucket}/hold/toy/a.zarr"
     told: list[str] = []
-    with hold_store(place, timing=FAST):
+    with hold_store(place):
         for wait_s in (None, 0.3):
             with (
-                pytest.raises(StoreBusyError, match=r"is being written by process \d+ of .* \(dataset toy\); wait"),
-                hold_store(place, timing=FAST, wait_s=wait_s, notify=told.append),
+                pytest.raises(StoreBusyError, match=r"by process \d+ of .* \(dataset toy\); .*store unlock s3://"),
+                hold_store(place, wait_s=wait_s, notify=told.append),
             ):
                 pass
-    assert "watching for up to 0.8 s" in told[0]
+    assert len(told) == 1 and told[0].startswith("waiting for process")
     assert not locate(place).beside(".holder.json").exists()
-    with hold_store(place, timing=FAST):
-        pass
 
 
-@pytest.mark.alone
-def test_a_waiting_run_gets_the_lease_when_it_is_given_back(s3_bucket: str) -> None:
+def test_a_waiting_run_gets_the_lock_when_it_is_given_back(s3_bucket: str) -> None:
     place = f"{s3_bucket}/wait/toy/a.zarr"
-    entered: list[float] = []
+    entered, told = threading.Event(), threading.Event()
 
     def wait_for_it() -> None:
-        with hold_store(place, timing=FAST, wait_s=20):
-            entered.append(time.monotonic())
+        with hold_store(place, wait_s=20, notify=lambda message: told.set()):
+            entered.set()
 
-    with hold_store(place, timing=FAST):
+    with hold_store(place):
         waiter = threading.Thread(target=wait_for_it)
         waiter.start()
-        time.sleep(1.2)  # longer than a lease may stand still: it is alive, so it isn't taken
-        assert entered == []
-        left = time.monotonic()
+        assert told.wait(20) and not entered.is_set()
     waiter.join()
-    assert len(entered) == 1 and entered[0] >= left
+    assert entered.is_set()
 
 
-@pytest.mark.alone
-def test_a_lease_that_stands_still_is_taken_over_once_and_its_old_holder_stops(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_left_by_a_dead_process_is_removed_and_its_holder_writes_nothing_more(s3_bucket: str) -> None:
     store = make_store(f"{s3_bucket}/taken")
-    monkeypatch.setattr(
-        "echoshift.pipeline.store.lock._Lease._beat_on", lambda self: None
-    )  # as in a process that is stopped
-    outcomes: list[str] = []
-
-    def take() -> None:
-        try:
-            with hold_store(store.path, timing=FAST):
-                outcomes.append("held")
-                done.wait()
-        except StoreBusyError:
-            outcomes.append("refused")
-
-    done = threading.Event()
-    with hold_store(store.path, timing=FAST) as hold:
-        monkeypatch.undo()
-        started = time.monotonic()
-        takers = [threading.Thread(target=take) for _ in range(3)]
-        for taker in takers:
-            taker.start()
-        while len(outcomes) < 3 and time.monotonic() - started < 20:
-            time.sleep(0.05)
-        assert time.monotonic() - started >= FAST.takeover_s
-        assert sorted(outcomes) == ["held", "refused", "refused"]
-        before = list_objects(f"{s3_bucket}/taken")
-        shard = plan_shards(store.layout)[0]
-        task = ShardTask(shard, (store.path,))
-        with pytest.raises(LeaseLostError, match=r"the lease was taken from this process; it is held by process \d+"):
-            commit_report({store.path: store}, ShardReport(task, {store.path: None}), {store.path: hold})
-        after = list_objects(f"{s3_bucket}/taken")
-        holder = next(k for k in after if k.endswith(".holder.json"))
-        assert {k: v for k, v in before.items() if k != holder} == {k: v for k, v in after.items() if k != holder}
-    assert locate(store.path).beside(".holder.json").exists(), "the old holder must not remove the new one's lease"
-    done.set()
-    for taker in takers:
-        taker.join()
+    with hold_store(store.path) as hold:
+        assert re.match(r"process \d+ of .* on .* since .* \(dataset ", remove_lock(store.path))
+        assert remove_lock(store.path) == ""
+        with hold_store(store.path):
+            before = list_objects(f"{s3_bucket}/taken")
+            task = ShardTask(plan_shards(store.layout)[0], (store.path,))
+            with pytest.raises(StoreError, match="its lock was removed while this process had it; nothing more is"):
+                commit_report({store.path: store}, ShardReport(task, {store.path: None}), {store.path: hold})
+            assert list_objects(f"{s3_bucket}/taken") == before
     assert not locate(store.path).beside(".holder.json").exists()
 
 

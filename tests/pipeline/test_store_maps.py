@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
 import tracemalloc
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from echoshift.pipeline.store import raw_chunks
-from echoshift.pipeline.store.file_maps import N_LARGE_PAGE_BYTES, identify_file, is_still
-from echoshift.pipeline.store.interface import Backend, FeatureStore, RowFinder, ShardIndex
+from echoshift.pipeline.store import local_reader
+from echoshift.pipeline.store.interface import Backend, FeatureStore, ShardIndex
 from echoshift.pipeline.store.layout import (
     DONE,
     Shard,
@@ -26,6 +24,7 @@ from echoshift.pipeline.store.layout import (
     plan_rows_per_shard,
     plan_shards,
 )
+from echoshift.pipeline.store.local_reader import LocalReader
 from echoshift.pipeline.store.open import create_store, open_store
 from echoshift.pipeline.store.verify import verify_store
 
@@ -112,39 +111,8 @@ def test_rows_are_those_of_plain_numpy(tmp_path: Path, backend: Backend, shape: 
         store.read_clips(["s000", "s016"], "pooled", np.array([0, 0]))
 
 
-def test_slots_of_large_chunk_files_begin_at_large_pages() -> None:
-    row = (3, 12001)  # 144,012 bytes, of which large pages are no multiple
-    maps = raw_chunks.ChunkMaps(raw_chunks.RawArray("x", (N_ROWS, *row), (16, *row), np.dtype("<f4")))
-    addresses = [slot.__array_interface__["data"][0] for slot in maps._space.slots]
-    assert {address % N_LARGE_PAGE_BYTES for address in addresses} == {0}
-    assert {b - a for a, b in pairwise(addresses)} == {2 * N_LARGE_PAGE_BYTES}
-
-
-def test_a_file_is_another_when_anything_that_tells_it_differs(tmp_path: Path) -> None:
-    path, beside = tmp_path / "0", tmp_path / "0.partial"
-    assert is_still(None, str(path))
-    path.write_bytes(b"abc")
-    assert not is_still(None, str(path))
-    os.utime(path, ns=(10**18, 10**18))
-    held = identify_file(str(path))
-    assert is_still(held, str(path))
-    beside.write_bytes(b"xyz")
-    os.utime(beside, ns=(10**18, 10**18))
-    beside.replace(path)  # alike but for its inode
-    assert not is_still(held, str(path))
-    held = identify_file(str(path))
-    os.utime(path, ns=(10**18, 10**18 + 1))
-    assert not is_still(held, str(path))
-    held = identify_file(str(path))
-    path.write_bytes(b"abcd")
-    os.utime(path, ns=(10**18, 10**18 + 1))
-    assert not is_still(held, str(path))
-    path.unlink()
-    assert not is_still(held, str(path))
-
-
 def test_rows_of_clip_chunks_agree_however_few_maps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raw_chunks, "MAX_MAPS", 4)
+    monkeypatch.setattr(local_reader, "MAX_MAPS", 4)
     spec = make_spec(6, sampling="windows")
     store = make_store(tmp_path / "x.zarr", spec, n_clips=70)
     assert plan_arrays(spec, store.layout)[0].chunks == (16, 64, 6)
@@ -189,14 +157,14 @@ def test_a_shard_begun_between_the_looks_is_refused(tmp_path: Path, monkeypatch:
     store = make_store(tmp_path / "x.zarr", make_spec(5))
     fill(store, make_values(5))
     writer = open_store(tmp_path / "x.zarr")
-    copy_rows = raw_chunks.ChunkMaps.copy_rows
+    copy_rows = LocalReader._copy_rows
 
-    def copy_while_one_writes(self: raw_chunks.ChunkMaps, *arguments: object) -> np.ndarray:
+    def copy_while_one_writes(self: LocalReader, *arguments: Any) -> Any:
         copied = copy_rows(self, *arguments)
         writer.begin_shard(plan_shards(writer.layout)[0])
         return copied
 
-    monkeypatch.setattr(raw_chunks.ChunkMaps, "copy_rows", copy_while_one_writes)
+    monkeypatch.setattr(LocalReader, "_copy_rows", copy_while_one_writes)
     with pytest.raises(StoreError, match="segment s003 is pending"):
         store.read(["s003"], "pooled")
 
@@ -208,16 +176,16 @@ def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
     store = make_store(tmp_path / "x.zarr", make_spec(5))
     fill(store, old)
     writer = open_store(tmp_path / "x.zarr")
-    copy_rows, done = raw_chunks.ChunkMaps.copy_rows, []
+    copy_rows, done = LocalReader._copy_rows, []
 
-    def copy_while_one_writes(self: raw_chunks.ChunkMaps, *arguments: object) -> np.ndarray:
+    def copy_while_one_writes(self: LocalReader, *arguments: Any) -> Any:
         copied = copy_rows(self, *arguments)
         if not done:
             fill(writer, new, (0,))
             done.append(1)
         return copied
 
-    monkeypatch.setattr(raw_chunks.ChunkMaps, "copy_rows", copy_while_one_writes)
+    monkeypatch.setattr(LocalReader, "_copy_rows", copy_while_one_writes)
     np.testing.assert_array_equal(store.read(["s003", "s020"], "pooled"), np.stack([new[3], old[20]]))
 
 
@@ -229,12 +197,12 @@ def test_a_chunk_of_a_wrong_length_is_named(tmp_path: Path) -> None:
     chunk.write_bytes(whole[:-7])
     with pytest.raises(StoreError, match=r"c/1/0/0 has 957 bytes instead of 964; `echoshift store verify`"):
         store.read(["s017"], "pooled")
-    with pytest.raises(StoreError, match=r"c/1/0/0 has 957 bytes instead of 964"):
+    with pytest.raises(StoreError, match=r"outputs/pooled rows 0 to 40: .*`echoshift store verify`"):
         store.read_all("pooled")
     faults = verify_store(store)
     assert [(f.segment_id, f.message) for f in faults] == [("s016", "chunk c/1/0/0 has 957 bytes instead of 964")]
     chunk.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(StoreError, match=r"c/1/0/0: its crc32c is not that of its content"):
+    with pytest.raises(StoreError, match=r"outputs/pooled rows 0 to 40: .*checksum"):
         store.read_all("pooled")
 
 
@@ -293,31 +261,3 @@ def test_a_commit_of_one_long_row_takes_little_memory_and_disk(tmp_path: Path) -
     n_bytes = sum(file.stat().st_size for file in (tmp_path / "x.zarr").rglob("*") if file.is_file())
     assert n_bytes < 8e6
     np.testing.assert_array_equal(open_store(tmp_path / "x.zarr").read_array("times"), index.times)
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 7, 3000])
-def test_rows_are_found_as_a_dict_finds_them(n: int) -> None:
-    ids = [f"segment-{i}" for i in range(n)]
-    finder = pickle.loads(pickle.dumps(RowFinder(ids)))
-    wanted = np.random.default_rng(n).integers(0, n, 500) if n else np.zeros(0, np.int64)
-    np.testing.assert_array_equal(finder.find("x", [f"segment-{i}" for i in wanted]), wanted)
-    for absent in (f"other-{i}" for i in range(200)):
-        with pytest.raises(StoreError, match=f"segment {absent} is not in x"):
-            finder.find("x", [*ids[:3], absent])
-
-
-class AlikeText(str):
-    """Text whose hash is that of all others of its kind."""
-
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return 7
-
-
-def test_ids_with_the_same_hash_are_told_apart() -> None:
-    ids = [AlikeText(f"segment-{i}") for i in range(5)]
-    finder = RowFinder(ids)
-    assert finder.find("x", [ids[3], ids[0], ids[3]]).tolist() == [3, 0, 3]
-    with pytest.raises(StoreError, match="segment segment-9 is not in x"):
-        finder.find("x", [ids[3], AlikeText("segment-9")])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from echoshift.train.stage1.audio_attention import AudioAttention
 from echoshift.train.stage1.config import AttentionConfig
+from echoshift.train.stage1.encoder import AudioAttention
 
 SMALL = {"width": 24, "n_layers": 3, "n_heads": 3, "head_width": 8, "mlp_width": 40}
 STILL = {"dropout": 0.0, "embedding_dropout": 0.0}

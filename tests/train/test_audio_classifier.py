@@ -14,9 +14,8 @@ from torch import Tensor
 from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.errors import RunError
-from echoshift.train.stage1.audio_classifier import AudioPredictions, predict_audio, train_audio_classifier
+from echoshift.train.stage1.audio import AudioFeatures, AudioPredictions, predict_audio, train_audio_classifier
 from echoshift.train.stage1.config import AudioClassifierConfig
-from echoshift.train.stage1.sound_features import SoundFeatures
 
 N, N_CLASSES, CPU = 30, 3, torch.device("cpu")
 IDS = [f"x{i:02d}" for i in range(N)]
@@ -39,22 +38,22 @@ def make_maps(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     return maps
 
 
-def write(tiny_encoder: ModuleType, path: Path, maps: np.ndarray, has_audio: np.ndarray | None = None) -> SoundFeatures:
+def write(tiny_encoder: ModuleType, path: Path, maps: np.ndarray, has_audio: np.ndarray | None = None) -> AudioFeatures:
     path.mkdir(exist_ok=True)
     heard = np.ones(len(maps), bool) if has_audio is None else has_audio
-    sound: SoundFeatures = tiny_encoder.write_sound(
+    sound: AudioFeatures = tiny_encoder.write_sound(
         path, IDS[: len(maps)], maps, heard, pooled=np.zeros((len(maps), 128))
     )
     return sound
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SoundFeatures:
+def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> AudioFeatures:
     """Return sounds that tell their classes."""
     return write(tiny_encoder, tmp_path_factory.mktemp("sound"), make_maps(LABELS))
 
 
-def train(sound: SoundFeatures, labels: np.ndarray = LABELS, *, seed: int = 1, **changes: Any) -> Any:
+def train(sound: AudioFeatures, labels: np.ndarray = LABELS, *, seed: int = 1, **changes: Any) -> Any:
     config = CONFIG.model_copy(update=changes)
     return train_audio_classifier(
         build_network(), sound, IDS[: len(labels)], labels, N_CLASSES, config, seed=seed, device=CPU
@@ -65,7 +64,7 @@ def copy_state(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_it_learns_sounds_that_tell_classes_apart(sound: SoundFeatures) -> None:
+def test_it_learns_sounds_that_tell_classes_apart(sound: AudioFeatures) -> None:
     model, losses = train(sound)
     assert len(losses) == CONFIG.n_epochs
     assert losses[-1] < 0.2 * losses[0]
@@ -75,7 +74,7 @@ def test_it_learns_sounds_that_tell_classes_apart(sound: SoundFeatures) -> None:
     assert found.features.shape == (N, 128)
 
 
-def test_it_predicts_what_its_layers_say(sound: SoundFeatures) -> None:
+def test_it_predicts_what_its_layers_say(sound: AudioFeatures) -> None:
     model, _ = train(sound, n_epochs=1)
     assert not model.training
     found = predict_audio(model, sound, IDS[:3], multi_label=False, device=CPU)
@@ -86,7 +85,7 @@ def test_it_predicts_what_its_layers_say(sound: SoundFeatures) -> None:
     assert np.allclose(found.probabilities, expected.numpy(), atol=1e-5)
 
 
-def test_what_is_frozen_keeps_its_bytes_and_the_network_given_is_untouched(sound: SoundFeatures) -> None:
+def test_what_is_frozen_keeps_its_bytes_and_the_network_given_is_untouched(sound: AudioFeatures) -> None:
     network = build_network()
     before = copy_state(network)
     model, _ = train_audio_classifier(network, sound, IDS, LABELS, N_CLASSES, CONFIG, seed=1, device=CPU)
@@ -98,7 +97,7 @@ def test_what_is_frozen_keeps_its_bytes_and_the_network_given_is_untouched(sound
     assert trained <= changed
 
 
-def test_a_seed_decides_everything(sound: SoundFeatures) -> None:
+def test_a_seed_decides_everything(sound: AudioFeatures) -> None:
     states = []
     for seed, drawn in ((1, 0), (1, 7), (2, 0)):
         torch.rand(drawn + 1)
@@ -109,7 +108,7 @@ def test_a_seed_decides_everything(sound: SoundFeatures) -> None:
 
 
 def test_silent_rows_and_their_labels_count_for_nothing(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     has_audio = np.arange(N) % 5 != 0
     models = []
@@ -137,7 +136,7 @@ def test_several_labels_are_learned_each_by_itself(tiny_encoder: ModuleType, tmp
 
 @pytest.mark.parametrize(("n", "batch", "n_batches"), [(30, 8, 3), (9, 8, 1), (17, 8, 2), (3, 8, 1)])
 def test_no_batch_has_a_single_segment(
-    sound: SoundFeatures, monkeypatch: pytest.MonkeyPatch, n: int, batch: int, n_batches: int
+    sound: AudioFeatures, monkeypatch: pytest.MonkeyPatch, n: int, batch: int, n_batches: int
 ) -> None:
     sizes: list[int] = []
     read = sound.read_maps
@@ -160,7 +159,7 @@ def test_without_sound_it_says_how_to_do_without(tiny_encoder: ModuleType, tmp_p
         train(part)
 
 
-def test_predictions_come_back_as_they_were_written(tmp_path: Path, sound: SoundFeatures) -> None:
+def test_predictions_come_back_as_they_were_written(tmp_path: Path, sound: AudioFeatures) -> None:
     model, _ = train(sound, n_epochs=1)
     found = predict_audio(model, sound, IDS, multi_label=False, device=CPU)
     found.write(tmp_path / "predictions.npz")
@@ -170,5 +169,5 @@ def test_predictions_come_back_as_they_were_written(tmp_path: Path, sound: Sound
         assert np.array_equal(getattr(back, name), getattr(found, name))
     chosen = back.select(["x05", "x02"])
     assert np.array_equal(chosen.probabilities, found.probabilities[[5, 2]])
-    with pytest.raises(RunError, match="no prediction of segment nowhere; extract its sound"):
+    with pytest.raises(RunError, match="no prediction of segment nowhere; extract its features"):
         back.select(["x05", "nowhere"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.errors import SpecError
-from echoshift.train.balancing import (
+from echoshift.train.stage1.balancing import (
     compute_class_weights,
     compute_cluster_weights,
     compute_effective_weights,

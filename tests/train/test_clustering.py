@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 from echoshift.pipeline.errors import SpecError
-from echoshift.train.stage1.clustering import MIN_BEND, InteractionClusters, cluster_interactions, find_elbow
+from echoshift.train.stage1.balancing import MIN_BEND, InteractionClusters, cluster_interactions, find_elbow
 
 
 def _plant(n_per_group: list[int], n_dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

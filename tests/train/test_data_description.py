@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from echoshift.pipeline.cards import Shift
-from echoshift.train.stage1.run_context import describe_data
+from echoshift.train.stage1.run import describe_data
 
 
 @pytest.mark.parametrize(("n_classes", "listed"), [(3, "(c0 2, c1 1, c2 0)"), (157, "(157 classes, of each 0 to 2)")])
@@ -23,7 +23,7 @@ def test_many_classes_are_summed_up(n_classes: int, listed: str) -> None:
         splits=splits,
         request=SimpleNamespace(shift=Shift(source=("s",), target="t")),
         card=SimpleNamespace(classes=tuple(f"c{k}" for k in range(n_classes))),
-        inputs=SimpleNamespace(sound=SimpleNamespace(has_audio=lambda ids: np.ones(len(ids), bool)), left_out=()),
+        inputs=SimpleNamespace(audio=SimpleNamespace(has_audio=lambda ids: np.ones(len(ids), bool)), left_out=()),
     )
     first, _, absent = describe_data(context)  # type: ignore[arg-type]
     assert first == f"s-t: source s, 2 train segments {listed}, 0 for validation"

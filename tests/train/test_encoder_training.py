@@ -20,14 +20,14 @@ from torch import Tensor
 
 from echoshift.pipeline.errors import RunError
 from echoshift.train.ranks import Ranks
-from echoshift.train.stage1.encoder_training import STATE
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.audio import AudioFeatures
+from echoshift.train.stage1.training import STATE
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SoundFeatures:
+def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> AudioFeatures:
     """Return sound of every segment, every fourth silent."""
-    given: SoundFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
+    given: AudioFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
     return given
 
 
@@ -48,7 +48,7 @@ def list_losses(records: list[Any]) -> list[tuple[int, dict[str, float], float |
     ],
 )
 def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path, network: str, changes: dict[str, Any]
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, network: str, changes: dict[str, Any]
 ) -> None:
     config = tiny_encoder.make_config(dropout=0.3, **changes)
     visual = tiny_encoder.MemoryInputs((3, 8, 32, 32)) if network == "slowfast_demo" else None
@@ -73,7 +73,7 @@ def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
 
 
 def test_every_loss_falls_where_there_is_something_to_learn(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     config = tiny_encoder.make_config(n_epochs=25, validate_every=0)
     visual = tiny_encoder.MemoryInputs()
@@ -86,7 +86,7 @@ def test_every_loss_falls_where_there_is_something_to_learn(
 
 @pytest.mark.parametrize("n_target", [4, 3, 1])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path, n_target: int
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, n_target: int
 ) -> None:
     gradients = []
     task = tiny_encoder.make_task(n_source=4, n_labelled=3)
@@ -101,7 +101,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_bf16_trains_near_fp32(tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path) -> None:
+def test_bf16_trains_near_fp32(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
         config = tiny_encoder.make_config(precision=precision, n_epochs=2)
@@ -113,7 +113,7 @@ def test_bf16_trains_near_fp32(tiny_encoder: ModuleType, sound: SoundFeatures, t
 
 
 def test_a_loss_that_is_no_number_names_batch_and_epoch(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     visual = tiny_encoder.MemoryInputs()
     draw = visual.draw
@@ -126,7 +126,7 @@ def test_a_loss_that_is_no_number_names_batch_and_epoch(
 
 
 def test_weights_that_overflow_in_the_last_step_are_an_error(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No loss of the epoch shows it, since the last batch's is computed before its step."""
     config = tiny_encoder.make_config(n_epochs=1, n_source=8, validate_every=0)
@@ -143,14 +143,14 @@ def test_weights_that_overflow_in_the_last_step_are_an_error(
     assert not (tmp_path / STATE).exists()
 
 
-def test_a_damaged_state_says_what_to_delete(tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path) -> None:
+def test_a_damaged_state_says_what_to_delete(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
     (tmp_path / STATE).write_bytes(b"half a file")
-    with pytest.raises(RunError, match=r"isn't a whole training state.*delete it, the encoder trains anew"):
+    with pytest.raises(RunError, match=r"isn't a whole training state.*delete it"):
         tiny_encoder.train(tmp_path, tiny_encoder.make_config(), sound)
 
 
 def test_tensorboard_has_every_epoch_once_though_a_run_was_killed(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -172,10 +172,8 @@ def test_tensorboard_has_every_epoch_once_though_a_run_was_killed(
 
 
 def test_validation_is_the_accuracy_of_the_mean_over_clips(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
-    from echoshift.train.batches import EncoderInputs
-
     config = tiny_encoder.make_config(n_epochs=1)
     task, visual = tiny_encoder.make_task(), tiny_encoder.MemoryInputs()
     model, records = tiny_encoder.train(tmp_path, config, sound, task=task)
@@ -186,13 +184,13 @@ def test_validation_is_the_accuracy_of_the_mean_over_clips(
         clips = torch.stack([visual.draw(name, -1), visual.draw(name, -2)])
         audio, heard = sound.read_maps([name, name]), torch.from_numpy(sound.has_audio([name, name]))
         with torch.no_grad():
-            guess = model(EncoderInputs({"clip": clips}, audio, heard)).softmax(1).mean(0).argmax()
+            guess = model({"clip": clips}, audio, heard).softmax(1).mean(0).argmax()
         hits.append(int(guess) == i % 3)
     assert records[0].validation == pytest.approx(np.mean(hits))
 
 
 def test_training_leaves_torchs_generator_as_it_was(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -202,7 +200,7 @@ def test_training_leaves_torchs_generator_as_it_was(
 
 
 def test_a_batch_too_small_for_the_processes_is_an_error(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match="a batch of 4 source segments can't be shared among 5 processes"):
         tiny_encoder.train(tmp_path, tiny_encoder.make_config(), sound, ranks=Ranks(0, 5, 0))
@@ -234,7 +232,7 @@ def start_ranks(script: Path, out: Path, n_source: int, n_ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("n_source", [4, 3])
 def test_two_processes_train_what_one_does(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path, n_source: int
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, n_source: int
 ) -> None:
     start_ranks(Path(tiny_encoder.__file__), tmp_path, n_source, 2)
     config = tiny_encoder.make_config(n_source=n_source, n_epochs=2)
@@ -254,7 +252,7 @@ def test_two_processes_train_what_one_does(
 
 
 def test_no_target_and_no_labels_train_on_the_source_alone(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     task = replace(tiny_encoder.make_task(), target_ids=(), absent=np.zeros((0, 3), bool))
     _, records = tiny_encoder.train(tmp_path, tiny_encoder.make_config(n_epochs=1), sound, task=task)

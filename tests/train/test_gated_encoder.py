@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.pipeline.errors import SpecError, WeightsError
-from echoshift.train.stage1.gated_encoder import GatedEncoder
+from echoshift.train.stage1.encoder import AudioAdaptiveEncoder, GatedEncoder
 
 _CLIPS = {"slowfast_demo": (2, 3, 8, 32, 32), "i3d_rgb": (2, 3, 8, 32, 32)}
 _N_CLASSES = 5
@@ -167,7 +167,7 @@ def test_what_was_trained_comes_back(batch_norm: str) -> None:
     fresh = build_encoder(batch_norm=batch_norm).eval()
     visual = {"clip": make_clip()}
     fresh(visual)  # makes the trunk's inference form
-    fresh.load_trainable_state(saved)
+    AudioAdaptiveEncoder(fresh, None).load_trained_tensors({f"visual.{n}": t for n, t in saved.items()}, "it")
     assert torch.equal(fresh(visual), trained.eval()(visual))
     assert all(torch.equal(value, saved[name]) for name, value in fresh.trainable_state().items())
     n_stored, n_all = (sum(v.numel() for v in s.values()) for s in (saved, fresh.state_dict()))
@@ -175,14 +175,14 @@ def test_what_was_trained_comes_back(batch_norm: str) -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused() -> None:
-    encoder = build_encoder()
-    state = dict(encoder.trainable_state())
-    with pytest.raises(WeightsError, match=r"classifier\.1\.weight is \[2, 4\], expected \[5, 576\]"):
-        encoder.load_trainable_state(state | {"classifier.1.weight": torch.zeros(2, 4)})
-    with pytest.raises(WeightsError, match=r"classifier\.1\.bias is none, expected \[5\]"):
-        encoder.load_trainable_state({k: v for k, v in state.items() if k != "classifier.1.bias"})
-    with pytest.raises(WeightsError, match=r"more is \[1\], expected none"):
-        encoder.load_trainable_state(state | {"more": torch.zeros(1)})
+    encoder = AudioAdaptiveEncoder(build_encoder(), None)
+    state = encoder.get_trained_tensors()
+    with pytest.raises(WeightsError, match=r"has visual\.classifier\.1\.weight as .*\[2, 4\], not .*\[5, 576\]"):
+        encoder.load_trained_tensors(state | {"visual.classifier.1.weight": torch.zeros(2, 4)}, "a")
+    with pytest.raises(WeightsError, match=r"a doesn't fit: it lacks visual\.classifier\.1\.bias"):
+        encoder.load_trained_tensors({k: v for k, v in state.items() if k != "visual.classifier.1.bias"}, "a")
+    with pytest.raises(WeightsError, match="has more, which the network hasn't"):
+        encoder.load_trained_tensors(state | {"more": torch.zeros(1)}, "a")
 
 
 def test_a_whole_state_that_is_loaded_reaches_the_inference_form() -> None:

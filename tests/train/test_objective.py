@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from echoshift.pipeline.errors import RunError
-from echoshift.train.batches import EncoderInputs
 from echoshift.train.ranks import Ranks
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.stage1.audio_adaptive_encoder import predict_segments
+from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.export import predict_segments
 
 METHODS = ("rna", "hna", "align", "orth", "grl")
 LABELS, DOMAINS = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 0, 0])
@@ -35,25 +34,24 @@ def make_config(tiny_encoder: ModuleType, method: str, *, setting: str = "uda", 
     return Stage1Config.model_validate(given)
 
 
-def make_inputs(tiny_encoder: ModuleType) -> EncoderInputs:
+def make_inputs(tiny_encoder: ModuleType) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     draw = torch.Generator().manual_seed(2)
     clips = torch.randn(6, 3, 2, 6, 6, generator=draw)
-    return EncoderInputs(
-        {"clip": clips}, torch.randn(6, *tiny_encoder.MAP, generator=draw), torch.tensor([True] * 5 + [False])
-    )
+    maps = torch.randn(6, *tiny_encoder.MAP, generator=draw)
+    return {"clip": clips}, maps, torch.tensor([True] * 5 + [False])
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> SoundFeatures:
-    given: SoundFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
+def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> AudioFeatures:
+    given: AudioFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
     return given
 
 
-def compute_norms(model: Any, inputs: EncoderInputs) -> tuple[np.ndarray, np.ndarray]:
+def compute_norms(model: Any, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     """Compute |f^v| and |f^a| of every segment in NumPy, from what the two networks give."""
     tensors = {name: t.detach().numpy() for name, t in model.objective.method.streams.state_dict().items()}
-    visual = model.compute_pooled(inputs).detach().numpy()
-    audio = model.objective.sound.network.features({"map": inputs.audio_map})["pooled"].detach().numpy()
+    visual = model.compute_pooled(*inputs).detach().numpy()
+    audio = model.objective.audio.network.features({"map": inputs[1]})["pooled"].detach().numpy()
 
     def project(values: np.ndarray, name: str) -> np.ndarray:
         projected = values @ tensors[f"project_{name}.weight"].T + tensors[f"project_{name}.bias"]
@@ -64,7 +62,7 @@ def compute_norms(model: Any, inputs: EncoderInputs) -> tuple[np.ndarray, np.nda
 
 def test_rna_is_the_squared_difference_of_the_norms_ratio_from_one(tiny_encoder: ModuleType) -> None:
     model, inputs = tiny_encoder.build(make_config(tiny_encoder, "rna")).eval(), make_inputs(tiny_encoder)
-    losses = model.objective.compute_losses(model.compute_pooled(inputs), inputs, LABELS, DOMAINS, 0.0)
+    losses = model.objective.compute_losses(model.compute_pooled(*inputs), *inputs[1:], LABELS, DOMAINS, 0.0)
     of_visual, of_audio = compute_norms(model, inputs)
     source = (of_visual[:4].mean() / of_audio[:4].mean() - 1) ** 2
     target = (of_visual[4:].mean() / of_audio[4] - 1) ** 2  # the last segment is silent
@@ -76,27 +74,27 @@ def test_rna_is_the_squared_difference_of_the_norms_ratio_from_one(tiny_encoder:
 def test_the_alignment_alone_moves_what_trains_of_both_networks(tiny_encoder: ModuleType, method: str) -> None:
     config = make_config(tiny_encoder, method)
     model, inputs = tiny_encoder.build(config).train(), make_inputs(tiny_encoder)
-    losses = model.objective.compute_losses(model.compute_pooled(inputs), inputs, LABELS, DOMAINS, 0.5)
+    losses = model.objective.compute_losses(model.compute_pooled(*inputs), *inputs[1:], LABELS, DOMAINS, 0.5)
     aligned = torch.stack([value for name, value in losses.items() if name != "class"]).sum()
     aligned.backward()
     moved = {
         name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
-    assert {"gated.network.top.0.weight", "objective.sound.network.layer4.0.weight"} <= moved
+    assert {"gated.network.top.0.weight", "objective.audio.network.layer4.0.weight"} <= moved
     assert not any("sound.network.stem" in name for name in moved)
     weight = model.gated.network.top[0].weight
     found = float(weight.grad.flatten()[0])
     assert found == pytest.approx(_measure_slope(model, inputs, weight), rel=0.05, abs=2e-5)
 
 
-def _measure_slope(model: Any, inputs: EncoderInputs, weight: Tensor, step: float = 1e-2) -> float:
+def _measure_slope(model: Any, inputs: Any, weight: Tensor, step: float = 1e-2) -> float:
     """Measure the slope of the alignment's terms by central differences; a reversed gradient has the other sign."""
     values = []
     factor = 1.0
     for sign in (1, -1):
         with torch.no_grad():
             weight.view(-1)[0] += sign * step
-            losses = model.objective.compute_losses(model.compute_pooled(inputs), inputs, LABELS, DOMAINS, 0.5)
+            losses = model.objective.compute_losses(model.compute_pooled(*inputs), *inputs[1:], LABELS, DOMAINS, 0.5)
             weight.view(-1)[0] -= sign * step
         values.append(sum(float(value) for name, value in losses.items() if name != "class"))
     if "domain visual" in model.objective.loss_names:
@@ -105,7 +103,7 @@ def _measure_slope(model: Any, inputs: EncoderInputs, weight: Tensor, step: floa
 
 
 def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     config = make_config(tiny_encoder, "grl", n_epochs=2)
     model, whole = tiny_encoder.train(tmp_path / "whole", config, sound)
@@ -121,7 +119,7 @@ def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
 
 
 def test_generalisation_reads_nothing_of_the_target(
-    tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path
+    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
 ) -> None:
     asked: list[str] = []
     visual = tiny_encoder.MemoryInputs()
@@ -135,7 +133,7 @@ def test_generalisation_reads_nothing_of_the_target(
 
 
 def test_a_segment_is_predicted_by_summed_logits_of_its_clips_and_its_sound(
-    tiny_encoder: ModuleType, sound: SoundFeatures
+    tiny_encoder: ModuleType, sound: AudioFeatures
 ) -> None:
     model, visual = tiny_encoder.build(make_config(tiny_encoder, "rna")), tiny_encoder.MemoryInputs()
     ids = ["s0", "s3"]  # every fourth segment is silent
@@ -151,13 +149,13 @@ def test_a_segment_is_predicted_by_summed_logits_of_its_clips_and_its_sound(
             pooled = model.gated.compute_pooled(clips, model.compute_gates(maps, torch.tensor([is_heard])))
             logits = streams.classify_visual(streams.project_visual(pooled).relu())
             if is_heard:
-                heard = model.objective.sound.network.features({"map": maps})["pooled"]
+                heard = model.objective.audio.network.features({"map": maps})["pooled"]
                 logits = logits + streams.classify_audio(streams.project_audio(heard).relu())
         wanted = logits.softmax(dim=1).mean(dim=0).numpy()
         np.testing.assert_allclose(prediction.probabilities, wanted, atol=1e-6)
 
 
-def test_what_does_not_go_together_is_refused(tiny_encoder: ModuleType, sound: SoundFeatures, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
     config = make_config(tiny_encoder, "rna")
     with pytest.raises(ValueError, match=r"absent\.weight=0 and balance\.kind=none"):
         Stage1Config.model_validate(config.model_dump() | {"absent": {"weight": 1}})

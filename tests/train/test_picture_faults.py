@@ -14,7 +14,7 @@ from echoshift.extract.media import MediaSurvey
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.segments import Segment
-from echoshift.train.stage1.picture_faults import find_without_pictures
+from echoshift.train.stage1.inputs import find_without_frames
 
 
 def make_segment(video_id: str, stop_s: float) -> Segment:
@@ -41,14 +41,12 @@ def test_only_what_a_header_casts_doubt_on_is_looked_through(tmp_path: Path, mon
     told: list[str] = []
     survey = MediaSurvey(tmp_path, MediaLayout())
     assert find_encoder("slowfast_demo").modality == "rgb"
-    assert find_without_pictures(survey, segments, spec, told.append) == {
+    assert find_without_frames(survey, segments, spec, told.append) == {
         "short to 2.6",
         "broken to 1.0",
         "gone to 1.0",
     }
     assert looked_through == ["short", "broken", "gone"]
-    assert len(told) == 1 and told[0].startswith(
-        "3 segments have no pictures and are left out: short to 2.6 (it ends at"
-    )
-    assert find_without_pictures(survey, segments[:2], spec, told.append) == set()
+    assert len(told) == 1 and told[0].startswith("3 segments have no frames and are left out: short to 2.6 (it ends at")
+    assert find_without_frames(survey, segments[:2], spec, told.append) == set()
     assert len(told) == 1

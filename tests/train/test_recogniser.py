@@ -1,12 +1,15 @@
-"""The recogniser against the paper's equations, written out by hand."""
+"""The recogniser, and each term of Eq. 8, against the paper's equations written out by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from echoshift.pipeline.cards import MANIFESTS_DIR, read_dataset_card
@@ -103,12 +106,29 @@ def run_layer(tokens: np.ndarray, state: dict[str, np.ndarray], name: str) -> np
     return tokens + linear(hidden, state, f"{name}.mlp_out")
 
 
+def select_by_hand(
+    state: dict[str, np.ndarray], audio: np.ndarray, visual: np.ndarray, *, sees: bool = True
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The logits of h [K] and, where it `sees`, of h' [n_clips, K] of one segment."""
+    h = linear(audio, state, "sound_token.heard.out")
+    if not sees:
+        return h, None
+    narrow = linear(visual, state, "sound_token.narrow")
+    narrow = np.maximum(layer_norm(narrow, state, "sound_token.narrow_norm"), 0)
+    mixture = np.tile(softmax(h) @ state["sound_token.bank"], (N_CLIPS, 1))
+    return h, linear(np.concatenate([mixture, narrow], axis=1), state, "sound_token.chosen.out")
+
+
+def iterate_by_hand(model: AudioInfusedRecogniser, batch: FeatureBatch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What is heard and seen of each segment."""
+    for visual, audio, heard in zip(batch.visual["pooled"], batch.audio, batch.has_audio, strict=True):
+        yield (audio if heard else model.missing_sound.detach()).double().numpy(), visual.double().numpy()
+
+
 def predict_by_hand(model: AudioInfusedRecogniser, batch: FeatureBatch, domain: int) -> np.ndarray:
     state = {name: value.double().numpy() for name, value in model.state_dict().items()}
     chosen, found = model.config.recogniser, []
-    for i in range(len(batch.has_audio)):
-        visual = batch.visual["pooled"][i].double().numpy()
-        audio = batch.audio[i].double().numpy() if batch.has_audio[i] else state["missing_sound"]
+    for audio, visual in iterate_by_hand(model, batch):
         tokens = linear(visual, state, "embed_visual.pooled")
         if chosen.domain_embedding == "per_domain":
             tokens = tokens + state["domain"][domain]
@@ -117,14 +137,8 @@ def predict_by_hand(model: AudioInfusedRecogniser, batch: FeatureBatch, domain: 
         if chosen.class_token == "learnable":
             first = state["class_token"][None]
         else:
-            bank = state["sound_token.bank"]
-            h = softmax(linear(audio, state, "sound_token.heard.out"))
-            vectors = (h @ bank)[None]
-            if chosen.class_token == "h_prime":
-                narrow = linear(visual, state, "sound_token.narrow")
-                narrow = np.maximum(layer_norm(narrow, state, "sound_token.narrow_norm"), 0)
-                seen = np.concatenate([np.tile(h @ bank, (N_CLIPS, 1)), narrow], axis=1)
-                vectors = softmax(linear(seen, state, "sound_token.chosen.out")) @ bank
+            h, h_prime = select_by_hand(state, audio, visual, sees=chosen.class_token == "h_prime")
+            vectors = softmax(h[None] if h_prime is None else h_prime) @ state["sound_token.bank"]
             first = vectors if chosen.class_tokens == "per_clip" else vectors.mean(0, keepdims=True)
         sequence = [first, tokens]
         if chosen.audio_tokens:
@@ -217,6 +231,85 @@ def test_the_loss_is_equation_8() -> None:
         expected = -0.1 * h_source[[1, 2, 3, 4], step.source.labels[1:]].mean()
         expected = expected - 0.1 * h_target[[2, 3], target.pseudo_labels[[2, 3]]].mean()
         assert terms["h"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def select_all(model: AudioInfusedRecogniser, batch: FeatureBatch) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of h [B, K] and of h' [B, n_clips, K]."""
+    state = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    found = [select_by_hand(state, audio, visual) for audio, visual in iterate_by_hand(model, batch)]
+    return np.stack([h for h, _ in found]), np.stack([h_prime for _, h_prime in found])
+
+
+def make_pair(labels: Tensor, pseudo: Tensor | None = None) -> StepInputs:
+    """Make a step of four segments of each domain, the first silent."""
+    source = SourceFeatures(make_batch(4), labels, torch.zeros(4, dtype=torch.int64))
+    return StepInputs(
+        source, None if pseudo is None else TargetFeatures(make_batch(4, 100), pseudo), None, torch.tensor(0.0)
+    )
+
+
+def compute_terms(
+    model: AudioInfusedRecogniser, step: StepInputs, dropouts: Dropouts | None = None
+) -> dict[str, float]:
+    with torch.no_grad():
+        terms = model.losses(step, dropouts or Dropouts())
+    return dict(zip(model.loss_names, terms.tolist(), strict=True))
+
+
+def test_h_prime_is_learned_from_each_clip_of_silent_segments_too() -> None:
+    def cross_entropy(logits: np.ndarray, label: int) -> float:
+        return float(np.log(np.exp(logits).sum()) - logits[label])
+
+    model, labels, pseudo = build(make_config()).eval(), [2, 0, 1, 1], [-1, 2, 0, -1]
+    step = make_pair(torch.tensor(labels), torch.tensor(pseudo))
+    assert step.target is not None
+    of_source, of_target = (select_all(model, part.inputs) for part in (step.source, step.target))
+    source = [cross_entropy(of_source[1][i, c], labels[i]) for i in range(4) for c in range(N_CLIPS)]
+    target = [cross_entropy(of_target[1][i, c], pseudo[i]) for i in (1, 2) for c in range(N_CLIPS)]
+    terms = compute_terms(model, step)
+    assert terms["h'"] == pytest.approx(0.1 * (np.mean(source) + np.mean(target)), rel=1e-5)
+    heard = np.mean([cross_entropy(of_source[0][i], labels[i]) for i in (1, 2, 3)])
+    of_both = heard + np.mean([cross_entropy(of_target[0][i], pseudo[i]) for i in (1, 2)])
+    assert terms["h"] == pytest.approx(0.1 * of_both, rel=1e-5)
+
+
+def test_a_target_without_any_pseudo_label_adds_nothing() -> None:
+    model, labels = build(make_config()).eval(), torch.tensor([2, 0, 1, 1])
+    with_none = compute_terms(model, make_pair(labels, torch.full((4,), -1)))
+    assert with_none["target"] == 0
+    assert with_none == pytest.approx(compute_terms(model, make_pair(labels)), rel=1e-6)
+
+
+def test_h_mixes_by_softmax_and_is_learned_by_sigmoids_where_there_are_several_labels() -> None:
+    model = build(make_config(), shapes=replace(SHAPES, multi_label=True)).eval()
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]])
+    pseudo = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    pseudo[1] = torch.nan
+    step = make_pair(labels, pseudo)
+    assert step.target is not None
+
+    def average(logits: np.ndarray, wanted: Tensor, counted: list[int]) -> float:
+        truth = wanted.double().numpy()[counted].reshape(len(counted), *[1] * (logits.ndim - 2), N_CLASSES)
+        chosen = logits[counted]
+        return float(np.mean(np.log1p(np.exp(chosen)) - truth * chosen))
+
+    of_source, of_target = (select_all(model, part.inputs) for part in (step.source, step.target))
+    terms = compute_terms(model, step)
+    expected = average(of_source[0], labels, [1, 2, 3]) + average(of_target[0], pseudo, [2, 3])
+    assert terms["h"] == pytest.approx(0.1 * expected, rel=1e-5)
+    expected = average(of_source[1], labels, [0, 1, 2, 3]) + average(of_target[1], pseudo, [0, 2, 3])
+    assert terms["h'"] == pytest.approx(0.1 * expected, rel=1e-5)
+
+
+def test_withheld_sound_is_as_no_sound_in_training_alone() -> None:
+    """The first numbers of a step withhold sound: here those of segments 1 and 2, under p_missing = 0.1."""
+    model, draws = build(make_config(recogniser={"dropout": 0.0})), torch.tensor([0.5, 0.05, 0.0999, 0.1])
+    step = make_pair(torch.tensor([2, 0, 1, 1]))
+    silent = step.source.inputs._replace(has_audio=torch.tensor([False, False, False, True]))
+    as_silent = step._replace(source=step.source._replace(inputs=silent))
+    withheld = compute_terms(model.train(), step, Dropouts(lambda shape: draws))
+    assert withheld == pytest.approx(compute_terms(model.eval(), as_silent), rel=1e-6)
+    assert withheld["h"] != pytest.approx(compute_terms(model, step)["h"], rel=1e-3)
 
 
 def test_sound_terms_on_the_source_leave_the_target_out() -> None:

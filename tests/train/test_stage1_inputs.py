@@ -99,7 +99,7 @@ def test_what_lies_outside_its_video_is_left_out_before_training(tiny: Any, tiny
     tiny.write_manifest([*segments, Segment("beyond", "short", 0.0, 3.0, ("low",), "t", "test")])
     code, out, err = tiny.stage1()
     assert code == 0, err
-    assert "1 segments have no pictures and are left out: beyond (it ends at 3.0 s, its video short at 1.000 s" in err
+    assert "1 segments have no frames and are left out: beyond (it ends at 3.0 s, its video short at 1.000 s" in err
     assert next(line for line in out.splitlines() if line.startswith("s-t ")).split()[3] == "4"
 
 

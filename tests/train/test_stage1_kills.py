@@ -12,7 +12,7 @@ import pytest
 
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.open import open_store
-from echoshift.train.stage1.encoder_training import STATE
+from echoshift.train.stage1.training import STATE
 
 SETTINGS = [
     "training.n_epochs=3",
@@ -79,13 +79,13 @@ def test_features_go_on_from_the_shards_that_are_done(
     whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_kept: int
 ) -> None:
     """Stops where a kill may hit: after a shard's predictions are written, before or after the shard is committed."""
-    from echoshift.train.stage1 import exporting
+    from echoshift.train.stage1 import export
 
     shutil.copytree(whole.runs, tmp_path / "runs")
     tiny = whole.with_runs(tmp_path / "runs")
     shutil.rmtree(tiny.find_step("features"))
-    monkeypatch.setattr(exporting, "plan_rows_per_shard", lambda *_: 8)
-    commits, commit = [], exporting._commit
+    monkeypatch.setattr(export, "plan_rows_per_shard", lambda *_: 8)
+    commits, commit = [], export._commit
 
     class Killed(BaseException):
         pass
@@ -96,7 +96,7 @@ def test_features_go_on_from_the_shards_that_are_done(
         commits.append(arguments)
         commit(*arguments)
 
-    monkeypatch.setattr(exporting, "_commit", stop)
+    monkeypatch.setattr(export, "_commit", stop)
     with pytest.raises(Killed):
         tiny.stage1(settings=SETTINGS)
     done: list[Any] = []
@@ -105,7 +105,7 @@ def test_features_go_on_from_the_shards_that_are_done(
         done.append(arguments)
         commit(*arguments)
 
-    monkeypatch.setattr(exporting, "_commit", count)
+    monkeypatch.setattr(export, "_commit", count)
     code, _, err = tiny.stage1(settings=SETTINGS)
     assert code == 0, err
     assert len(done) == 3 - n_kept

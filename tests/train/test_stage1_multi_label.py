@@ -15,9 +15,9 @@ from sklearn.metrics import average_precision_score
 
 from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
+from echoshift.train.predictions import Predictions
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.stage1.exporting import VisualPredictions
-from echoshift.train.stage1.sound_steps import PREDICTIONS
+from echoshift.train.stage1.steps import PREDICTIONS
 
 SETTINGS = (
     "target_labels.use_tags=true",
@@ -64,9 +64,9 @@ def read_outcome(tiny: Any, name: str) -> dict[str, Any]:
 def test_mean_average_precision_is_printed_and_is_that_of_the_predictions(
     finished: Any, tiny_shift: ModuleType
 ) -> None:
-    kept = VisualPredictions.read(finished.find_step("predictions") / PREDICTIONS)
+    kept = Predictions.read(finished.find_step("predictions") / PREDICTIONS)
     tests = [s for s in make_segments(tiny_shift) if (s.domain, s.split) == ("t", "test")]
-    p = kept.select([s.segment_id for s in tests])
+    p = kept.select([s.segment_id for s in tests]).probabilities
     precisions = [
         average_precision_score([name in s.labels for s in tests], p[:, k]) for k, name in enumerate(("low", "high"))
     ]

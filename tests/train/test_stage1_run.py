@@ -18,9 +18,9 @@ from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment, TimedLabel
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.open import list_stores, open_store
+from echoshift.train.predictions import Predictions
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.stage1.exporting import VisualPredictions
-from echoshift.train.stage1.sound_steps import PREDICTIONS
+from echoshift.train.stage1.steps import PREDICTIONS
 
 ENTRIES = 15  # zhang-encoder-test: 5 clips, three crops each
 
@@ -63,8 +63,8 @@ def test_a_run_prints_scores_and_where_its_results_lie(finished: Any) -> None:
 
 
 def test_the_scores_are_those_of_the_stored_predictions(finished: Any) -> None:
-    kept = VisualPredictions.read(finished.find_step("predictions") / PREDICTIONS)
-    guesses = kept.select([f"t-test-{i}" for i in range(4)]).argmax(axis=1)
+    kept = Predictions.read(finished.find_step("predictions") / PREDICTIONS)
+    guesses = kept.select([f"t-test-{i}" for i in range(4)]).probabilities.argmax(axis=1)
     scores = read_runs(finished.runs / "tiny" / RESULTS)[0].scores
     assert scores.top1 is not None and scores.top1.value == pytest.approx(np.mean(guesses == [0, 1, 0, 1]))
 
@@ -79,8 +79,8 @@ def test_the_table_holds_every_segment_and_pseudo_labels_are_the_argmax(finished
     ]  # fmt: skip
     assert len(columns["segment_id"]) == len(set(columns["segment_id"])) == 24
     assert all(columns["has_audio"])
-    kept = VisualPredictions.read(finished.find_step("features") / PREDICTIONS)
-    probabilities = kept.select(columns["segment_id"])
+    kept = Predictions.read(finished.find_step("features") / PREDICTIONS)
+    probabilities = kept.select(columns["segment_id"]).probabilities
     assert np.array_equal(np.array(columns["visual_probabilities"], np.float32), probabilities)
     assert np.allclose(np.array(columns["audio_probabilities"]).sum(axis=1), 1, atol=1e-5)
     is_labelled = [d == "t" and s == "train" for d, s in zip(columns["domain"], columns["split"], strict=True)]
@@ -157,14 +157,16 @@ def test_pseudo_labels_are_made_of_the_views_that_their_preset_says(copied: Any)
     assert code == 0, err
     assert list_fresh(copied, before) == {"predictions", "features", "table", "scores"}, "clips of a test train nothing"
     steps = read_runs(copied.runs / "tiny" / RESULTS)[-1].steps
-    kept = VisualPredictions.read(copied.steps / f"predictions-{steps['label_predictions']}" / PREDICTIONS)
+    kept = Predictions.read(copied.steps / f"predictions-{steps['label_predictions']}" / PREDICTIONS)
     columns = pq.read_table(copied.steps / f"table-{steps['table']}" / "table.parquet").to_pydict()
     labels = dict(zip(columns["segment_id"], columns["pseudo_label"], strict=True))
     ids = [f"t-train-{i}" for i in range(8)]
     assert set(kept.segment_ids) == set(ids)
-    assert [labels[segment_id] for segment_id in ids] == kept.select(ids).argmax(axis=1).tolist()
+    assert [labels[segment_id] for segment_id in ids] == kept.select(ids).probabilities.argmax(axis=1).tolist()
     shown = dict(zip(columns["segment_id"], columns["visual_probabilities"], strict=True))
-    assert not np.allclose([shown[segment_id] for segment_id in ids], kept.select(ids)), "other views, other numbers"
+    assert not np.allclose([shown[segment_id] for segment_id in ids], kept.select(ids).probabilities), (
+        "other views, other numbers"
+    )
 
 
 def test_a_step_is_rerun_alone_and_comes_to_the_same(copied: Any) -> None:

@@ -20,10 +20,9 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.store.location import locate
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.stage1.audio_adaptive_encoder import predict_segments
-from echoshift.train.stage1.audio_classifier import AudioClassifier, predict_audio, train_audio_classifier
+from echoshift.train.stage1.audio import AudioClassifier, AudioFeatures, predict_audio, train_audio_classifier
 from echoshift.train.stage1.config import AudioClassifierConfig, Stage1Config
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.export import predict_segments
 from echoshift.train.stage2.inputs import find_cached
 
 IDS = [f"x{i:02d}" for i in range(12)]
@@ -42,10 +41,10 @@ def draw_by_hand(name: str, seed: int, epoch: int, n_views: int) -> int:
     return int(int.from_bytes(drawn, "big") / 2**64 * n_views)
 
 
-def write_views(tiny_encoder: ModuleType, path: Path, ids: list[str], views: np.ndarray) -> SoundFeatures:
+def write_views(tiny_encoder: ModuleType, path: Path, ids: list[str], views: np.ndarray) -> AudioFeatures:
     """Write maps that are drawn, the same whatever the views, beside the maps of these views."""
     path.mkdir(exist_ok=True)
-    given: SoundFeatures = tiny_encoder.write_sound(path, ids, views=views)
+    given: AudioFeatures = tiny_encoder.write_sound(path, ids, views=views)
     return given
 
 
@@ -60,7 +59,7 @@ def test_the_view_is_drawn_by_seed_epoch_and_segment_and_nothing_else_is_read(
     tiny_encoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views = np.random.default_rng(7).standard_normal((12, 3, *tiny_encoder.MAP)).astype(np.float32)
-    clean: SoundFeatures = tiny_encoder.write_sound(tmp_path, IDS)
+    clean: AudioFeatures = tiny_encoder.write_sound(tmp_path, IDS)
     sound = write_views(tiny_encoder, tmp_path / "views", IDS, views)
     heard = sound.has_audio(IDS)
     assert torch.equal(sound.read_maps(IDS), clean.read_maps(IDS))
@@ -97,17 +96,17 @@ def test_the_audio_classifier_learns_from_the_views_that_are_drawn(tiny_encoder:
 
 
 @pytest.fixture
-def poisoned(tiny_encoder: ModuleType, tmp_path: Path) -> SoundFeatures:
+def poisoned(tiny_encoder: ModuleType, tmp_path: Path) -> AudioFeatures:
     """Return sound whose views but the clean one are no numbers."""
     ids = tiny_encoder.list_ids()
     return write_views(tiny_encoder, tmp_path / "poisoned", ids, np.full((len(ids), 3, *tiny_encoder.MAP), np.nan))
 
 
 def test_training_alone_hears_what_is_augmented(
-    tiny_encoder: ModuleType, tmp_path: Path, poisoned: SoundFeatures
+    tiny_encoder: ModuleType, tmp_path: Path, poisoned: AudioFeatures
 ) -> None:
     ids = tiny_encoder.list_ids()
-    clean: SoundFeatures = tiny_encoder.write_sound(tmp_path, ids)
+    clean: AudioFeatures = tiny_encoder.write_sound(tmp_path, ids)
     config = tiny_encoder.make_config(n_epochs=1)
     with pytest.raises(RunError, match="the loss is nan in batch 0 of epoch 0"):
         tiny_encoder.train(tmp_path / "on", config, poisoned)
@@ -148,7 +147,7 @@ def test_the_encoder_draws_anew_in_each_epoch(tiny_encoder: ModuleType, tmp_path
 
 def test_views_that_are_all_alike_train_what_clean_sound_does(tiny_encoder: ModuleType, tmp_path: Path) -> None:
     ids, config = tiny_encoder.list_ids(), tiny_encoder.make_config(dropout=0.3, n_epochs=2)
-    clean: SoundFeatures = tiny_encoder.write_sound(tmp_path, ids)
+    clean: AudioFeatures = tiny_encoder.write_sound(tmp_path, ids)
     maps = clean.read_maps(ids).numpy()[:, None]
     trained = {}
     for name, views in (("alike", maps.repeat(3, 1)), ("other", maps.repeat(3, 1) + 1)):

@@ -32,12 +32,9 @@ from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import compute_digests, plan_shards
 from echoshift.pipeline.store.open import create_store, open_store
-from echoshift.train.stage1 import frame_inputs
-from echoshift.train.stage1.clip_reading import read_clips
-from echoshift.train.stage1.frame_inputs import FrameInputs
-from echoshift.train.stage1.kept_media import KeptMedia
-from echoshift.train.stage1.trunk_inputs import TrunkInputs
-from echoshift.train.stage1.visual_inputs import derive_epoch_seed
+from echoshift.train.stage1 import frames as frames_module
+from echoshift.train.stage1.clips import TrunkClips, derive_epoch_seed
+from echoshift.train.stage1.frames import DecodedClips, KeptMedia, read_clips
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "extract" / "tiny_dataset.py"))
 LAYOUT = MediaLayout()
@@ -167,9 +164,9 @@ def test_pictures_are_decoded_once_while_they_fit(
                 assert kept._n_bytes <= n_fitting * n_segment_bytes
 
 
-def make_inputs(media: Path, segments: list[Segment], n_readers: int = 0, **options: object) -> FrameInputs:
+def make_inputs(media: Path, segments: list[Segment], n_readers: int = 0, **options: object) -> DecodedClips:
     arguments = {"spec": CASES["train"], "seed": 3, "n_cached_mb": N_MB, **options}
-    return FrameInputs(media, LAYOUT, segments, n_readers=n_readers, **arguments)  # type: ignore[arg-type]
+    return DecodedClips(media, LAYOUT, segments, n_readers=n_readers, **arguments)  # type: ignore[arg-type]
 
 
 def batch_ids(segments: list[Segment], size: int = 3) -> list[list[str]]:
@@ -263,7 +260,7 @@ def test_a_reader_process_that_dies_or_hangs_is_told(
         process.kill()
         with pytest.raises(MediaError, match=r"a reader process ended before it gave segment .*visual\.n_readers"):
             list(found)
-    monkeypatch.setattr(frame_inputs, "TIMEOUT_S", 0.001)
+    monkeypatch.setattr(frames_module, "TIMEOUT_S", 0.001)
     with (
         make_inputs(media, segments, n_readers=1) as inputs,
         pytest.raises(
@@ -317,9 +314,7 @@ def test_readers_end_with_the_run(media: Path, tmp_path: Path, end: str) -> None
 
 def test_only_one_view_a_segment_can_be_trained_from_frames(media: Path, segments: list[Segment]) -> None:
     for spec in (make_spec("zhang-stage1-train", "clip.n_views=2"), make_spec("zhang-encoder-test")):
-        with pytest.raises(
-            SpecError, match="slowfast_demo: training from frames takes pictures, one clip and one view"
-        ):
+        with pytest.raises(SpecError, match="slowfast_demo: training from frames takes one clip and one view"):
             make_inputs(media, segments, spec=spec)
 
 
@@ -333,7 +328,7 @@ def test_trunk_mode_gives_stored_views_and_tests_and_agrees_with_the_frames(
     test_spec = make_spec("zhang-stage2-test")
     test = extract_store(tmp_path / "test", media, segments, test_spec)
     batches = batch_ids(segments)
-    with TrunkInputs(train, [test], seed=3) as inputs:
+    with TrunkClips(train, [test], seed=3) as inputs:
         drawn: dict[str, set[int]] = {}
         for epoch in range(10):
             seed = derive_epoch_seed(3, epoch)
@@ -375,18 +370,18 @@ def test_trunk_mode_gives_stored_views_and_tests_and_agrees_with_the_frames(
             next(inputs.iterate_batches([["c-9"]], 0))
     assert not [t for t in threading.enumerate() if t.name.startswith("trunk-reader")]
     with pytest.raises(StoreError, match=r"doesn't hold views of one clip; extract with --preset zhang-stage1-train"):
-        TrunkInputs(test, [], seed=0)
+        TrunkClips(test, [], seed=0)
     pooled = extract_store(tmp_path / "pooled", media, segments, make_spec("zhang-stage1-train", outputs="pooled"), {})
     with pytest.raises(StoreError, match="holds nothing of the trunk"):
-        TrunkInputs(pooled, [], seed=0)
+        TrunkClips(pooled, [], seed=0)
     with pytest.raises(StoreError, match="holds nothing of the trunk"):
-        TrunkInputs(train, [pooled], seed=0)
+        TrunkClips(train, [pooled], seed=0)
 
 
 def test_a_narrow_store_comes_back_in_float32(media: Path, segments: list[Segment], tmp_path: Path) -> None:
     spec = make_spec("zhang-stage1-train", "clip.n_views=2").model_copy(update={"dtype": "float16"})
     store = extract_store(tmp_path, media, segments[:2], spec)
-    (found,) = TrunkInputs(store, [], seed=0).iterate_batches([["a-0", "a-1"]], 0)
+    (found,) = TrunkClips(store, [], seed=0).iterate_batches([["a-0", "a-1"]], 0)
     stored = store.read(["a-0", "a-1"], "trunk_slow")
     assert stored.dtype == np.float16 and found["trunk_slow"].dtype == torch.float32
     assert all(

@@ -25,12 +25,12 @@ from echoshift.pipeline.store.layout import DONE, plan_shards
 from echoshift.pipeline.store.open import create_store
 from echoshift.train.ranks import Ranks, join_ranks
 from echoshift.train.splits import LabelledSegments
-from echoshift.train.stage1.audio_adaptive_encoder import AudioAdaptiveEncoder, build_encoder
+from echoshift.train.stage1.audio import AudioFeatures
+from echoshift.train.stage1.clips import ClipFacts
 from echoshift.train.stage1.config import Stage1Config
-from echoshift.train.stage1.encoder_training import EncoderTask, EpochRecord, train_encoder
-from echoshift.train.stage1.input_stores import list_view_settings
-from echoshift.train.stage1.sound_features import SoundFeatures
-from echoshift.train.stage1.visual_inputs import ClipFacts
+from echoshift.train.stage1.encoder import AudioAdaptiveEncoder, build_encoder
+from echoshift.train.stage1.inputs import list_view_settings
+from echoshift.train.stage1.training import EncoderTask, EpochRecord, train_encoder
 
 CLASSES = ("a", "b", "c")
 MAP, N_POOLED = (6, 2, 3), 8
@@ -107,7 +107,7 @@ class TinySound(EncoderNetwork):
 
 
 class MemoryInputs:
-    """Clips of the shape a network wants, drawn from (segment, epoch): VisualInputs without media."""
+    """Clips of the shape a network wants, drawn from (segment, epoch): ClipSource without media."""
 
     def __init__(self, shape: tuple[int, ...] = (3, 2, 6, 6)) -> None:
         self.shape = shape
@@ -174,7 +174,7 @@ def write_sound(
     pooled: np.ndarray | None = None,
     views: np.ndarray | None = None,
     encoder: str = "resnet_demo",
-) -> SoundFeatures:
+) -> AudioFeatures:
     """Write a store of maps [n, C, F, N] and pooled features, drawn where not given; every fourth row is silent.
 
     `views` are the maps of further views, [n, k, C, F, N]; their pooled features are 1e6.
@@ -223,7 +223,7 @@ def write_sound(
             loudness_dbfs=np.where(has_audio[order], -20, -np.inf).astype(np.float32),
         ),
     )
-    return SoundFeatures(store)
+    return AudioFeatures(store)
 
 
 def make_config(*, dropout: float = 0.0, **training: Any) -> Stage1Config:
@@ -281,13 +281,13 @@ def build(config: Stage1Config, network: str = "plain", seed: int = 0) -> AudioA
         own = TinyNetwork(normed=network == "normed") if network in ("plain", "normed") else None
         own = own or find_encoder(network).build()
         sound = TinySound()
-    return build_encoder(own, MAP[0], len(CLASSES), config, seed=seed, sound_network=sound, source_domains=("s",))
+    return build_encoder(own, MAP[0], len(CLASSES), config, seed=seed, audio_network=sound, source_domains=("s",))
 
 
 def train(
     folder: Path,
     config: Stage1Config,
-    sound: SoundFeatures,
+    sound: AudioFeatures,
     *,
     network: str = "plain",
     task: EncoderTask | None = None,

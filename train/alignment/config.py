@@ -12,7 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from echoshift.pipeline.errors import suggest
 from echoshift.pipeline.specs import SpecModel
-from echoshift.train.alignment.method import find_method, list_builtin, list_methods
+from echoshift.train.alignment.method import find_method, list_builtin, list_methods, load_builtin
 from echoshift.train.alignment.methods.align import AngularAlignment
 from echoshift.train.alignment.methods.grl import GradientReversal
 from echoshift.train.alignment.methods.hna import HardNormAlignment
@@ -126,8 +126,7 @@ def keep_used(described: Mapping[str, Any]) -> dict[str, Any]:
     of one, changes no other method's names.
     """
     built_in = not described.get("source") and described["method"] in list_builtin()
-    found = find_method(described["method"]) if built_in else None
-    parts = _COMMON_PARTS if found is None else (*_COMMON_PARTS, *found.reads)
+    parts = (*_COMMON_PARTS, *(load_builtin(described["method"]).reads if built_in else ()))
     return {name: value for name, value in described.items() if name in parts}
 
 

@@ -41,9 +41,9 @@ class AlignmentMethod(_Module):
     `streams`, `losses` and `predict`.
 
     Attributes:
-        Settings: what of the configuration is the method's own. `settings` is one of them.
-        reads: parts of AlignmentConfig that it reads: those of methods that came before others could be added. A method
-            that reads none has its Settings as `alignment.own`.
+        Settings: the method's own settings, `settings` once it is built. Those of the first methods are parts of
+            AlignmentConfig, such as `alignment.rna`; any other's are `alignment.own`.
+        reads: the parts of AlignmentConfig that a built-in method reads, its own among them.
         adapts: it needs the unlabelled target, setting `uda`.
         modalities, fusion, batch_norm: what `alignment.network` may be.
         domain_statistics: BatchNorm keeps running statistics for each domain.
@@ -73,7 +73,7 @@ class AlignmentMethod(_Module):
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute the weighted terms beside the class loss, by name; one that is left out is 0."""
         return {}
 
@@ -105,8 +105,11 @@ class FoundMethod:
     @property
     def settings(self) -> type[SpecModel] | None:
         """What `alignment.own` is; None where the method has no such settings."""
+        from echoshift.train.alignment.config import AlignmentConfig
+
         settings: type[SpecModel] | None = getattr(self.kind, "Settings", None)
-        return None if settings is None or self.reads or not settings.model_fields else settings
+        parts = [field.annotation for field in AlignmentConfig.model_fields.values()]
+        return None if settings is None or settings in parts or not settings.model_fields else settings
 
     @property
     def adapts(self) -> bool:
@@ -151,13 +154,13 @@ def list_builtin() -> tuple[str, ...]:
 def find_method(name: str) -> FoundMethod | None:
     """Find a method, None where nobody has it; raises PluginError where one from outside isn't sound, or takes a name.
 
-    A built-in one is the AlignmentMethod in the file of its name, one from outside what its entry point names.
+    One from outside is what its entry point names.
     """
     plugin = load_plugin(METHOD_GROUP, name)
     if name in list_builtin():
         if plugin is not None:
             raise PluginError(f"the method {name!r} of {plugin.source} has the name of one of echoshift's own")
-        return _load_builtin(name)
+        return load_builtin(name)
     if plugin is None:
         return None
     found = FoundMethod(name, plugin.found, plugin.source)
@@ -166,7 +169,8 @@ def find_method(name: str) -> FoundMethod | None:
 
 
 @cache
-def _load_builtin(name: str) -> FoundMethod:
+def load_builtin(name: str) -> FoundMethod:
+    """Load a method of echoshift itself, the AlignmentMethod in the file of its name."""
     module = importlib.import_module(f"echoshift.train.alignment.methods.{name}")
     [kind] = [
         found

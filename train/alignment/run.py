@@ -20,7 +20,7 @@ from echoshift.train.alignment.method import build_method, find_method
 from echoshift.train.alignment.two_streams import TwoStreams
 from echoshift.train.features import FeatureRows
 from echoshift.train.loop import NO_LABEL, Schedule, TrainedRun, TrainingData, TrainingJob
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.run_method import (
     TARGET_TEST,
     MethodRequest,
@@ -82,10 +82,13 @@ def plan_alignment(request: MethodRequest, notify: Callable[[str], None] = lambd
     if left_out:
         notify(f"{request.title}: {len(left_out)} segments without features left out: {left_out[0]} …")
     tested = tuple(segment_id for segment_id in tests if segment_id in kept)
+    over_clips: Literal["mean", "max"] = "max" if request.is_multi_label else "mean"
     networks = []
     for settings in request.settings.streams:
-        assert isinstance(settings.config, AlignmentStageConfig), "settings of alignment"
-        networks.append(AlignmentRun(request, settings.stream.name, settings.config, source, target, tested))
+        name, own = settings.stream.name, settings.config
+        assert isinstance(own, AlignmentStageConfig), "settings of alignment"
+        one_clip = own.alignment.network.clips == "one"
+        networks.append(AlignmentRun(request, name, one_clip, over_clips, True, own, source, target, tested))
     runner = StepRunner(request.runs_dir / "steps", request.rerun, notify)
     return PlannedTraining(request, config.scoring.rules, splits, left_out, has_audio, tuple(networks), runner)
 
@@ -122,21 +125,6 @@ class AlignmentRun(NetworkRun):
     source: LabelledSegments
     target: tuple[Segment, ...]
     tests: tuple[str, ...]
-
-    @property
-    def one_clip(self) -> bool:
-        """Whether each clip is predicted by itself."""
-        return self.config.alignment.network.clips == "one"
-
-    @property
-    def over_clips(self) -> Literal["mean", "max"]:
-        """How predictions of clips are combined then."""
-        return "max" if self.request.is_multi_label else "mean"
-
-    @property
-    def predicts_snapshots(self) -> bool:
-        """Always: the score is a mean over checkpoints."""
-        return True
 
     @property
     def domains(self) -> list[str]:

@@ -31,12 +31,11 @@ from echoshift.train.look.show import draw_waveform
 from echoshift.train.loop import Dropouts
 from echoshift.train.runs import RunRecord
 from echoshift.train.splits import TRAIN, find_shift
-from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
-from echoshift.train.stage1.clip_reading import read_clips
+from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
-from echoshift.train.stage1.gated_encoder import CLIP
-from echoshift.train.stage1.input_stores import choose_sound, choose_visual
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.encoder import CLIP, build_encoder, read_checkpoint
+from echoshift.train.stage1.frames import read_clips
+from echoshift.train.stage1.inputs import choose_audio, choose_visual
 
 N_SHOWN = 6
 _OPACITY = 0.65
@@ -81,12 +80,12 @@ class ActivationMapper:
         config = Stage1Config.model_validate_json(facts.config)
         self._places, self._run = places, describe_run(record)
         hears = config.attention.enabled or config.objective.enabled
-        self._audio = SoundFeatures(_find_audio(places, facts.sound)) if hears else None
+        self._audio = AudioFeatures(_find_audio(places, facts.sound)) if hears else None
         choice = choose_visual(config.visual, places, config.visual.test_preset)
         self._spec: FeatureSpec = choice.spec
-        sound_network = None
+        audio_network = None
         if config.objective.enabled:
-            sound_network = load_encoder(config.sound.encoder, choose_sound(config.sound).weights)
+            audio_network = load_encoder(config.sound.encoder, choose_audio(config.sound).weights)
         source = find_shift(places.card, record.shift).source
         there = {segment.domain for segment in places.manifest if segment.split == TRAIN}
         self._model = build_encoder(
@@ -95,7 +94,7 @@ class ActivationMapper:
             len(facts.classes),
             config,
             seed=0,
-            sound_network=sound_network,
+            audio_network=audio_network,
             source_domains=sorted(there & set(source)),
             multi_label=places.card.task == "multi-label",
         )
@@ -142,7 +141,7 @@ class ActivationMapper:
         maps, heard = self._audio.read_maps(ids), torch.from_numpy(self._audio.has_audio(ids))
         with torch.no_grad():
             gates = model.compute_gates(maps, heard)
-            audio = None if model.objective is None else model.objective.sound(maps, heard)
+            audio = None if model.objective is None else model.objective.audio(maps, heard)
         if model.objective is None:
             return lambda clip: model.gated({CLIP: clip}, gates)
         streams = cast(TwoStreams, model.objective.method.streams)

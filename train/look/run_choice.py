@@ -8,7 +8,7 @@ from pathlib import Path
 
 from echoshift.pipeline.errors import RunError
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from echoshift.train.stage1.encoder_steps import CHECKPOINT
+from echoshift.train.stage1.encoder import CHECKPOINT
 from echoshift.train.steps import RECORD
 
 SOURCE_ONLY = "source_only"

@@ -31,15 +31,14 @@ from echoshift.train.look.segment_media import (
     read_shown_frames,
     read_spectrogram,
 )
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from echoshift.train.scoring import read_hits
 from echoshift.train.selection_rules import SelectionRule
 from echoshift.train.splits import TEST, find_shift
-from echoshift.train.stage1.audio_adaptive_encoder import CheckpointFacts
-from echoshift.train.stage1.audio_attention import AudioAttention
+from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
-from echoshift.train.stage1.sound_features import SoundFeatures
+from echoshift.train.stage1.encoder import AudioAttention, CheckpointFacts
 from echoshift.train.steps import RECORD, hash_json
 
 N_EXTREME = 5
@@ -430,7 +429,7 @@ class CheckpointGates:
     """
 
     def __init__(self, path: Path, store: FeatureStore) -> None:
-        self._audio = SoundFeatures(store)
+        self._audio = AudioFeatures(store)
         tensors, facts = read_tensors(path), read_checkpoint_facts(path)
         if facts.identify(tensors) != read_header(path)["identity"]:
             raise WeightsError(f"{path} has changed since it was written; run Stage 1 again")

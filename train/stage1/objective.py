@@ -1,4 +1,4 @@
-"""Trains the encoder by a method that aligns modalities or domains, end to end: the method stands on the network."""
+"""Training of the encoder by a method of train/alignment, end to end, in place of Stage 1's classifier and losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from echoshift.extract.encoders.network import EncoderNetwork
 from echoshift.train.alignment.method import build_method
-from echoshift.train.batches import EncoderInputs
 from echoshift.train.features import FeatureBatch, FeatureShapes
 from echoshift.train.loop import Dropouts, SourceFeatures, StepInputs, TargetFeatures
 from echoshift.train.stage1.config import ObjectiveConfig
@@ -18,7 +17,7 @@ from echoshift.train.stage1.config import ObjectiveConfig
 _VISUAL = "pooled"
 
 
-class SoundBranch(nn.Module):
+class AudioBranch(nn.Module):
     """The audio network above the maps that the store holds: layer4 of ResNet-18, which trains."""
 
     def __init__(self, network: EncoderNetwork) -> None:
@@ -31,7 +30,7 @@ class SoundBranch(nn.Module):
     def forward(self, audio_map: Tensor, has_audio: Tensor) -> Tensor:
         """Compute a feature of maps [B, C, F, N], float32 [B, D]; zeros where `has_audio`, bool [B], is false.
 
-        What is silent isn't computed, so that BatchNorm's statistics are those of sound.
+        What is silent isn't computed, so that BatchNorm's statistics are those of audio.
         """
         features = audio_map.new_zeros(len(audio_map), self.network.n_classified)
         if has_audio.any():
@@ -39,7 +38,7 @@ class SoundBranch(nn.Module):
             features = features.to(heard.dtype).index_put((has_audio.nonzero()[:, 0],), heard)
         return features.float()
 
-    def train(self, mode: bool = True) -> SoundBranch:
+    def train(self, mode: bool = True) -> AudioBranch:
         """Set the mode of what trains; what is frozen stays in eval."""
         super().train(mode)
         self.network.eval()
@@ -59,44 +58,55 @@ class SoundBranch(nn.Module):
 
 
 class FreshDropouts(Dropouts):
-    """Draws masks from torch's generator, which Stage 1 seeds for each epoch."""
+    """Dropout masks from torch's generator, which Stage 1 seeds for each epoch."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
 
     def draw_keep(self, shape: tuple[int, ...], p: float) -> Tensor:
-        """Return what is kept, float32 of 0 and 1 of this shape, each 0 with probability p."""
+        """Draw what is kept, float32 of 0 and 1 of this shape, each 0 with probability p."""
         return (torch.rand(shape, device=self._device) >= p).float()
 
 
 class EncoderObjective(nn.Module):
-    """A method of train/alignment on what the two networks compute, in place of Stage 1's classifier and losses.
+    """A method of train/alignment on the features of the visual and the audio network.
 
     Its projections, classifiers and losses are the very ones that train on cached features; here their gradients reach
     the last stages of both networks, as in Planamente et al., section 4.
     """
 
-    def __init__(self, sound: SoundBranch, method: nn.Module) -> None:
+    def __init__(self, audio: AudioBranch, method: nn.Module) -> None:
         super().__init__()
-        self.sound = sound
+        self.audio = audio
         self.method = method
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Name the terms of the loss."""
+        """The terms of the loss."""
         names: tuple[str, ...] = self.method.loss_names  # type: ignore[assignment]
         return names
 
     def compute_losses(
-        self, visual: Tensor, inputs: EncoderInputs, labels: Tensor, domains: Tensor, progress: float
+        self,
+        visual: Tensor,
+        audio_map: Tensor,
+        has_audio: Tensor,
+        labels: Tensor,
+        domains: Tensor,
+        progress: float,
     ) -> dict[str, Tensor]:
         """Compute the weighted terms by name, each float32 [], of a batch: first its source, then its target segments.
 
-        `visual` is float [B, C], `labels` and `domains` are of the source's n segments: int64 [n], or float32 [n, K]
-        where the task is multi-label, and int64 [n]. `progress` is the share of all steps that are done.
+        Args:
+            visual: pooled feature, float [B, C].
+            audio_map: float [B, C_a, F, N].
+            has_audio: bool [B].
+            labels: of the source's n segments, int64 [n], or float32 [n, K] where the task is multi-label.
+            domains: of the source's n segments, int64 [n].
+            progress: the share of all steps that are done.
         """
-        batch = FeatureBatch({_VISUAL: visual.float()[:, None]}, *self._hear(inputs))
+        batch = FeatureBatch({_VISUAL: visual.float()[:, None]}, self.audio(audio_map, has_audio), has_audio)
         n = len(domains)
         own, other = (_cut(batch, rows) for rows in (slice(n), slice(n, None)))
         target = None
@@ -109,26 +119,23 @@ class EncoderObjective(nn.Module):
         values: Tensor = self.method.losses(step, FreshDropouts(visual.device))  # type: ignore[operator]
         return dict(zip(self.loss_names, values.unbind(), strict=True))
 
-    def predict_clips(self, visual: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Predict the clips [n_clips, C] of one segment with its sound, probabilities float32 [n_clips, K]."""
-        visual, audio, has_audio = visual.float()[:, None], *self._hear(inputs)
+    def predict_clips(self, visual: Tensor, audio_map: Tensor, has_audio: Tensor) -> Tensor:
+        """Predict the clips [n_clips, C] of one segment with its audio, probabilities float32 [n_clips, K]."""
         n_clips = len(visual)
-        batch = FeatureBatch({_VISUAL: visual}, audio.expand(n_clips, -1), has_audio.expand(n_clips))
+        audio = self.audio(audio_map, has_audio).expand(n_clips, -1)
+        batch = FeatureBatch({_VISUAL: visual.float()[:, None]}, audio, has_audio.expand(n_clips))
         found: Tensor = self.method.predict(batch, "target")  # type: ignore[operator]
         return found
 
     def list_trained(self) -> dict[str, Tensor]:
-        """Return what training changes, by name."""
-        of_sound = {f"sound.{name}": tensor for name, tensor in self.sound.list_trained().items()}
-        return of_sound | {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
-
-    def _hear(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
-        return self.sound(inputs.audio_map, inputs.has_audio), inputs.has_audio
+        """Return what training changes, by its name in checkpoints."""
+        of_audio = {f"sound.{name}": tensor for name, tensor in self.audio.list_trained().items()}
+        return of_audio | {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
 
 
 def build_objective(
     config: ObjectiveConfig,
-    sound_network: EncoderNetwork,
+    audio_network: EncoderNetwork,
     n_visual: int,
     n_classes: int,
     source_domains: Sequence[str],
@@ -137,14 +144,14 @@ def build_objective(
     seed: int,
 ) -> EncoderObjective:
     """Build the objective on the audio network with its pretrained weights, which isn't changed."""
-    sound = SoundBranch(sound_network)
+    audio = AudioBranch(audio_network)
     shapes = FeatureShapes(
         visual={_VISUAL: (n_visual,)},
-        n_audio=sound.network.n_classified,
+        n_audio=audio.network.n_classified,
         n_sources=len(source_domains),
         multi_label=multi_label,
     )
-    return EncoderObjective(sound, build_method(config, shapes, n_classes, seed))
+    return EncoderObjective(audio, build_method(config, shapes, n_classes, seed))
 
 
 def _cut(batch: FeatureBatch, rows: slice) -> FeatureBatch:

@@ -19,7 +19,7 @@ from echoshift.pipeline.store.location import Place
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureRows, Sound, read_rows, read_sound
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage2.config import StreamConfig

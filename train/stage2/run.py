@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.train.features import FeatureRows
 from echoshift.train.loop import NO_LABEL, Schedule, TrainingData, TrainingJob
-from echoshift.train.prediction_table import PredictionTable, read_prediction_table
+from echoshift.train.predictions import PredictionTable, read_prediction_table
 from echoshift.train.run_method import (
     SOURCE_VAL,
     TARGET_TEST,
@@ -69,11 +69,15 @@ def plan_stage2(request: MethodRequest, notify: Callable[[str], None] = lambda m
         )
     if left_out:
         notify(f"{request.title}: {len(left_out)} segments without features left out: {left_out[0]} …")
+    looks_at_epochs = set(config.selection.rules) != {"last"}
     streams = []
     for settings in request.settings.streams:
-        name = settings.stream.name
-        assert isinstance(settings.config, Stage2Config), "settings of Stage 2"
-        streams.append(StreamRun(request, name, settings.config, config, splits, tables[name]))
+        name, own = settings.stream.name, settings.config
+        assert isinstance(own, Stage2Config), "settings of Stage 2"
+        one_clip, over_clips = own.recogniser.clips == "each", own.recogniser.over_clips
+        streams.append(
+            StreamRun(request, name, one_clip, over_clips, looks_at_epochs, own, config, splits, tables[name])
+        )
     runner = StepRunner(request.runs_dir / "steps", request.rerun, notify)
     return PlannedTraining(request, config.selection.rules, splits, left_out, has_audio, tuple(streams), runner)
 
@@ -99,21 +103,6 @@ class StreamRun(NetworkRun):
     common: Stage2Config
     splits: ShiftSplits
     table: PredictionTable | None
-
-    @property
-    def one_clip(self) -> bool:
-        """Whether each clip is recognised by itself."""
-        return self.config.recogniser.clips == "each"
-
-    @property
-    def over_clips(self) -> Literal["mean", "max"]:
-        """How predictions of clips are combined then."""
-        return self.config.recogniser.over_clips
-
-    @property
-    def predicts_snapshots(self) -> bool:
-        """Whether a rule looks at every epoch."""
-        return set(self.common.selection.rules) != {"last"}
 
     def plan_step(self) -> Step:
         """Plan the training; labels of the target are in the key only where pseudo-labels are them."""

@@ -64,7 +64,7 @@ app.command("list")(list_)
 app.command()(doctor)
 app.command()(report)
 app.command()(show)
-app.command()(picture)
+app.command("plot")(picture)
 
 
 def main() -> None:

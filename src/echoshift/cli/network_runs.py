@@ -88,7 +88,7 @@ def _run_missing_stage1(
     from echoshift.train.stage2.inputs import list_needed
 
     for needed in list_needed(settings, shift, seed, runs_dir):
-        from echoshift.train.stage1.running import Stage1Request, run_stage1
+        from echoshift.train.stage1.run import Stage1Request, run_stage1
 
         notify(f"{shift.name}, seed {seed}: Stage 1 isn't done with these settings; running it first")
         run_stage1(Stage1Request(places, needed.shift, needed.seed, needed.config, runs_dir), progress, notify)

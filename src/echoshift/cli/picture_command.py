@@ -1,4 +1,4 @@
-"""`echoshift picture`: draws what features and networks look like, from stores and finished runs."""
+"""`echoshift plot`: draws what features and networks look like, from stores and finished runs."""
 
 from __future__ import annotations
 

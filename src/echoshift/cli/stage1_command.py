@@ -30,7 +30,7 @@ from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from echoshift.pipeline.cards import DatasetCard
-    from echoshift.train.stage1.running import Stage1Outcome
+    from echoshift.train.stage1.run import Stage1Outcome
 
 
 def stage1(
@@ -61,7 +61,7 @@ def stage1(
     from echoshift.cli.terminal import make_notifier, show_progress
     from echoshift.pipeline.errors import RunError, suggest
     from echoshift.train.ranks import join_ranks
-    from echoshift.train.stage1.running import STEPS, Stage1Request, run_stage1
+    from echoshift.train.stage1.run import STEPS, Stage1Request, run_stage1
 
     for name in rerun or []:
         if name not in STEPS:

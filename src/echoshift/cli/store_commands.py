@@ -121,6 +121,17 @@ def verify(
 
 
 @app.command()
+def unlock(
+    store: Annotated[str, typer.Argument(help="A store on a URL whose run is dead.", autocompletion=complete_store)],
+) -> None:
+    """Remove the lock that a dead run left on a store on a URL, and say whose it was."""
+    from echoshift.pipeline.store.lock import remove_lock
+
+    holder = remove_lock(store)
+    print(f"removed the lock of {holder}" if holder else f"{store} has no lock")
+
+
+@app.command()
 def explain(
     segment: Annotated[str, typer.Argument(help="A segment's id.", autocompletion=complete_segment)],
     store: Annotated[

@@ -23,7 +23,7 @@ from echoshift.train.look.activation import (
     restore_frames,
 )
 from echoshift.train.look.run_choice import RunChoice, choose_stage1_run
-from echoshift.train.stage1.clip_reading import read_clips
+from echoshift.train.stage1.frames import read_clips
 
 IDS = ("t-test-0", "t-test-1")
 
@@ -124,18 +124,16 @@ def test_the_command_draws_all_kinds(
     monkeypatch.chdir(tmp_path)
     places = ["--media", compared.media, "--cache", compared.root / "cache", "--manifests", compared.root]
     places += ["--runs", compared.runs]
-    code, out, err = tiny_shift.run("picture", "norms", "tiny", *places)
+    code, out, err = tiny_shift.run("plot", "norms", "tiny", *places)
     assert code == 0, err
     assert "source_only: mean norm of frames" in out and "rna: mean norm of frames" in out
     assert (tmp_path / "reports" / "tiny" / "norms.png").read_bytes().startswith(b"\x89PNG")
-    code, out, err = tiny_shift.run("picture", "shares", "tiny", "--to", tmp_path / "s.svg", "--json", *places)
+    code, out, err = tiny_shift.run("plot", "shares", "tiny", "--to", tmp_path / "s.svg", "--json", *places)
     assert code == 0, err
     assert '"accuracy": {"frames":' in out
     text = (tmp_path / "s.svg").read_text()
     assert ">share of the final score</text>" in text  # text is text
-    code, out, err = tiny_shift.run(
-        "picture", "cam", "tiny", "--segment", "t-test-2", "--to", tmp_path / "c.png", *places
-    )
+    code, out, err = tiny_shift.run("plot", "cam", "tiny", "--segment", "t-test-2", "--to", tmp_path / "c.png", *places)
     assert code == 0, err
     assert out.startswith("Class activation maps over a clip of t-test-2 (low), tiny (synthetic).")
     for arguments, words in (
@@ -146,7 +144,7 @@ def test_the_command_draws_all_kinds(
         (["norms", "--method", "grl"], "`echoshift align --set alignment.method=grl` makes one"),
     ):
         kind, *more = arguments
-        code, _, err = tiny_shift.run("picture", kind, "tiny", *more, *places)
+        code, _, err = tiny_shift.run("plot", kind, "tiny", *more, *places)
         assert code == 2 and words in err, err
 
 

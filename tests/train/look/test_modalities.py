@@ -19,7 +19,7 @@ from echoshift.train.look.features import (
 )
 from echoshift.train.look.figures import compute_norms, compute_shares, draw_norms, draw_shares, share_norm
 from echoshift.train.look.run_choice import RunChoice, choose_alignment_run, find_source_only, get_method
-from echoshift.train.prediction_table import read_prediction_table
+from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, read_runs
 
 

@@ -28,8 +28,8 @@ from echoshift.train.look.segment import (
     summarise_gates,
 )
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.stage1.audio_adaptive_encoder import build_encoder, read_checkpoint
 from echoshift.train.stage1.config import Stage1Config
+from echoshift.train.stage1.encoder import build_encoder, read_checkpoint
 
 
 def find_sound(tiny: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -40,7 +39,7 @@ class AngularAlignment(AlignmentMethod):
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute Align's terms."""
         terms = {"Align source": self.settings.weight * alignment_loss(*source)}
         if target is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -71,49 +70,37 @@ class GradientReversal(AlignmentMethod):
         peak: float = Field(default=0.2, ge=0)
         n_hidden: int = Field(default=100, gt=0)
 
-    reads = ("grl",)
+    reads: ClassVar[tuple[str, ...]] = ("grl",)
     adapts = True
-    modalities = ("both", "visual", "audio")
-    loss_names = ("class", "domain visual", "domain audio")
+    modalities: ClassVar[tuple[str, ...]] = ("both", "visual", "audio")
+    loss_names: ClassVar[tuple[str, ...]] = ("class", "domain visual", "domain audio")
+    told_apart: ClassVar[tuple[str, ...]] = ("visual", "audio")  # the modalities that have a discriminator
 
     def add_heads(self) -> None:
         """Add the discriminators."""
-        add_discriminators(self)
+        for modality in self.told_apart:
+            head = build_discriminator(self.config.network.width, self.config.grl.n_hidden)
+            self.add_module(f"tell_{modality}", head)
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute the adversarial terms."""
-        return compute_adversarial_terms(self, step, source, target)
+        import torch
 
-
-def add_discriminators(method: AlignmentMethod, *, audio: bool = True) -> None:
-    """Add a discriminator of visual features, and one of audio features."""
-    width, n_hidden = method.config.network.width, method.config.grl.n_hidden
-    method.tell_visual = build_discriminator(width, n_hidden)
-    if audio:
-        method.tell_audio = build_discriminator(width, n_hidden)
-
-
-def compute_adversarial_terms(
-    method: AlignmentMethod, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-) -> dict[str, Tensor]:
-    """Compute the weighted terms of the discriminators that a method has; none without a target."""
-    import torch
-
-    if target is None:
-        return {}
-    settings = method.config.grl
-    factor = compute_reversal(step.progress, settings.peak)
-    counted = {
-        "visual": (torch.ones_like(source.heard), torch.ones_like(target.heard)),
-        "audio": (source.heard, target.heard),
-    }
-    terms = {}
-    for name in ("visual", "audio"):
-        discriminator = getattr(method, f"tell_{name}", None)
-        if discriminator is not None:
-            features = getattr(source, name), getattr(target, name)
-            loss = adversarial_loss(discriminator, *features, *counted[name], factor)
-            terms[f"domain {name}"] = settings.weight * loss
-    return terms
+        if target is None:
+            return {}
+        factor = compute_reversal(step.progress, self.config.grl.peak)
+        counted = {
+            "visual": (torch.ones_like(source.heard), torch.ones_like(target.heard)),
+            "audio": (source.heard, target.heard),
+        }
+        terms = {}
+        for modality in self.told_apart:
+            head, features = (
+                self.get_submodule(f"tell_{modality}"),
+                (getattr(source, modality), getattr(target, modality)),
+            )
+            loss = adversarial_loss(head, *features, *counted[modality], factor)
+            terms[f"domain {modality}"] = self.config.grl.weight * loss
+        return terms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -69,7 +68,7 @@ class HardNormAlignment(AlignmentMethod):
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute HNA's terms; the first step's finds R."""
         import torch
 

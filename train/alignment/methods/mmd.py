@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -83,7 +83,7 @@ class MaximumMeanDiscrepancy(AlignmentMethod):
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute the discrepancies."""
         import torch
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -49,22 +48,15 @@ class RelativeNormAlignment(AlignmentMethod):
 
         weight: float = Field(default=1.0, ge=0)
 
-    reads = ("rna",)
-    loss_names = ("class", "RNA source", "RNA target")
+    reads: ClassVar[tuple[str, ...]] = ("rna",)
+    loss_names: ClassVar[tuple[str, ...]] = ("class", "RNA source", "RNA target")
 
     def compute_terms(
-        self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+        self: AlignmentMethod, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
+    ) -> dict[str, Tensor]:
         """Compute RNA's terms."""
-        return compute_rna_terms(self, step, source, target)
-
-
-def compute_rna_terms(
-    method: AlignmentMethod, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-) -> dict[str, Tensor]:
-    """Compute the weighted terms `RNA source` and, where there is a target, `RNA target`."""
-    weight, n_sources = method.config.rna.weight, method.streams.n_sources
-    terms = {"RNA source": weight * relative_norm_loss_by_source(source, step.source.domains, n_sources)}
-    if target is not None:
-        terms["RNA target"] = weight * relative_norm_loss(*target)
-    return terms
+        weight, n_sources = self.config.rna.weight, self.streams.n_sources
+        terms = {"RNA source": weight * relative_norm_loss_by_source(source, step.source.domains, n_sources)}
+        if target is not None:
+            terms["RNA target"] = weight * relative_norm_loss(*target)
+        return terms

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from echoshift.train.alignment.method import AlignmentMethod
-from echoshift.train.alignment.methods.grl import add_discriminators, compute_adversarial_terms
-from echoshift.train.alignment.methods.rna import compute_rna_terms
+from echoshift.train.alignment.methods.grl import GradientReversal
+from echoshift.train.alignment.methods.rna import RelativeNormAlignment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,19 +14,16 @@ if TYPE_CHECKING:
     from echoshift.train.loop import StepInputs
 
 
-class RelativeNormAlignmentWithReversal(AlignmentMethod):
+class RelativeNormAlignmentWithReversal(GradientReversal):
     """The two streams with RNA on both domains and a discriminator a modality."""
 
     reads = ("rna", "grl")
-    adapts = True
-    loss_names = ("class", "RNA source", "RNA target", "domain visual", "domain audio")
-
-    def add_heads(self) -> None:
-        """Add the discriminators."""
-        add_discriminators(self)
+    modalities = ("both",)
+    loss_names: ClassVar[tuple[str, ...]] = ("class", "RNA source", "RNA target", "domain visual", "domain audio")
 
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, Tensor]:
         """Compute RNA's terms and the adversarial ones."""
-        return compute_rna_terms(self, step, source, target) | compute_adversarial_terms(self, step, source, target)
+        of_norms = RelativeNormAlignment.compute_terms(self, step, source, target)
+        return of_norms | super().compute_terms(step, source, target)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -65,30 +64,24 @@ class Synchronisation(AlignmentMethod):
         weight: float = Field(default=5.0, ge=0)
         n_hidden: int = Field(default=100, gt=0)
 
-    reads = ("synchronisation",)
-    loss_names = ("class", "SS source", "SS target")
+    reads: ClassVar[tuple[str, ...]] = ("synchronisation",)
+    loss_names: ClassVar[tuple[str, ...]] = ("class", "SS source", "SS target")
 
-    def add_heads(self) -> None:
+    def add_heads(self: AlignmentMethod) -> None:
         """Add what judges pairs."""
-        self.synchronised = build_synchronisation_head(self.config.network.width, self.settings.n_hidden)
+        n_hidden = self.config.synchronisation.n_hidden
+        self.synchronised = build_synchronisation_head(self.config.network.width, n_hidden)
 
     def compute_terms(
-        self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-    ) -> Mapping[str, Tensor]:
+        self: AlignmentMethod, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
+    ) -> dict[str, Tensor]:
         """Compute SS's terms."""
-        return compute_synchronisation_terms(self, step, source, target)
-
-
-def compute_synchronisation_terms(
-    method: AlignmentMethod, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
-) -> dict[str, Tensor]:
-    """Compute the weighted terms `SS source` and, where there is a target, `SS target`, of the head `synchronised`."""
-    parts = [("SS source", source, step.source.inputs)]
-    if target is not None and step.target is not None:
-        parts.append(("SS target", target, step.target.inputs))
-    weight, head = method.config.synchronisation.weight, method.get_submodule("synchronised")
-    terms = {}
-    for name, features, inputs in parts:
-        strangers = find_strangers(inputs.audio, inputs.has_audio)
-        terms[name] = weight * synchronisation_loss(head, *features, strangers)
-    return terms
+        parts = [("SS source", source, step.source.inputs)]
+        if target is not None and step.target is not None:
+            parts.append(("SS target", target, step.target.inputs))
+        terms = {}
+        for name, features, inputs in parts:
+            strangers = find_strangers(inputs.audio, inputs.has_audio)
+            loss = synchronisation_loss(self.get_submodule("synchronised"), *features, strangers)
+            terms[name] = self.config.synchronisation.weight * loss
+        return terms

@@ -1,4 +1,4 @@
-"""Marks the activities that can't be heard in a segment, and punishes a network that still sees them (Eq. 1)."""
+"""Losses of the encoder (Eq. 4): weighted on the labelled source, of absent activities on the target (Eq. 1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echoshift.pipeline.errors import SpecError
+
+
+def compute_source_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted cross-entropy of a labelled batch (Eq. 2 and 3), a scalar.
+
+    `logits` are [B, K]. With labels int64 [B] and weights [B] it is mean(w CE) over the batch; with labels float [B, K]
+    and weights [B, K] it is mean(w BCE) over all entries. The mean divides by their number, not by the weights' sum.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.ndim == 1:
+        return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), weight=weights)
 
 
 def mark_absent_single(p_audio: np.ndarray, has_audio: np.ndarray, n_absent: int) -> np.ndarray:

@@ -1,52 +1,194 @@
-"""Gives clips that are decoded and augmented anew in every epoch, read ahead by processes of PyTorch's DataLoader."""
+"""Clips that are decoded and augmented in every epoch, bit for bit as extraction would, read ahead by processes."""
 
 from __future__ import annotations
 
 import math
 import signal
 import sys
+from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from echoshift.extract.media import MediaSurvey, OpenMedia, identify_sources
+from echoshift.extract.frames import ClipAssembler
+from echoshift.extract.media import MediaSurvey, Modality, OpenMedia, identify_sources
+from echoshift.extract.readers.interface import FrameReader, VideoInfo, find_shown_frames
+from echoshift.extract.rows import FrameClips, read_frames
+from echoshift.extract.weights.load import WeightsRecord
+from echoshift.extract.work import StoreTarget
 from echoshift.pipeline.cards import MediaLayout
-from echoshift.pipeline.errors import ManifestError, MediaError, MediaTimeoutError, SpecError
+from echoshift.pipeline.errors import ManifestError, MediaError, MediaMemoryError, MediaTimeoutError, SpecError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.layout import compute_digest
-from echoshift.train.stage1.clip_reading import SegmentClips, read_clips
-from echoshift.train.stage1.kept_media import KeptMedia
-from echoshift.train.stage1.visual_inputs import ClipFacts, derive_epoch_seed
+from echoshift.train.stage1.clips import ClipFacts, derive_epoch_seed
 
 TIMEOUT_S = 300.0
 """How long one segment may take before the run ends with its name; a decoder can hang on a damaged file."""
+_LARGEST_PART = 8  # a segment may take an eighth of what is kept, or it is read each time
+_PATH = "clips"
+_CPU = torch.device("cpu")
+_Decoder = Literal["pyav", "decord"]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentClips:
+    """The network's inputs of one segment, entry by entry (entry number: FeatureSpec.n_entries_per_clip).
+
+    Attributes:
+        clips: normalised, float32 [n_entries, C, T, H, W].
+        times_s: seconds that each covers, float64 [n_entries, 2].
+        frames: first and last frame, index in the file, int64 [n_entries, 2].
+    """
+
+    clips: Tensor
+    times_s: np.ndarray
+    frames: np.ndarray
+
+
+def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> SegmentClips:
+    """Read the clips of a segment as `spec` says, bit for bit what extraction feeds the network; flow may be computed.
+
+    The outputs, dtype, precision and weights of `spec` don't matter. Raises MediaError naming the segment.
+    """
+    target = StoreTarget(_PATH, spec, WeightsRecord("", spec.weights, "", None))  # reading asks for the spec alone
+    taken: dict[int, Tensor] = {}
+    assembler = ClipAssembler({_PATH: spec}, _CPU, lambda _path, entry, clip: taken.__setitem__(entry, clip))
+    facts: FrameClips | None = None
+    try:
+        for item in read_frames(media, segment, [target]):
+            if isinstance(item, FrameClips):
+                facts = item
+                assembler.begin(item)
+            else:
+                assembler.feed(item)
+    except MediaError as error:
+        raise type(error)(_explain(segment, str(error))) from error
+    except MemoryError as error:
+        raise MediaMemoryError(_explain(segment, f"reading it needs more memory than there is: {error}")) from error
+    assert facts is not None and spec.frame is not None, "a row's facts come before its frames"
+    clips = [taken[entry] for entry in range(len(taken))]
+    n_crops = spec.frame.n_crops
+    assert len(clips) == len(facts.times) * n_crops, "every clip is complete once all frames are read"
+    return SegmentClips(
+        clips[0][None] if len(clips) == 1 else torch.stack(clips),
+        facts.times.repeat(n_crops, axis=0),
+        facts.spans.repeat(n_crops, axis=0),
+    )
+
+
+def _explain(segment: Segment, reason: str) -> str:
+    return (
+        f"segment {segment.segment_id}: {' '.join(reason.split())}; mend its video {segment.video_id} and run the same "
+        "command again, or take the segment out of the manifest"
+    )
+
+
+class KeptMedia(OpenMedia):
+    """OpenMedia that keeps at most `n_kept_bytes` of decoded frames, those used last, so that epochs share decoding.
+
+    A segment's frames are all decoded when the first of them is asked for, unless they are more than an eighth of what
+    may be kept. Files must not be replaced meanwhile: that isn't noticed.
+    """
+
+    def __init__(self, root: Path, layout: MediaLayout, n_kept_bytes: int) -> None:
+        super().__init__(root, layout)
+        self._n_kept_bytes = n_kept_bytes
+        self._n_bytes = 0
+        self._kept: OrderedDict[tuple[str, Modality, str], _KeptFrames] = OrderedDict()
+        self._videos: dict[tuple[str, ...], tuple[VideoInfo, npt.NDArray[np.float64]]] = {}
+
+    def open_frames(self, segment: Segment, modality: Modality, decoder: _Decoder) -> FrameReader:
+        """Return a reader of a segment's frames, which opens the media only for what isn't kept."""
+
+        def open_media() -> FrameReader:
+            return super(KeptMedia, self).open_frames(segment, modality, decoder)
+
+        video = (segment.video_id, segment.domain, segment.split, modality, decoder)
+        if video not in self._videos:
+            opened = open_media()
+            self._videos[video] = opened.info, opened.frame_times_s
+        reader = _KeptReader(*self._videos[video], open_media)
+        key = (segment.segment_id, modality, decoder)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        else:
+            self._keep(key, segment, reader, 2 if modality == "flow" else 3)
+        reader.kept = self._kept.get(key)
+        return reader
+
+    def _keep(self, key: tuple[str, Modality, str], segment: Segment, reader: _KeptReader, n_channels: int) -> None:
+        """Decode a segment's frames, and one more for flow, and make space for them."""
+        n_frames = len(reader.frame_times_s)
+        first, last = find_shown_frames(reader.frame_times_s, [segment.start_s, segment.stop_s]).tolist()
+        n_bytes = (min(last + 2, n_frames) - first) * reader.info.height * reader.info.width * n_channels
+        if n_bytes > self._n_kept_bytes // _LARGEST_PART:
+            return
+        frames = reader.read_frames(reader.frame_times_s[first : last + 2])
+        self._kept[key] = _KeptFrames(first, frames)
+        self._n_bytes += frames.nbytes
+        while self._n_bytes > self._n_kept_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._n_bytes -= dropped.frames.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptFrames:
+    """All frames of a segment, uint8 [n, H, W, C], from number `first` on."""
+
+    first: int
+    frames: npt.NDArray[np.uint8]
+
+
+class _KeptReader:
+    """A FrameReader that takes what is kept, and opens the media for the rest."""
+
+    def __init__(self, info: VideoInfo, frame_times_s: npt.NDArray[np.float64], open_media: Any) -> None:
+        self.info, self.frame_times_s, self._open_media = info, frame_times_s, open_media
+        self.kept: _KeptFrames | None = None
+
+    def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+        """Read the frames shown at the given times."""
+        if self.kept is not None:
+            places = find_shown_frames(self.frame_times_s, times_s).reshape(-1) - self.kept.first
+            if len(places) and places.min() >= 0 and places.max() < len(self.kept.frames):
+                return self.kept.frames[places]
+        read: npt.NDArray[np.uint8] = self._open_media().read_frames(times_s)
+        return read
+
+    def close(self) -> None:
+        """Close nothing: the media are KeptMedia's."""
+
+    def __enter__(self) -> _KeptReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """Asks for a segment's clips; those of training come from the pictures kept, those of a test say what they are."""
+    """Request for a segment's clips; those of training may come from frames that are kept, those of a test not."""
 
     segment: Segment
     spec: FeatureSpec
     is_test: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    clips: SegmentClips
-    digest: np.ndarray | None
+_Reply = tuple[SegmentClips, np.ndarray]
+"""Clips and, of a test, the digest of what they are made from, uint8 [16]; of training, [0]."""
 
 
 class _ClipDataset(Dataset[Any]):
-    """Reads what it is asked for by the media that this process has open; an error comes back as what it is.
+    """Clips read by the media that this process has open; an error is returned as what it is.
 
     In a reader process a segment that takes longer than `timeout_s` ends the process: nothing else stops a decoder.
     """
@@ -72,7 +214,7 @@ class _ClipDataset(Dataset[Any]):
     def _read_training(self, request: _Request) -> _Reply:
         if self._kept is None:
             self._kept = KeptMedia(self._root, self._layout, self._n_kept_bytes)
-        return _Reply(read_clips(self._kept, request.segment, request.spec), None)
+        return read_clips(self._kept, request.segment, request.spec), np.zeros(0, np.uint8)
 
     def _read_test(self, request: _Request) -> _Reply:
         if self._plain is None or self._survey is None:
@@ -82,7 +224,7 @@ class _ClipDataset(Dataset[Any]):
         digest = np.frombuffer(compute_digest(identity, segment.start_s, segment.stop_s), dtype=np.uint8)
         clips = read_clips(self._plain, segment, request.spec)
         self._plain.check_unchanged(segment, request.spec, digest)
-        return _Reply(clips, digest)
+        return clips, digest
 
 
 class _Requests(Sampler[Any]):
@@ -95,13 +237,13 @@ class _Requests(Sampler[Any]):
         return iter(self.requests)
 
 
-class FrameInputs:
-    """Clips of segments as VisualInputs says, under the name `clip`, by the reading of extraction.
+class DecodedClips:
+    """A ClipSource that decodes, under the name `clip`.
 
     `spec` is that of training and has one entry a segment; its clip seed is replaced by one of (seed, epoch).
     `n_readers` processes read ahead, each about its share of a batch, and stay from epoch to epoch; 0 reads in this
-    process when asked. Each process keeps up to `n_cached_mb` MB of decoded pictures of training for the next epochs.
-    Iterations that are under way at the same time have readers of their own.
+    process when asked. Each process keeps up to `n_cached_mb` MB of decoded frames of training for the next epochs.
+    Iterations that run at the same time have readers of their own.
     """
 
     def __init__(
@@ -115,7 +257,11 @@ class FrameInputs:
         n_readers: int,
         n_cached_mb: int,
     ) -> None:
-        _check_training_spec(spec)
+        if spec.frame is None or spec.clip.sampling == "windows" or spec.clip.n_clips * spec.n_entries_per_clip != 1:
+            raise SpecError(
+                f"{spec.encoder}: training from frames takes one clip and one view a segment (preset "
+                "zhang-stage1-train), since it draws them in each epoch"
+            )
         self._segments = {segment.segment_id: segment for segment in segments}
         self._spec = spec
         self._seed = seed
@@ -124,28 +270,26 @@ class FrameInputs:
         self._idle: dict[int, list[DataLoader[Any]]] = {}
 
     def iterate_batches(self, batches: Sequence[Sequence[str]], epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Return {"clip": float32 [B, C, T, H, W]} of each batch; raises MediaError naming the segment that fails."""
+        """Yield {"clip": float32 [B, C, T, H, W]} of each batch; raises MediaError naming the segment that fails."""
         clip = self._spec.clip.model_copy(update={"seed": derive_epoch_seed(self._seed, epoch)})
         spec = self._spec.model_copy(update={"clip": clip})
         requests = [_Request(self._find(name), spec, False) for batch in batches for name in batch]
         replies = self._read(requests, n_ahead=max((len(batch) for batch in batches), default=1))
         try:
             for batch in batches:
-                yield {"clip": _join([next(replies).clips.clips for _ in batch])}
+                yield {"clip": _join([next(replies)[0].clips for _ in batch])}
         finally:
             replies.close()
 
     def iterate_clips(
         self, segment_ids: Sequence[str], spec: FeatureSpec
     ) -> Iterator[tuple[str, dict[str, Tensor], ClipFacts]]:
-        """Return {"clip": float32 [n_entries, C, T, H, W]} of each segment, with what it is made from."""
+        """Yield {"clip": float32 [n_entries, C, T, H, W]} of each segment, with its origin."""
         requests = [_Request(self._find(name), spec, True) for name in segment_ids]
         replies = self._read(requests, n_ahead=1)
         try:
-            for name, reply in zip(segment_ids, replies, strict=True):
-                assert reply.digest is not None, "a test says what it was made from"
-                read = reply.clips
-                yield name, {"clip": _join([read.clips])}, ClipFacts(read.times_s, read.frames, reply.digest)
+            for name, (read, digest) in zip(segment_ids, replies, strict=True):
+                yield name, {"clip": _join([read.clips])}, ClipFacts(read.times_s, read.frames, digest)
         finally:
             replies.close()
 
@@ -156,7 +300,7 @@ class FrameInputs:
                 _end_processes(loader)
         self._idle.clear()
 
-    def __enter__(self) -> FrameInputs:
+    def __enter__(self) -> DecodedClips:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -185,7 +329,7 @@ class FrameInputs:
                 if isinstance(reply, MediaError):
                     raise reply
                 if not n_left:
-                    is_through = next(replies, None) is None  # the loader sees its end, and can begin anew
+                    is_through = next(replies, None) is None  # the loader sees its end, and can begin again
                 yield reply
         finally:
             if is_through:
@@ -211,14 +355,6 @@ class FrameInputs:
         )
 
 
-def _check_training_spec(spec: FeatureSpec) -> None:
-    if spec.frame is None or spec.clip.sampling == "windows" or spec.clip.n_clips * spec.n_entries_per_clip != 1:
-        raise SpecError(
-            f"{spec.encoder}: training from frames takes pictures, one clip and one view a segment (preset "
-            "zhang-stage1-train), since it draws anew in each epoch"
-        )
-
-
 def _get_reply(loader: DataLoader[Any], replies: Iterator[Any], request: _Request) -> _Reply | MediaError:
     """Get the next reply; a reader process that has ended is a MediaError that names what is waited for."""
     try:
@@ -236,14 +372,14 @@ def _get_reply(loader: DataLoader[Any], replies: Iterator[Any], request: _Reques
             ) from error
         raise MediaError(
             f"a reader process ended before it gave segment {segment.segment_id} ({reason}); if memory or /dev/shm is "
-            "short, use fewer readers or keep fewer pictures (visual.n_readers, 0 reads in this process; "
+            "short, use fewer readers or keep fewer frames (visual.n_readers, 0 reads in this process; "
             "visual.n_cached_mb)"
         ) from error
     return reply
 
 
 def _join(clips: Sequence[Tensor]) -> Tensor:
-    """Join tensors [n, ...] along their first axis, in pinned memory where there is CUDA."""
+    """Join tensors [n, ...] along their first axis, in pinned memory where CUDA is available."""
     is_pinned = torch.cuda.is_available()
     if len(clips) == 1 and not is_pinned:
         return clips[0]

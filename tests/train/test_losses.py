@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echoshift.pipeline.errors import SpecError
-from echoshift.train.absent_activities import compute_absent_loss, mark_absent_multi, mark_absent_single
+from echoshift.train.stage1.losses import (
+    compute_absent_loss,
+    compute_source_loss,
+    mark_absent_multi,
+    mark_absent_single,
+)
 
 
 def test_single_label_marks_by_hand() -> None:
@@ -121,3 +126,20 @@ def test_loss_equals_the_printed_formula(seed: int, n: int, n_classes: int, mult
     p = logits.sigmoid() if multi_label else logits.softmax(dim=1)
     wanted = -(torch.log(1 - p) * absent).sum(dim=1).mean()
     torch.testing.assert_close(compute_absent_loss(logits, absent, multi_label=multi_label), wanted)
+
+
+P = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64)
+
+
+def test_weighted_cross_entropy() -> None:
+    loss = compute_source_loss(P.log(), torch.tensor([0, 2]), torch.tensor([0.5, 3.0], dtype=torch.float64))
+    assert loss.item() == pytest.approx(-(0.5 * math.log(0.7) + 3 * math.log(0.25)) / 2, rel=1e-12)
+
+
+def test_weighted_binary_cross_entropy() -> None:
+    labels = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    weights = torch.tensor([[2.0, 0.5, 0.5], [3.0, 4.0, 0.5]], dtype=torch.float64)
+    loss = compute_source_loss(torch.logit(P), labels, weights)
+    terms = [2 * math.log(0.7), 0.5 * math.log(0.8), 0.5 * math.log(0.9)]
+    terms += [3 * math.log(0.5), 4 * math.log(0.25), 0.5 * math.log(0.75)]
+    assert loss.item() == pytest.approx(-sum(terms) / 6, rel=1e-12)
