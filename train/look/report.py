@@ -68,6 +68,7 @@ PAGE = "index.html"
 MAX_SHIFTS, MAX_CHARTS, MAX_CLUSTERINGS, MAX_PREDICTIONS = 3, 12, 6, 8
 MAX_POINTS = 600
 N_FRAMES, N_CLASSES = 4, 3
+NARROW_IN = 6.0  # wider figures have a row of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class ReportFigure:
 
     svg: Markup
     caption: str
-    wide: bool = False
+    is_wide: bool = False
 
 
 def make_report(request: ReportRequest, path: Path) -> ReportOutcome:
@@ -169,8 +170,9 @@ def make_data_url(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _show(name: str, plot: Plot, caption: str = "", *, wide: bool = False) -> ReportFigure:
-    return ReportFigure(Markup(render_inline(plot, name)), caption or plot.description, wide)
+def _show(name: str, plot: Plot, caption: str = "") -> ReportFigure:
+    is_wide = plot.figure.get_figwidth() > NARROW_IN
+    return ReportFigure(Markup(render_inline(plot, name)), caption or plot.description, is_wide)
 
 
 def _draw_durations(manifest: Manifest, domains: Sequence[str]) -> ReportFigure | None:
@@ -251,7 +253,7 @@ def draw_features(request: ReportRequest, runs: Sequence[RunRecord]) -> dict[str
 
     def attempt(name: str, draw: Callable[[], Plot], caption: str = "") -> ReportFigure:
         try:
-            return _show(name, draw(), caption, wide=True)
+            return _show(name, draw(), caption)
         except EchoshiftError as error:
             return ReportFigure(Markup(""), make_sentence(str(error)))
 

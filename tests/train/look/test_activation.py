@@ -72,38 +72,36 @@ def test_it_is_grad_cam(mapped: Any) -> None:
         assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_pictures_are_those_of_the_video_at_their_times(mapped: Any, compared: Any) -> None:
+def test_frames_are_those_of_the_video_at_their_times(mapped: Any, compared: Any) -> None:
     _, maps, _ = mapped
     found = maps[1]  # 1 to 2 s of t-test.mp4
     with av.open(str(compared.media / "t-test.mp4")) as container:
         decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
     assert found.frames.shape[1:] == (32, 32, 3) and len(found.times_s) == len(found.frames)
-    for picture, time_s in zip(found.frames, found.times_s, strict=True):
+    for frame, time_s in zip(found.frames, found.times_s, strict=True):
         number = int(np.floor(time_s * 12 + 1e-2))
         assert 12 <= number < 24
-        # The short side goes to 36 pixels, of which the middle 32 are seen: the picture's own middle, a bit enlarged.
-        errors = [
-            np.abs(picture[8:24, 8:24].mean(axis=(0, 1)) - d[9:23, 9:23].mean(axis=(0, 1))).mean() for d in decoded
-        ]
+        # The short side goes to 36 pixels, of which the middle 32 are seen: the frame's own middle, a bit enlarged.
+        errors = [np.abs(frame[8:24, 8:24].mean(axis=(0, 1)) - d[9:23, 9:23].mean(axis=(0, 1))).mean() for d in decoded]
         assert errors[number] < 6
         assert errors[number] <= sorted(errors)[2]
 
 
-def test_pictures_are_restored() -> None:
+def test_frames_are_restored() -> None:
     spec = FrameSpec(short_side=4, crop=4, mean=(100.0, 110.0, 120.0), std=(50.0, 60.0, 70.0))
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     mean, std = np.array(spec.mean), np.array(spec.std)
-    clip = torch.from_numpy(((pictures - mean) / std).transpose(3, 0, 1, 2).astype(np.float32))
-    np.testing.assert_array_equal(restore_frames(clip, spec), pictures)
+    clip = torch.from_numpy(((frames - mean) / std).transpose(3, 0, 1, 2).astype(np.float32))
+    np.testing.assert_array_equal(restore_frames(clip, spec), frames)
 
 
 def test_an_overlay_changes_where_the_map_is() -> None:
-    pictures = np.full((2, 3, 3, 3), 90, dtype=np.uint8)
+    frames = np.full((2, 3, 3, 3), 90, dtype=np.uint8)
     values = np.zeros((2, 3, 3), dtype=np.float32)
-    np.testing.assert_array_equal(overlay_map(pictures, values), pictures)
+    np.testing.assert_array_equal(overlay_map(frames, values), frames)
     values[1, 2, 0] = 0.25
-    laid = overlay_map(pictures, values)
-    changed = (laid != pictures).any(axis=-1)
+    laid = overlay_map(frames, values)
+    changed = (laid != frames).any(axis=-1)
     assert changed.sum() == 1 and changed[1, 2, 0]
     # The end of inferno is (252, 255, 164); 65 % of it.
     assert laid[1, 2, 0].tolist() == pytest.approx([0.35 * 90 + 0.65 * c for c in (252, 255, 164)], abs=1.5)
@@ -113,8 +111,8 @@ def test_a_row_a_run_is_drawn(mapped: Any) -> None:
     _, maps, _ = mapped
     first: ActivationMap = maps[0]
     drawn = draw_activation_maps([first, first], None, "tiny (synthetic)", n_shown=3)
-    n_pictures = sum(len(axis.images) for axis in drawn.figure.axes)
-    assert n_pictures == 3 * 3  # the frames, and two rows of maps
+    n_frames = sum(len(axis.images) for axis in drawn.figure.axes)
+    assert n_frames == 3 * 3  # the frames, and two rows of maps
     assert first.segment.segment_id in drawn.description and "stage1 s-t, seed 0 sees high" in drawn.description
 
 
