@@ -19,7 +19,7 @@ class FeatureBatch(NamedTuple):
 
     Attributes:
         visual: by output name: `pooled` float32 [B, n_clips, C]; tokens [B, n_clips, n_tokens, C].
-        audio: one feature a segment, float32 [B, C_a]; zeros where there is no sound.
+        audio: one feature a segment, float32 [B, C_a]; zeros where a segment is silent.
         has_audio: bool [B].
     """
 
@@ -95,7 +95,7 @@ class FeatureRows:
     Attributes:
         visual: by output, [n, n_views, n_clips, ...] in the store's dtype; views are augmented views times crops. A
             clip that a segment hasn't repeats those that it has, in turn. Empty where they are `stored`.
-        audio: one feature a segment, float32 [n, C_a]; zeros where there is no sound.
+        audio: one feature a segment, float32 [n, C_a]; zeros where a segment is silent.
         has_audio: bool [n].
         clip_audio: the sound around each clip, where the store of audio has as many clips as that of frames, float32
             [n, n_clips, C_a]; `audio` is its mean, and what single clips are looked up with is this.

@@ -137,11 +137,11 @@ class NetworkRun(ABC):
         return {}, {}
 
     def examine(self, run: TrainedRun) -> tuple[str, ...]:
-        """Say, a line each, what is wrong with a network that was trained to its end."""
+        """Describe, a line each, what is wrong with a network that was trained to its end."""
         return ()
 
     def predict(self, method: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
-        """Predict all that is predicted with a method in eval mode; probabilities float32 [n, K] by name."""
+        """Predict everything listed, with a method in eval mode; return probabilities, float32 [n, K] each."""
         return {
             name: predict_rows(method, rows, index, domain, device, one_clip=self.one_clip, over_clips=self.over_clips)
             for name, (rows, index, domain) in self.list_predicted().items()
@@ -285,7 +285,7 @@ def _make_training(
 
 
 def _predict_snapshots(network: NetworkRun, run: TrainedRun, device: torch.device) -> dict[str, np.ndarray]:
-    """Predict with each of the weights that a run kept; float32 [snapshots, n, K] by name, and the segments' ids."""
+    """Predict with each of the weights that a run kept, float32 [snapshots, n, K], and list the segments' ids."""
     method = network.build().to(device).eval()
     each = []
     for state in (*run.snapshots, run.state):

@@ -39,7 +39,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """One network of Stage 2 or of alignment: its own configuration, and that of the Stage 1 that it stands on.
+    """One network of Stage 2 or of alignment: its own configuration, and that of the Stage 1 below it.
 
     Stage 1's configuration names the encoders; `reads_stage1` says whether what Stage 1 made is read, or the cache.
     """
@@ -187,7 +187,7 @@ def read_settings(path: Path) -> Settings:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise RunError(f"there is no configuration {path}; write one, or leave out --config") from error
+        raise RunError(f"no configuration file {path}; write one, or leave out --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} isn't valid TOML: {error}") from error
 
@@ -246,7 +246,7 @@ def _parse_value(text: str) -> Any:
 def _choose_preset(stage: Stage, name: str) -> str:
     known = sorted({preset for each in KINDS for preset in list_presets(each)})
     if name not in known:
-        raise RunError(f"there is no preset {name!r}; {suggest(name, known, listed_by='echoshift list presets')}")
+        raise RunError(f"unknown preset {name!r}; {suggest(name, known, listed_by='echoshift list presets')}")
     return name if name in list_presets(stage) else _DEFAULT_PRESET
 
 

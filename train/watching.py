@@ -1,4 +1,4 @@
-"""Who is told how long work goes."""
+"""Watchers, which are told how far work has come."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class EpochWatcher(Protocol):
-    """Told how training goes."""
+    """Told how training goes: a progress bar, or nothing."""
 
     def start(self, what: str, n_total: int) -> None:
         """Begin a stretch of n_total steps."""
@@ -22,13 +22,13 @@ class EpochWatcher(Protocol):
 
 
 class SilentWatcher:
-    """Nothing, for what runs inside something that is watched."""
+    """A watcher that shows nothing, for what runs inside something that is watched."""
 
     def start(self, what: str, n_total: int) -> None:
-        """Describe nothing."""
+        """Show nothing."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Describe nothing."""
+        """Show nothing."""
 
     def describe(self, what: str) -> None:
-        """Describe nothing."""
+        """Show nothing."""

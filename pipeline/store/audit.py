@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,7 +18,6 @@ N_NORM_BINS = 20
 # A block's values are turned into float64; this many threads hold one each.
 N_AUDIT_BLOCK_BYTES = 8 * 2**20
 N_AUDIT_THREADS = 4
-N_MERGED_AT_A_TIME = 16
 N_SAMPLE_ROWS = 1024
 N_SAMPLE_BYTES = 64 * 2**20
 SMALLEST_NORMAL_FP16 = 2.0**-14
@@ -86,59 +83,48 @@ class OutputAudit:
 class _Summary:
     """What is kept of a stretch of rows: n, mean and summed squares of all values, extremes a dimension, norms."""
 
-    n: int
-    mean: float
-    squares: float
-    low: np.ndarray
-    high: np.ndarray
-    norms: np.ndarray
-    n_nonfinite: int
-    first_nonfinite_row: int
+    n: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    low: np.ndarray = field(default_factory=lambda: np.asarray(np.inf))
+    high: np.ndarray = field(default_factory=lambda: np.asarray(-np.inf))
+    norms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    n_nonfinite: int = 0
+    first_nonfinite_row: int = -1
 
 
 def audit_output(store: FeatureStore, output: str, notify: Callable[[int], None] = lambda n_rows: None) -> OutputAudit:
-    """Audit one output of every done row, block by block with dask.array; `notify` is told of rows as they are read.
+    """Audit one output of every done row, block by block on a few threads; `notify` is told of rows as they are read.
 
-    Raises StoreError when the output is not there or no row is done.
+    Raises StoreError when the store has no such output or no row is done.
     """
-    import dask.array as da
-
     shapes = {o.name: o.shape for o in store.spec.outputs}
     if output not in shapes:
         raise StoreError(f"{store.path} has no output {output!r}; {suggest(output, shapes, there='it has')}")
     index = read_done_index(store)
-    counted = index.done & index.has_sound
     if not index.done.any():
         raise StoreError(f"{store.path} has no done row to audit; run `echoshift extract` first")
-    n_dims = int(np.prod(shapes[output], dtype=np.int64))
-    rows = _OutputRows(store, output, shapes[output])
-    n_row_bytes = store.layout.n_clips * n_dims * rows.dtype.itemsize
-    sizes = tuple(b - a for a, b in plan_row_blocks(store.layout, n_row_bytes, N_AUDIT_BLOCK_BYTES))
-    values = da.from_array(rows, chunks=(sizes, *rows.shape[1:]), name=False, meta=np.empty((0,), rows.dtype))
-    exists = (np.arange(rows.shape[1])[None] < index.n_valid[:, None]) & counted[:, None]
-    first_rows = np.cumsum((0, *sizes[:-1]))
-    summaries = da.map_blocks(
-        partial(_summarise, exists=exists, first_rows=first_rows, notify=_one_at_a_time(notify)),
-        values,
-        dtype=object,
-        chunks=((1,) * len(sizes),),
-        drop_axis=tuple(range(1, values.ndim)),
-        name=f"audit-{id(rows)}",
-        meta=np.empty(0, object),
-    )
-    merged = da.reduction(
-        summaries,
-        chunk=_keep,
-        combine=_merge,
-        aggregate=_merge,
-        axis=0,
-        dtype=object,
-        split_every=N_MERGED_AT_A_TIME,
-        meta=np.empty(0, object),
-    )
-    summary: _Summary = merged.compute(scheduler="threads", num_workers=N_AUDIT_THREADS)
-    sample = None if rows.dtype == np.float16 else _sample_values(store, output, index, n_row_bytes)
-    return _describe(store, output, summary, index, n_dims, sample)
+    n_dims = math.prod(shapes[output])
+    n_row_bytes = store.layout.n_clips * n_dims * np.dtype(store.spec.dtype).itemsize
+    exists = np.arange(store.layout.n_clips)[None] < index.n_valid[:, None]
+    exists &= (index.done & index.has_sound)[:, None]
+
+    def summarise(rows: tuple[int, int]) -> _Summary:
+        return _summarise(store.read_array(f"outputs/{output}", *rows), exists[slice(*rows)], rows[0])
+
+    blocks = list(plan_row_blocks(store.layout, n_row_bytes, N_AUDIT_BLOCK_BYTES))
+    total, norms = _Summary(), []
+    with ThreadPoolExecutor(N_AUDIT_THREADS) as threads:
+        for start in range(0, len(blocks), N_AUDIT_THREADS):
+            some = blocks[start : start + N_AUDIT_THREADS]
+            for rows, summary in zip(some, threads.map(summarise, some), strict=True):
+                total = _merge(total, summary)
+                norms.append(summary.norms)
+                notify(rows[1] - rows[0])
+    total = replace(total, norms=np.concatenate(norms))
+    is_fp16 = np.dtype(store.spec.dtype) == np.float16
+    sample = None if is_fp16 else _sample_values(store, output, index, n_row_bytes)
+    return _describe(store, output, total, index, n_dims, sample)
 
 
 def find_audit_faults(audit: OutputAudit) -> list[str]:
@@ -175,80 +161,41 @@ def measure_fp16_error(values: np.ndarray) -> Fp16Error:
     )
 
 
-class _OutputRows:
-    """One output as dask wants its sources: shape, type, and slices."""
-
-    def __init__(self, store: FeatureStore, output: str, clip_shape: Sequence[int]) -> None:
-        self._store, self._name = store, f"outputs/{output}"
-        self.shape = (store.layout.n_rows, store.layout.n_clips, *clip_shape)
-        self.dtype = np.dtype(store.spec.dtype)
-        self.ndim = len(self.shape)
-
-    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
-        return self._store.read_array(self._name, key[0].start, key[0].stop)[(slice(None), *key[1:])]
-
-
-def _one_at_a_time(notify: Callable[[int], None]) -> Callable[[int], None]:
-    lock = threading.Lock()
-
-    def notify_alone(n_rows: int) -> None:
-        with lock:
-            notify(n_rows)
-
-    return notify_alone
-
-
-def _summarise(
-    values: np.ndarray,
-    exists: np.ndarray,
-    first_rows: np.ndarray,
-    notify: Callable[[int], None],
-    block_info: Any = None,
-) -> np.ndarray:
-    first = int(first_rows[block_info[0]["chunk-location"][0]]) if block_info else 0
-    here = exists[first : first + len(values)]
-    vectors = values[here].reshape(-1, math.prod(values.shape[2:]))
+def _summarise(values: np.ndarray, exists: np.ndarray, first_row: int) -> _Summary:
+    """Sum up the existing clips of a block, [row, clip, …], whose values are all finite."""
+    vectors = values[exists].reshape(-1, math.prod(values.shape[2:]))
     finite = np.isfinite(vectors).all(axis=1)
-    bad_rows = np.nonzero(here)[0][~finite]
+    bad_rows = np.nonzero(exists)[0][~finite]
     good = vectors if finite.all() else vectors[finite]
     exact = good.astype(np.float64)
-    n = exact.size
-    mean = float(exact.mean()) if n else 0.0
+    mean = float(exact.mean()) if exact.size else 0.0
     norms = np.sqrt(np.einsum("ij,ij->i", exact, exact))
-    low, high = good.min(axis=0, initial=np.inf), good.max(axis=0, initial=-np.inf)
     exact -= mean
-    squares = float(np.einsum("ij,ij->", exact, exact))
-    first_bad = first + int(bad_rows[0]) if len(bad_rows) else -1
-    notify(len(values))
-    return _pack(_Summary(n, mean, squares, low, high, norms, len(bad_rows), first_bad))
-
-
-def _pack(summary: _Summary) -> np.ndarray:
-    packed = np.empty(1, object)
-    packed[0] = summary
-    return packed
-
-
-def _keep(summaries: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
-    return summaries
-
-
-def _merge(summaries: np.ndarray, axis: Any, keepdims: bool) -> Any:
-    """Merge neighbouring summaries; means and squares as Chan, Golub and LeVeque (1979) do, which loses no digits."""
-    parts: list[_Summary] = list(summaries.ravel())
-    n = sum(part.n for part in parts)
-    mean = sum(part.mean * part.n for part in parts) / n if n else 0.0
-    merged = _Summary(
-        n=n,
+    return _Summary(
+        n=exact.size,
         mean=mean,
-        squares=sum(part.squares + part.n * (part.mean - mean) ** 2 for part in parts),
-        low=np.min([part.low for part in parts], axis=0),
-        high=np.max([part.high for part in parts], axis=0),
-        norms=np.concatenate([part.norms for part in parts]),
-        n_nonfinite=sum(part.n_nonfinite for part in parts),
-        first_nonfinite_row=next((p.first_nonfinite_row for p in parts if p.n_nonfinite), -1),
+        squares=float(np.einsum("ij,ij->", exact, exact)),
+        low=good.min(axis=0, initial=np.inf),
+        high=good.max(axis=0, initial=-np.inf),
+        norms=norms,
+        n_nonfinite=len(bad_rows),
+        first_nonfinite_row=first_row + int(bad_rows[0]) if len(bad_rows) else -1,
     )
-    return _pack(merged) if keepdims else merged
+
+
+def _merge(a: _Summary, b: _Summary) -> _Summary:
+    """Merge all but the norms; means and squares as Chan, Golub and LeVeque (1979) do, which loses no digits."""
+    n = a.n + b.n
+    share = b.n / n if n else 0.0
+    return _Summary(
+        n=n,
+        mean=a.mean + (b.mean - a.mean) * share,
+        squares=a.squares + b.squares + (b.mean - a.mean) ** 2 * a.n * share,
+        low=np.minimum(a.low, b.low),
+        high=np.maximum(a.high, b.high),
+        n_nonfinite=a.n_nonfinite + b.n_nonfinite,
+        first_nonfinite_row=a.first_nonfinite_row if a.n_nonfinite else b.first_nonfinite_row,
+    )
 
 
 def _sample_values(store: FeatureStore, output: str, index: DoneIndex, n_row_bytes: int) -> np.ndarray:

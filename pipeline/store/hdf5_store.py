@@ -9,7 +9,7 @@ Zarr.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,10 @@ from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import (
     Backend,
-    RowFinder,
+    FeatureStore,
     ShardIndex,
     VerifyFault,
-    find_missing,
     plan_begun_states,
-    require_clips,
     require_done,
 )
 from echoshift.pipeline.store.layout import (
@@ -35,7 +33,6 @@ from echoshift.pipeline.store.layout import (
     ROW_ARRAYS,
     Shard,
     StoreLayout,
-    decode_segment_ids,
     encode_segment_ids,
     measure_id_bytes,
     pack_attributes,
@@ -91,18 +88,23 @@ def _is_sealed_right(file: h5py.File, name: str, shard: Shard) -> bool:
     return checksum == UNSEALED or bool(google_crc32c.value(rows) == checksum)
 
 
+def _identify(status: os.stat_result) -> tuple[int, ...]:
+    """Return what differs where a file was replaced; it is changed in place, so that its time says nothing."""
+    return status.st_dev, status.st_ino, status.st_size
+
+
 @tell_store_faults
-class Hdf5FeatureStore:
+class Hdf5FeatureStore(FeatureStore):
     """A FeatureStore in one HDF5 file; opened for each access, so it can be pickled and shared by processes."""
 
     backend: Backend = "hdf5"
 
     def __init__(self, path: Path, spec: FeatureSpec, layout: StoreLayout) -> None:
-        self.path = str(path)
-        self.spec = spec
-        self.layout = layout
-        self._segment_ids: list[str] | None = None
-        self._finder: RowFinder | None = None
+        super().__init__(str(path), spec, layout)
+        self._maps: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a map belongs to one process
 
     @contextmanager
     def _open(self, mode: str = "r") -> Iterator[h5py.File]:
@@ -121,13 +123,6 @@ class Hdf5FeatureStore:
         with self._open() as file:
             return unpack_attributes(file.attrs)
 
-    @property
-    def segment_ids(self) -> Sequence[str]:
-        """The id of every row."""
-        if self._segment_ids is None:
-            self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
-        return self._segment_ids
-
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
         """Read rows of any array."""
         with self._open() as file:
@@ -135,49 +130,36 @@ class Hdf5FeatureStore:
                 raise StoreError(f"{self.path} has no array {name!r}")
             return np.asarray(file[name][start_row : self.layout.n_rows if stop_row is None else stop_row])
 
-    def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Read one output of done segments, in their order, through memory maps.
+    def _copy_rows(
+        self, output: str, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None
+    ) -> np.ndarray:
+        """Copy rows out of memory maps, which show every change in the writer's order.
 
-        States are looked at before and after the copying, so that no row of a shard that is being computed comes back.
+        States are compared before and after copying, so that no row of a shard that is being computed comes back.
         Checksums are not compared here: `store verify` does that.
         """
-        return self._read(segment_ids, output, None)
-
-    def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
-        """Read one clip of each segment."""
-        require_clips(self.path, clips, self.layout.n_clips)
-        return self._read(segment_ids, output, clips)
-
-    def _read(self, segment_ids: Iterable[str], output: str, clips: np.ndarray | None) -> np.ndarray:
-        ids = list(segment_ids)
-        if self._finder is None:
-            self._finder = RowFinder(self.segment_ids)
-        rows = self._finder.find(self.path, ids)
         state, values = self._map("state"), self._map(f"outputs/{output}")
-        require_done(self.path, ids, state[rows])
+        require_done(self.path, segment_ids, state[rows])
         copied = values[rows] if clips is None else values[rows, clips]
-        require_done(self.path, ids, state[rows])
+        require_done(self.path, segment_ids, state[rows])
         return copied
 
     def _map(self, name: str) -> np.ndarray:
-        """Map a dataset, which lies in the file in one piece; the map shows every change in the writer's order."""
-        # One handle for both: `extend` may replace the file in between.
+        """Map a dataset, which lies in the file in one piece, again where the file was replaced (`extend`)."""
+        held = self._maps.get(name)
+        if held is not None and held[0] == _identify(os.stat(self.path)):  # noqa: PTH116
+            return held[1]
         with Path(self.path).open("rb") as raw:
+            identity = _identify(os.fstat(raw.fileno()))
             with h5py.File(raw, "r") as file:
                 if name not in file:
                     raise StoreError(f"{self.path} has no array {name!r}")
                 offset, shape, dtype = file[name].id.get_offset(), file[name].shape, file[name].dtype
             if offset is None:
                 raise StoreError(f"{self.path}: {name} has no space of its own in the file; extract it again")
-            return np.memmap(raw, dtype, "r", offset, shape)
-
-    def read_all(self, output: str) -> np.ndarray:
-        """Read one output of every row."""
-        return self.read_array(f"outputs/{output}")
-
-    def missing(self, digests: np.ndarray) -> np.ndarray:
-        """Describe for each row whether it is pending or stale."""
-        return find_missing(self, digests)
+            view = np.asarray(np.memmap(raw, dtype, "r", offset, shape))
+        self._maps[name] = identity, view
+        return view
 
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
         """Append rows by writing a larger file beside this one and replacing it."""

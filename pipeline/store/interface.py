@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.pipeline.store.layout import DONE, PENDING, STATE_NAMES, Shard, StoreLayout, plan_row_blocks
+from echoshift.pipeline.store.layout import (
+    DONE,
+    PENDING,
+    STATE_NAMES,
+    Shard,
+    StoreLayout,
+    decode_segment_ids,
+    plan_row_blocks,
+)
 
 Backend = Literal["zarr", "hdf5"]
 
@@ -62,102 +71,121 @@ class VerifyFault:
     message: str
 
 
-class FeatureStore(Protocol):
+class FeatureStore(ABC):
     """Keeps the features of one FeatureSpec; rows are segments, in the order fixed when they were first planned.
 
     One process writes at a time (it holds `StoreLock`); any number read. A shard's data are written first, then its
     index, `state` last: whatever is killed when, a row whose state is 1 is whole.
     """
 
-    path: str
     backend: Backend
-    spec: FeatureSpec
-    layout: StoreLayout
+
+    def __init__(self, path: str, spec: FeatureSpec, layout: StoreLayout) -> None:
+        self.path = path
+        self.spec = spec
+        self.layout = layout
+        self._segment_ids: list[str] | None = None
+        self._finder: RowFinder | None = None
 
     @property
+    @abstractmethod
     def attributes(self) -> Mapping[str, Any]:
         """What the store said of itself at its creation (FORMAT.md, section 2)."""
-        ...
 
     @property
     def segment_ids(self) -> Sequence[str]:
         """The id of every row, in row order."""
-        ...
+        if self._segment_ids is None:
+            self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
+        return self._segment_ids
 
+    @abstractmethod
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
         """Read rows of any array by its name in FORMAT.md, such as `state` or `outputs/pooled`."""
-        ...
 
     def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
         """Read one output of the segments asked for, in their order, [n, clip, ...] in the store's dtype.
 
         Raises StoreError naming the first segment that is not in the store or not done.
         """
-        ...
+        return self._read(segment_ids, output, None)
 
     def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
         """Read one clip of each segment asked for, in their order, [n, ...]; `clips` are their numbers, int64 [n].
 
         Only these clips are read where the store is local. Raises as `read`, and for a clip that no row has.
         """
-        ...
+        outside = (clips < 0) | (clips >= self.layout.n_clips)
+        if outside.any():
+            raise StoreError(
+                f"clip {clips[outside][0]} is asked for, {self.path} holds {self.layout.n_clips} a segment"
+            )
+        return self._read(segment_ids, output, clips)
+
+    def _read(self, segment_ids: Iterable[str], output: str, clips: np.ndarray | None) -> np.ndarray:
+        ids = list(segment_ids)
+        if self._finder is None:
+            self._finder = RowFinder(self.segment_ids)
+        return self._copy_rows(output, self._finder.find(self.path, ids), ids, clips)
+
+    @abstractmethod
+    def _copy_rows(
+        self, output: str, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None
+    ) -> np.ndarray:
+        """Copy rows of an output, or one clip of each; raises StoreError naming the first row that is not done."""
 
     def read_all(self, output: str) -> np.ndarray:
-        """Read one output of every row, whatever its state, [row, clip, ...]."""
-        ...
+        """Read one output of every row, whatever its state, [row, clip, ...], every checksum of Zarr compared."""
+        return self.read_array(f"outputs/{output}")
 
     def missing(self, digests: np.ndarray) -> np.ndarray:
         """Return whether each row is pending or stale, bool [row]; `digests` are the expected, uint8 [row, 16]."""
-        ...
+        stale = (self.read_array("digest") != digests).any(axis=1)
+        return np.asarray((self.read_array("state") == PENDING) | stale, dtype=bool)
 
+    @abstractmethod
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
         """Append rows for new segments, pending."""
-        ...
 
+    @abstractmethod
     def get_output_chunks(self, name: str) -> tuple[int, int]:
         """Return how many rows and clips one chunk of an output holds, which a store keeps when it grows."""
-        ...
 
+    @abstractmethod
     def read_outputs(
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
     ) -> np.ndarray:
         """Read some clips of some rows of one output, whatever their state, [row, clip, ...]."""
-        ...
 
+    @abstractmethod
     def begin_shard(self, shard: Shard, kept_rows: Sequence[int] = ()) -> None:
         """Set the shard's rows to pending, so that a run killed inside it redoes them.
 
         `kept_rows`, numbers of done rows of the store, stay done all the while; whoever computes the shard writes their
         values again as they are. Raises StoreError where they are damaged, as far as that is seen without reading them.
         """
-        ...
 
+    @abstractmethod
     def write_outputs(self, name: str, start_row: int, values: np.ndarray, start_clip: int = 0) -> None:
         """Write whole chunks of one output, values [n, k, ...] from a row and a clip on.
 
         Rows and clips begin at a chunk's border and end at one, or where the array ends.
         """
-        ...
 
+    @abstractmethod
     def clear_outputs(self, name: str, start_row: int, stop_row: int, start_clip: int, stop_clip: int) -> None:
         """Make whole chunks of one output zero; where none of their clips exists they needn't be stored at all."""
-        ...
 
+    @abstractmethod
     def commit_shard(self, shard: Shard, index: ShardIndex) -> None:
         """Write the shard's index, `state` last."""
-        ...
 
+    @abstractmethod
     def find_checksum_faults(self) -> list[VerifyFault]:
         """Read every chunk of the shards that hold done rows and lists those absent or with a wrong checksum."""
-        ...
 
 
 N_BLOCK_BYTES = 32 * 2**20
-
-
-def index_segments(store: FeatureStore) -> dict[str, int]:
-    """Map a segment's id to its row."""
-    return {segment_id: row for row, segment_id in enumerate(store.segment_ids)}
 
 
 class RowFinder:
@@ -184,20 +212,6 @@ def require_done(path: str, segment_ids: Iterable[str], states: np.ndarray) -> N
         raise StoreError(
             f"segment {segment_id} is {STATE_NAMES[int(states[first])]} in {path}; `echoshift store explain` says why"
         )
-
-
-def require_clips(path: str, clips: np.ndarray, n_clips: int) -> None:
-    """Raise StoreError unless all clips, int64 [n], are among the `n_clips` that a row has at most."""
-    outside = (clips < 0) | (clips >= n_clips)
-    if outside.any():
-        raise StoreError(f"clip {clips[outside][0]} is asked for, {path} holds {n_clips} a segment")
-
-
-def find_missing(store: FeatureStore, digests: np.ndarray) -> np.ndarray:
-    """Describe for each row whether it is pending, or was made from something else than `digests` says, bool [row]."""
-    return np.asarray(
-        (store.read_array("state") == PENDING) | (store.read_array("digest") != digests).any(axis=1), dtype=bool
-    )
 
 
 def plan_begun_states(shard: Shard, states: np.ndarray, kept_rows: Sequence[int]) -> np.ndarray:
@@ -247,20 +261,15 @@ def read_done_index(store: FeatureStore) -> DoneIndex:
     return DoneIndex(done, store.read_array("n_valid"), has_sound)
 
 
-def read_done_block(store: FeatureStore, output: str, start: int, stop: int, index: DoneIndex) -> DoneBlock:
-    """Read the done rows between two rows."""
-    chosen = index.done[start:stop]
-    values = store.read_array(f"outputs/{output}", start, stop)
-    rows = start + np.flatnonzero(chosen)
-    exists = np.arange(values.shape[1])[None] < index.n_valid[rows, None]
-    return DoneBlock(rows, values if chosen.all() else values[chosen], exists, index.has_sound[rows])
-
-
 def iterate_done_blocks(store: FeatureStore, output: str, n_block_bytes: int = N_BLOCK_BYTES) -> Iterator[DoneBlock]:
     """Read one output of every done row, in row order, about `n_block_bytes` at a time."""
     index = read_done_index(store)
     shape = next(o.shape for o in store.spec.outputs if o.name == output)
     n_row_bytes = store.layout.n_clips * math.prod(shape) * np.dtype(store.spec.dtype).itemsize
     for start, stop in plan_row_blocks(store.layout, n_row_bytes, n_block_bytes):
-        if index.done[start:stop].any():
-            yield read_done_block(store, output, start, stop, index)
+        chosen = index.done[start:stop]
+        if chosen.any():
+            values = store.read_array(f"outputs/{output}", start, stop)
+            rows = start + np.flatnonzero(chosen)
+            exists = np.arange(values.shape[1])[None] < index.n_valid[rows, None]
+            yield DoneBlock(rows, values if chosen.all() else values[chosen], exists, index.has_sound[rows])

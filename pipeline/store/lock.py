@@ -138,11 +138,13 @@ def _hold_remote(path: Location, wait_s: float | None, notify: NotifyWaiting) ->
     holder_file, token = _holder_file(path), uuid.uuid4().hex
     started, notified = time.monotonic(), False
     while not holder_file.create_text(_describe_self(path, token=token)):
-        if wait_s is None or time.monotonic() - started > wait_s:
+        if wait_s is None:
             raise _busy(path)
         if not notified:
             notify(f"waiting for {describe_holder(holder_file.read_text())}, who writes {path}")
             notified = True
+        if time.monotonic() - started > wait_s:
+            raise _busy(path)
         time.sleep(LOCK_POLL_S)
     try:
         yield StoreLock(path, token)

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from echoshift.pipeline.errors import StoreError, StoreFullError, find_nearest, 
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import Backend, FeatureStore
 from echoshift.pipeline.store.layout import (
+    DONE,
+    FAILED,
     ArrayLayout,
     StoreLayout,
     make_attributes,
@@ -181,6 +184,47 @@ def list_stores(cache: Place) -> list[Location]:
 
 
 N_CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSummary:
+    """One store in numbers; `outputs` are the shapes of one clip by name, `n_bytes` is what it takes on disk."""
+
+    store: str
+    dataset: str
+    encoder: str
+    fingerprint: str
+    outputs: Mapping[str, tuple[int, ...]]
+    n_clips: int
+    dtype: str
+    n_done: int
+    n_failed: int
+    n_rows: int
+    n_bytes: int
+
+
+def summarise_stores(cache: Place) -> list[StoreSummary]:
+    """Sum up every store below a cache, by path; raises StoreError naming one that can't be opened."""
+    summaries = []
+    for path in list_stores(cache):
+        store = open_store(path)
+        state = store.read_array("state")
+        summaries.append(
+            StoreSummary(
+                store=str(path),
+                dataset=str(store.attributes["dataset"]),
+                encoder=store.spec.encoder,
+                fingerprint=fingerprint(store.spec),
+                outputs={output.name: output.shape for output in store.spec.outputs},
+                n_clips=store.layout.n_clips,
+                dtype=store.spec.dtype,
+                n_done=int((state == DONE).sum()),
+                n_failed=int((state == FAILED).sum()),
+                n_rows=store.layout.n_rows,
+                n_bytes=path.measure_bytes(),
+            )
+        )
+    return summaries
 
 
 def plan_store_bytes(spec: FeatureSpec, layout: StoreLayout) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from echoshift.pipeline.errors import StoreError
 from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.interface import (
     Backend,
-    RowFinder,
+    FeatureStore,
     ShardIndex,
     VerifyFault,
-    find_missing,
     plan_begun_states,
-    require_clips,
     require_done,
 )
 from echoshift.pipeline.store.layout import (
@@ -30,7 +28,6 @@ from echoshift.pipeline.store.layout import (
     ArrayLayout,
     Shard,
     StoreLayout,
-    decode_segment_ids,
     encode_segment_ids,
     plan_arrays,
 )
@@ -68,19 +65,15 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
 
 
 @tell_store_faults
-class ZarrFeatureStore:
+class ZarrFeatureStore(FeatureStore):
     """A FeatureStore in a folder of Zarr v3; any zarr library reads it (FORMAT.md)."""
 
     backend: Backend = "zarr"
 
     def __init__(self, path: Place, group: zarr.Group, spec: FeatureSpec, layout: StoreLayout) -> None:
-        self.path = str(path)
-        self.spec = spec
-        self.layout = layout
+        super().__init__(str(path), spec, layout)
         self._group = group
-        self._segment_ids: list[str] | None = None
         self._arrays: dict[str, zarr.Array] = {}
-        self._finder: RowFinder | None = None
         self._files: dict[str, ChunkFiles | None] = {}
         self._reader: LocalReader | None = None
 
@@ -88,13 +81,6 @@ class ZarrFeatureStore:
     def attributes(self) -> Mapping[str, Any]:
         """The store's attributes as written at its creation."""
         return dict(self._group.attrs)
-
-    @property
-    def segment_ids(self) -> Sequence[str]:
-        """The id of every row."""
-        if self._segment_ids is None:
-            self._segment_ids = decode_segment_ids(self.read_array("segment_id"))
-        return self._segment_ids
 
     def _open_array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
@@ -117,30 +103,16 @@ class ZarrFeatureStore:
             f"{self.path}: {name} rows {start_row} to {stop_row}: {error}; `echoshift store verify` lists every fault"
         )
 
-    def read(self, segment_ids: Iterable[str], output: str) -> np.ndarray:
-        """Read one output of done segments, in their order; LocalReader says what holds while others write."""
-        return self._read(segment_ids, output, None)
-
-    def read_clips(self, segment_ids: Iterable[str], output: str, clips: np.ndarray) -> np.ndarray:
-        """Read one clip of each segment; on a URL whole rows are read."""
-        require_clips(self.path, clips, self.layout.n_clips)
-        return self._read(segment_ids, output, clips)
-
-    def _read(self, segment_ids: Iterable[str], output: str, clips: np.ndarray | None) -> np.ndarray:
-        ids = list(segment_ids)
-        if self._finder is None:
-            self._finder = RowFinder(self.segment_ids)
-        rows = self._finder.find(self.path, ids)
+    def _copy_rows(
+        self, output: str, rows: np.ndarray, segment_ids: Sequence[str], clips: np.ndarray | None
+    ) -> np.ndarray:
+        """Copy rows; LocalReader says what holds while others write. On a URL whole rows are read."""
         local = self._find_local(f"outputs/{output}")
         if local is not None:
-            return local[0].read_rows(local[1], rows, ids, clips)
-        require_done(self.path, ids, self.read_array("state")[rows])
+            return local[0].read_rows(local[1], rows, segment_ids, clips)
+        require_done(self.path, segment_ids, self.read_array("state")[rows])
         values = np.asarray(self._open_array(f"outputs/{output}").oindex[rows])
         return values if clips is None else values[np.arange(len(rows)), clips]
-
-    def read_all(self, output: str) -> np.ndarray:
-        """Read one output of every row from the files as they are now, every checksum compared."""
-        return self.read_array(f"outputs/{output}")
 
     def _find_local(self, name: str) -> tuple[LocalReader, ChunkFiles] | None:
         """Find the files behind an output of a local store; None where zarr has to read it."""
@@ -160,10 +132,6 @@ class ZarrFeatureStore:
             self._open_array(name)[start_row : start_row + len(values)] = values
         except ValueError as error:  # a chunk that keeps rows beside them is read first
             raise self._make_read_error(name, start_row, start_row + len(values), error) from error
-
-    def missing(self, digests: np.ndarray) -> np.ndarray:
-        """Describe for each row whether it is pending or stale."""
-        return find_missing(self, digests)
 
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
         """Append rows; a kill in between leaves longer arrays that the next call puts right."""

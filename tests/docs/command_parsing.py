@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from echoshift.cli.app import app
-from echoshift.cli.spec_options import list_names
+from echoshift.cli.options import list_names
 from echoshift.extract.encoders.registry import find_encoder
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.weights.load import WeightsRecord

@@ -59,7 +59,7 @@ def test_each_block_of_shell_is_listed_once(blocks: ModuleType, lists: ModuleTyp
         (".venv/bin/echoshift extract epic --encodrs i3d_rgb", "--encodrs"),
         (".venv/bin/echoshift store verfy x.zarr", "verfy"),
         ("make ablate GRID=a-table9 DATASET=epic", "a-table9"),
-        ("make align METHOD=rnaa DATASET=epic", "there is no method 'rnaa'"),
+        ("make align METHOD=rnaa DATASET=epic", "unknown method 'rnaa'"),
         ("make stage1 DATASET=demo SHIFT=studio-attic", "attic"),
         ('make stage2 DATASET=demo ARGS="--set schedule.n_epoch=1"', "n_epoch"),
         ("rm -rf cache", "nobody here knows rm"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from echoshift.cli import store_commands
+from echoshift.cli import stores as store_commands
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec, OutputSpec
 from echoshift.pipeline.store import audit as auditing
 from echoshift.pipeline.store.audit import NORM_QUANTILES, audit_output, find_audit_faults, measure_fp16_error
@@ -70,7 +70,6 @@ def make_parts(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, np.ndarr
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_numbers_are_those_of_plain_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(auditing, "N_AUDIT_BLOCK_BYTES", 2000)  # 13 blocks and more, merged in two steps
-    monkeypatch.setattr(auditing, "N_MERGED_AT_A_TIME", 4)
     values, state, sound, n_valid = make_parts(dtype)
     store = make_store(tmp_path / "x.zarr", values, state, sound, n_valid)
     told: list[int] = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from echoshift.cli import store_commands
+from echoshift.cli import stores as store_commands
 from echoshift.pipeline.cards import DatasetCard, write_card
 from echoshift.pipeline.errors import StoreError, UnsafePickleError
 from echoshift.pipeline.manifest import write_manifest

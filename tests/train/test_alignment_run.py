@@ -160,7 +160,7 @@ def test_what_is_not_in_the_cache_or_there_twice_is_said(aligned: Any, tiny_shif
     assert "pooled features of tiny by slowfast_demo are wanted from one store" in err and "has none" in err
     code, _, err = tiny_shift.run(*command, "--cache", aligned.root / "cache", "--set", "alignment.method=rnaa")
     assert code == 2
-    assert "there is no method 'rnaa'; did you mean 'rna'" in err
+    assert "unknown method 'rnaa'; did you mean 'rna'" in err
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_setting(

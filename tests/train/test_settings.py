@@ -199,7 +199,7 @@ def test_an_unknown_preset_is_told_the_nearest() -> None:
         ("x", "there are paper, quick, released"),
         ("../a", "there are"),
     ):
-        with pytest.raises(RunError, match="there is no preset") as caught:
+        with pytest.raises(RunError, match="unknown preset") as caught:
             resolve_stage1(make_card(), name)
         assert words in str(caught.value)
 
@@ -324,7 +324,7 @@ def test_tables_are_merged_and_values_replaced_without_touching_either() -> None
 
 
 def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"there is no configuration .*nowhere\.toml"):
+    with pytest.raises(RunError, match=r"no configuration file .*nowhere\.toml"):
         read_settings(tmp_path / "nowhere.toml")
     for content in (b"[training\nlr = 1", b"lr = \xff"):
         (tmp_path / "bad.toml").write_bytes(content)

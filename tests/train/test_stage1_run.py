@@ -254,11 +254,11 @@ def test_without_anything_extracted_a_dataset_must_be_named(finished: Any, tiny_
     [
         (["--shift", "s-x"], "tiny has no shift 's-x'; did you mean 's-t'?"),
         (["--rerun", "cluster"], "there is no step 'cluster'; did you mean 'clusters'?"),
-        (["--preset", "papers"], "there is no preset 'papers'; did you mean 'paper'?"),
+        (["--preset", "papers"], "unknown preset 'papers'; did you mean 'paper'?"),
         (["--set", "training.lrr=1"], "training.lrr: no such key; did you mean 'lr'?"),
         (["--set", "training.trainable_from=res9"], "no stage 'res9'"),
         (["--set", "visual=3"], "visual"),
-        (["--config", "/nowhere.toml"], "there is no configuration /nowhere.toml"),
+        (["--config", "/nowhere.toml"], "no configuration file /nowhere.toml"),
         (["--media", "/nowhere"], "no media folder /nowhere"),
     ],
 )

@@ -216,10 +216,10 @@ def test_features_made_elsewhere_take_the_place_of_stage_1(own: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--preset", "papers"], "there is no preset 'papers'; did you mean 'paper'?"),
+        (["--preset", "papers"], "unknown preset 'papers'; did you mean 'paper'?"),
         (["--set", "recogniser.widht=3"], "recogniser.widht: no such key; did you mean 'width'?"),
         (["--set", "streams=[{name='a'},{name='a'}]"], "two streams have one name"),
-        (["--set", 'streams=[{name="a", features="/nowhere", sound="/nowhere"}]'], "stream a: there is no /nowhere"),
+        (["--set", 'streams=[{name="a", features="/nowhere", sound="/nowhere"}]'], "stream a: no file /nowhere"),
         (["--set", 'selection.rules=["best"]'], "selection.rules"),
         (["--set", "nothing.width=3"], "nothing: no such key"),
         (["--rerun", "recogniser"], "there is no step 'recogniser'; did you mean 'recogniser_rgb'?"),

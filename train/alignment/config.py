@@ -101,9 +101,7 @@ class AlignmentConfig(SpecModel):
     def _check_name(cls, method: str) -> str:
         names = list_methods()
         if method not in names:
-            raise ValueError(
-                f"there is no method {method!r}; {suggest(method, names, listed_by='echoshift list methods')}"
-            )
+            raise ValueError(f"unknown method {method!r}; {suggest(method, names, listed_by='echoshift list methods')}")
         return method
 
     @model_validator(mode="after")

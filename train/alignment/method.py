@@ -37,8 +37,8 @@ _PARTS = ("loss_names", "losses", "predict")
 class AlignmentMethod(_Module):
     """A method: the two streams of `two_streams.TwoStreamNetwork`, heads of its own, and terms of the loss.
 
-    A subclass declares what stands below, and computes its terms. Built, it is an nn.Module with `config`, `settings`,
-    `streams`, `losses` and `predict`.
+    A subclass declares the attributes below and computes its terms. Built, it is an nn.Module with `config`,
+    `settings`, `streams`, `losses` and `predict`.
 
     Attributes:
         Settings: the method's own settings, `settings` once it is built. Those of the first methods are parts of
@@ -74,7 +74,7 @@ class AlignmentMethod(_Module):
     def compute_terms(
         self, step: StepInputs, source: StreamFeatures, target: StreamFeatures | None
     ) -> dict[str, Tensor]:
-        """Compute the weighted terms beside the class loss, by name; one that is left out is 0."""
+        """Compute the weighted terms beside the class loss; one that is left out is 0."""
         return {}
 
 

@@ -188,7 +188,7 @@ class AlignmentRun(NetworkRun):
         }
 
     def examine(self, run: TrainedRun) -> tuple[str, ...]:
-        """Return whether training came to nothing: a dead stream, or no class learned."""
+        """Describe, a line each, how training came to nothing: a dead stream, or no class learned."""
         method, rows = self.build(), self._open_trained()
         method.load_state_dict(run.state)
         source = rows.find([segment.segment_id for segment in self.source.segments])
@@ -206,7 +206,7 @@ class AlignmentRun(NetworkRun):
 
 
 def plan_schedule(config: AlignmentScheduleConfig, *, has_target: bool) -> Schedule:
-    """Make what the loop is told."""
+    """Plan the loop's schedule."""
     n_target = config.n_batch // 2 if has_target else 0
     drops = ((config.lr_drop_step, config.dropped_lr),) if config.lr_drop_step < config.n_steps else ()
     return Schedule(
@@ -279,7 +279,7 @@ def describe_collapse(
     """Describe in a line each which streams are dead (`shares`, `measure_dead_units`), and that no class was learned.
 
     That is where the last epoch's mean class loss isn't below `compute_guessing_loss` of the training's `labels`; a
-    method from outside, whose terms are its own, isn't judged by it. The settings that help stand in the line.
+    method from outside, whose terms are its own, isn't judged by it. The line names the settings that help.
     """
     alignment, steps = config.alignment, config.iterations
     found_method = find_method(alignment.method)

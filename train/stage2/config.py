@@ -18,7 +18,7 @@ class RecogniserConfig(SpecModel):
 
     z^m (Eq. 5) is `class_token=learnable`, `audio_tokens=true`, `domain_embedding=none`; z' (Eq. 6) is z^m with
     `domain_embedding=per_domain`; z (Eq. 7) is the default. `class_token` `h` takes the first of the two selections of
-    activity sounds, without looking at the pictures. `class_tokens` `per_clip` sends one class token a clip through the
+    activity sounds, without looking at the frames. `class_tokens` `per_clip` sends one class token a clip through the
     transformer, whose logits are averaged. `bank_width` is that of the activity-sound vectors, 0: as wide as the
     tokens. `fc` is what makes h and h': one `linear` layer, or one `hidden` layer of `fc_width` with BatchNorm.
     `clips` `joint`: all clips of a segment are the tokens of one prediction; `each`: a prediction a clip (CharadesEgo),
@@ -58,7 +58,7 @@ class LossConfig(SpecModel):
 
 
 class PseudoLabelConfig(SpecModel):
-    """What stands for the target's labels.
+    """What takes the place of the target's labels.
 
     `hard`: Stage 1's argmax; `thresholded`: those to which it gives at least `threshold`; `none`; `oracle`, the truth.
     Multi-label, `hard` and `thresholded` are the classes to which Stage 1 gives at least `threshold`. `oracle` reads
@@ -70,7 +70,7 @@ class PseudoLabelConfig(SpecModel):
 
 
 class MissingSoundConfig(SpecModel):
-    """What stands for the audio feature of a segment without sound: a learned embedding, or the source's mean.
+    """What takes the place of the audio feature of a silent segment: a learned embedding, or the source's mean.
 
     `p_missing` is how often a segment's sound is withheld in training, so that the embedding is learned [?].
     """

@@ -40,7 +40,7 @@ class StreamInputs:
         without_sound_key: names what is in `features_without_sound`.
         features: a store of all segments.
         table: Stage 1's table; None where the features come from elsewhere and have none.
-        sound: a store of sound, where there is no table.
+        sound: a store of audio, where nothing made a table.
         train_features: a store of augmented views of the train splits; None: training takes those of `features`.
         features_without_sound: a store of the target's test split, made as if there were no sound.
     """
@@ -136,7 +136,7 @@ def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
             return None
         found = Path(path.format(shift=shift, seed=seed)).absolute()
         if not found.exists():
-            raise RunError(f"stream {stream.name}: there is no {found}")
+            raise RunError(f"stream {stream.name}: no file {found}")
         return found
 
     features, table, sound = locate(stream.features), locate(stream.table), locate(stream.sound)
@@ -153,7 +153,7 @@ def name_files(stream: StreamConfig, shift: str, seed: int) -> StreamInputs:
 def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamInputs:
     """Find the stores of pooled features of a dataset that two encoders filled; a stream of them has no table.
 
-    Of sound with views and clean sound it is the clean one. Raises RunError where there is none, or more than one,
+    Of audio with views and clean audio it is the clean one. Raises RunError where none is found, or more than one,
     saying how to name it.
     """
     found = {}
@@ -180,7 +180,7 @@ def find_cached(cache: Place, dataset: str, visual: str, sound: str) -> StreamIn
 
 
 def hears_clips(inputs: StreamInputs) -> bool:
-    """Return whether the store of sound has the sound around each clip of the pictures (recipe B), not a segment's."""
+    """Return whether the store of audio holds the sound around each clip of frames (recipe B), not a segment's."""
     if inputs.table is not None or inputs.sound is None:
         return False
     seen, heard = open_store(inputs.features), open_store(inputs.sound)

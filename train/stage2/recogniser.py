@@ -38,7 +38,7 @@ class SoundSelector(nn.Module):
 
 
 class AudioAdaptiveClassToken(nn.Module):
-    """The bank of activity-sound vectors g_k with the selections h, from sound, and h', from sound and pictures."""
+    """The bank of activity-sound vectors g_k with the selections h, from sound, and h', from sound and frames."""
 
     def __init__(self, n_audio: int, n_visual: int, n_classes: int, config: RecogniserConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class AudioInfusedRecogniser(nn.Module):
     """R: visual tokens with a domain embedding, and a class token that sound selects, through a transformer.
 
     Source and target go through it together; BatchNorm, where there is any, sees both. h is learned from segments with
-    sound alone; h' from silent ones too, whose activity it finds in the pictures.
+    sound alone; h' from silent ones too, whose activity it finds in the frames.
     """
 
     loss_names = ("source", "target", "labelled target", "h", "h'")

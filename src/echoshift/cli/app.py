@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 
 import typer
 from typer.exceptions import TyperException
 
-from echoshift.cli import demo_commands, manifest_commands, store_commands, weights_commands
-from echoshift.cli.ablate_command import ablate, table
-from echoshift.cli.bash_words import joining_bash_words
-from echoshift.cli.command_group import SuggestingGroup
-from echoshift.cli.doctor_command import doctor
-from echoshift.cli.extract_command import extract
-from echoshift.cli.list_command import list_
-from echoshift.cli.network_commands import align, stage2
+from echoshift.cli import demo, manifests, stores, weights
+from echoshift.cli.doctor import doctor
+from echoshift.cli.extraction import extract, plan
+from echoshift.cli.grids import ablate, table
+from echoshift.cli.names import list_
 from echoshift.cli.picture_command import picture
-from echoshift.cli.plan_command import plan
 from echoshift.cli.report_command import report
 from echoshift.cli.show_command import show
-from echoshift.cli.stage1_command import stage1
 from echoshift.cli.terminal import is_plain
-from echoshift.cli.usage_errors import show_usage_error
+from echoshift.cli.training import align, stage1, stage2
 from echoshift.pipeline.errors import EchoshiftError
 
 EXIT_ERROR = 2
@@ -43,16 +37,15 @@ _PLACE_ERRORS = frozenset(
 )
 
 app = typer.Typer(
-    cls=SuggestingGroup,
     no_args_is_help=True,
     rich_markup_mode=None if is_plain(sys.stdout) else "rich",
     pretty_exceptions_enable=False,
     help="Activity recognition in video under domain shift, bridged by sound.",
 )
-app.add_typer(manifest_commands.app, name="manifest")
-app.add_typer(weights_commands.app, name="weights")
-app.add_typer(store_commands.app, name="store")
-app.add_typer(demo_commands.app, name="demo")
+app.add_typer(manifests.app, name="manifest")
+app.add_typer(weights.app, name="weights")
+app.add_typer(stores.app, name="store")
+app.add_typer(demo.app, name="demo")
 app.command()(plan)
 app.command()(extract)
 app.command()(stage1)
@@ -74,15 +67,14 @@ def main() -> None:
     130 interrupted.
     """
     try:
-        with joining_bash_words(os.environ):
-            code = app(prog_name="echoshift", standalone_mode=False)
+        code = app(prog_name="echoshift", standalone_mode=False)
     except EchoshiftError as error:
         print(f"error: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"  {note}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except TyperException as error:
-        show_usage_error(error)
+        _show_usage_error(error)
         sys.exit(EXIT_ERROR)
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
@@ -95,3 +87,14 @@ def main() -> None:
     if code == EXIT_INTERRUPTED:  # newer typers turn the interrupt into this code by themselves, and say nothing
         print("interrupted; what is committed is kept, the same command goes on from there", file=sys.stderr)
     sys.exit(code)
+
+
+def _show_usage_error(error: TyperException) -> None:
+    """Print what is wrong with the command line; a group that was called without a command shows its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "echoshift"
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    print(f"error: {command}: {message[:1].lower()}{message[1:]}; see `{command} --help`", file=sys.stderr)

@@ -1,32 +1,32 @@
-"""Completes in the shell what names datasets, encoders, recipes, weights, stores, segments and settings of extraction.
+"""Completion in the shell of the names that commands take; imports nothing that computes.
 
-A shell waits for each of these, so none imports what computes; what can't be read completes to nothing, as an error
-has no place in the middle of a command line.
+What can't be read completes to nothing: an error has no place in the middle of a command line.
 """
 
 from __future__ import annotations
 
 import csv
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 
 from echoshift.pipeline.places import MANIFESTS_DIR, list_card_files
 
-if TYPE_CHECKING:
-    from echoshift.cli.setting_keys import SettingKey
-
 N_SEGMENTS_OFFERED = 200
+STAGES = ("stage1", "stage2", "alignment")
+_TRAIN = Path(__file__).parent.parent / "train"
+_STAGE_OF_COMMAND = {"stage1": ("stage1",), "stage2": ("stage2", "stage1"), "align": ("alignment", "stage1")}
 
 Offers = list[tuple[str, str]]
 
 
 def complete_dataset(ctx: typer.Context, incomplete: str) -> Offers:
     """Offer the datasets that have a card, with their titles."""
-    return keep_begun(((path.stem, _read_title(path)) for path in _list_card_files(ctx)), incomplete)
+    return _keep_begun(((path.stem, str(_read_toml(path).get("title", ""))) for path in _list_cards(ctx)), incomplete)
 
 
 def complete_encoders(incomplete: str) -> Offers:
@@ -34,29 +34,22 @@ def complete_encoders(incomplete: str) -> Offers:
     from echoshift.extract.encoders.registry import list_builtin_encoders
     from echoshift.pipeline.plugins import ENCODER_GROUP, list_plugin_names
 
-    begun, blank, last = incomplete.rpartition(" ")
-    offered = keep_begun(
-        [
-            *((name, entry.modality) for name, entry in list_builtin_encoders().items()),
-            *((name, "") for name in list_plugin_names(ENCODER_GROUP)),
-        ],
-        last,
-    )
-    return [(f"{begun}{blank}{name}", help_) for name, help_ in offered if name not in begun.split()]
+    named = [(name, entry.modality) for name, entry in list_builtin_encoders().items()]
+    return _complete_last([*named, *((name, "") for name in list_plugin_names(ENCODER_GROUP))], incomplete)
 
 
 def complete_recipe(incomplete: str) -> Offers:
     """Offer the recipes of `extract --preset`."""
     from echoshift.extract.recipes import PRESETS
 
-    return keep_begun(((preset.name, preset.summary) for preset in PRESETS.values()), incomplete)
+    return _keep_begun(((preset.name, preset.summary) for preset in PRESETS.values()), incomplete)
 
 
 def complete_weights(incomplete: str) -> Offers:
     """Offer the names of the catalogue of weights, with their encoders."""
     from echoshift.extract.weights.catalogue import read_catalogue
 
-    return keep_begun(((entry.name, entry.encoder) for entry in read_catalogue().values()), incomplete)
+    return _keep_begun(((entry.name, entry.encoder) for entry in read_catalogue().values()), incomplete)
 
 
 def complete_encoder_weights(incomplete: str) -> Offers:
@@ -64,72 +57,71 @@ def complete_encoder_weights(incomplete: str) -> Offers:
     from echoshift.extract.weights.catalogue import read_catalogue
 
     entries = read_catalogue().values()
-    return keep_begun(((f"{entry.encoder}={entry.name}", entry.licence) for entry in entries), incomplete)
+    return _keep_begun(((f"{entry.encoder}={entry.name}", entry.licence) for entry in entries), incomplete)
 
 
 def complete_store(ctx: typer.Context, incomplete: str) -> Offers:
     """Offer the stores below a local cache."""
     cache = Path(str(ctx.params.get("cache") or "cache"))
     paths = sorted(path for ending in ("zarr", "h5") for path in cache.glob(f"*/*.{ending}"))
-    return keep_begun(((str(path), path.parent.name) for path in paths), incomplete)
+    return _keep_begun(((str(path), path.parent.name) for path in paths), incomplete)
 
 
 def complete_segment(ctx: typer.Context, incomplete: str) -> Offers:
     """Offer segments of the manifests, or of the one that --dataset names; 200 at most."""
     dataset = str(ctx.params.get("dataset") or "")
-    offers: Offers = []
-    for card in _list_card_files(ctx):
-        if dataset in ("", card.stem):
-            ids = (name for name in _iterate_segment_ids(card.with_suffix(".csv")) if name.startswith(incomplete))
-            for name in ids:
-                offers.append((name, card.stem))
-                if len(offers) == N_SEGMENTS_OFFERED:
-                    return offers
-    return offers
+    folder = Path(ctx.params.get("manifests") or MANIFESTS_DIR)
+    cards = [card for card in _list_cards(ctx) if dataset in ("", card.stem)]
+    ids = ((name, card.stem) for card in cards for name in _iterate_segment_ids(folder / f"{card.stem}.csv"))
+    return list(islice((offer for offer in ids if offer[0].startswith(incomplete)), N_SEGMENTS_OFFERED))
 
 
-def complete_spec_setting(incomplete: str) -> Offers:
-    """Offer the keys of `extract --set`, and what a key may be once `=` is there."""
-    return offer_settings(list_spec_settings(), incomplete)
+def complete_grid(incomplete: str) -> Offers:
+    """Offer the grids that come with echoshift, with their titles."""
+    return _keep_begun(list_grid_titles(), incomplete)
 
 
-def list_spec_settings() -> list[SettingKey]:
-    """List the settings of preprocessing: every field of clip, frame and audio."""
-    from echoshift.cli.setting_keys import list_setting_keys
-    from echoshift.pipeline.specs import AudioSpec, ClipSpec, FrameSpec
-
-    parts = (("clip", ClipSpec), ("frame", FrameSpec), ("audio", AudioSpec))
-    return [key for name, model in parts for key in list_setting_keys(model, f"{name}.")]
+def complete_preset(ctx: typer.Context, incomplete: str) -> Offers:
+    """Offer the presets of the command's stage, or of all stages."""
+    stages = _STAGE_OF_COMMAND.get(ctx.info_name or "", STAGES)
+    named = ((name, ", ".join(of)) for name, of in list_preset_stages().items() if {*of} & {*stages})
+    return _keep_begun(named, incomplete)
 
 
-def offer_settings(keys: Sequence[SettingKey], incomplete: str) -> Offers:
-    """Offer `KEY=` for each key that begins so, and `KEY=VALUE` where the key is whole and its values are few."""
-    name, equals, value = incomplete.partition("=")
-    if equals:
-        choices = next((key.choices for key in keys if key.key == name), ())
-        return offer_values(name, ((choice, "") for choice in choices), value)
-    return keep_begun(((f"{key.key}=", key.kind) for key in keys), incomplete)
+def complete_shifts(ctx: typer.Context, incomplete: str) -> Offers:
+    """Offer shifts for the last word of a list separated by blanks: of the named dataset, or of all cards."""
+    dataset = str(ctx.params.get("dataset") or "")
+    cards = [card for card in _list_cards(ctx) if dataset in ("", card.stem)]
+    shifts = ((card.stem, shift) for card in cards for shift in _read_toml(card).get("shifts", ()))
+    return _complete_last(((f"{'+'.join(s['source'])}-{s['target']}", name) for name, s in shifts), incomplete)
 
 
-def offer_values(name: str, values: Iterable[tuple[str, str]], incomplete: str) -> Offers:
-    """Offer NAME=VALUE for the values that begin as what is typed behind the `=`."""
-    return [(f"{name}={value}", help_) for value, help_ in keep_begun(values, incomplete)]
+def list_grid_titles() -> list[tuple[str, str]]:
+    """List the grids that come with echoshift, with their titles."""
+    return sorted((path.stem, str(_read_toml(path).get("title", ""))) for path in (_TRAIN / "grids").glob("*.toml"))
 
 
-def keep_begun(offers: Iterable[tuple[str, str]], incomplete: str) -> Offers:
-    """Keep the offers that begin as what is typed."""
+def list_preset_stages() -> dict[str, list[str]]:
+    """List the presets of training, each with the stages that have it."""
+    found: dict[str, list[str]] = {}
+    for stage in STAGES:
+        for path in sorted((_TRAIN / stage / "presets").glob("*.toml")):
+            found.setdefault(path.stem, []).append(stage)
+    return dict(sorted(found.items()))
+
+
+def _keep_begun(offers: Iterable[tuple[str, str]], incomplete: str) -> Offers:
     return [(name, help_) for name, help_ in offers if name.startswith(incomplete)]
 
 
-def _list_card_files(ctx: typer.Context) -> list[Path]:
+def _complete_last(offers: Iterable[tuple[str, str]], incomplete: str) -> Offers:
+    begun, blank, last = incomplete.rpartition(" ")
+    kept = _keep_begun(offers, last)
+    return [(f"{begun}{blank}{name}", help_) for name, help_ in kept if name not in begun.split()]
+
+
+def _list_cards(ctx: typer.Context) -> list[Path]:
     return list_card_files(Path(ctx.params.get("manifests") or MANIFESTS_DIR))
-
-
-def _read_title(card: Path) -> str:
-    try:
-        return str(tomllib.loads(card.read_text(encoding="utf-8")).get("title", ""))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return ""
 
 
 def _iterate_segment_ids(manifest: Path) -> Iterator[str]:
@@ -138,3 +130,10 @@ def _iterate_segment_ids(manifest: Path) -> Iterator[str]:
             yield from (row["segment_id"] for row in csv.DictReader(file) if row.get("segment_id"))
     except (OSError, UnicodeDecodeError, csv.Error):
         return
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return {}

@@ -8,16 +8,19 @@ from typing import Annotated
 
 import typer
 
-from echoshift.cli.json_answers import JsonOption, print_json
-from echoshift.cli.run_options import (
+from echoshift.cli.options import (
+    DEFAULT_CACHE,
     DEFAULT_RUNS,
+    CacheOption,
     DatasetChoice,
+    ManifestOption,
+    ManifestsOption,
     MediaChoice,
     RunChoices,
     RunsOption,
     open_places,
 )
-from echoshift.cli.spec_options import DEFAULT_CACHE, CacheOption, ManifestOption, ManifestsOption
+from echoshift.cli.terminal import JsonOption, print_json
 from echoshift.pipeline.cards import MANIFESTS_DIR
 
 PICTURES_DIR = Path("reports")

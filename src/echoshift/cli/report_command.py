@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from echoshift.cli.json_answers import JsonOption, print_json
-from echoshift.cli.run_options import (
+from echoshift.cli.options import (
+    DEFAULT_CACHE,
     DEFAULT_RUNS,
+    CacheOption,
     ConfigChoice,
     DatasetChoice,
+    ManifestOption,
+    ManifestsOption,
     MediaChoice,
     OverrideChoice,
     RunChoices,
@@ -22,8 +25,7 @@ from echoshift.cli.run_options import (
     open_places,
     resolve_choices,
 )
-from echoshift.cli.spec_options import DEFAULT_CACHE, CacheOption, ManifestOption, ManifestsOption
-from echoshift.cli.terminal import QuietOption, make_notifier, show_progress
+from echoshift.cli.terminal import JsonOption, QuietOption, make_notifier, print_json, show_progress
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:

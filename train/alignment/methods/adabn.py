@@ -16,7 +16,7 @@ class AdaptiveBatchNorm(AlignmentMethod):
 
     The source alone trains the weights. Each step also sends the target's batch through the projections, in training
     mode and without a gradient, so that the target's statistics follow the weights as they are; a target segment is
-    predicted with those. With weights that stand still, they come to the mean and variance of the target's features.
+    predicted with those. With fixed weights they come to the mean and variance of the target's features.
     """
 
     adapts = True

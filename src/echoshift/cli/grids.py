@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from echoshift.cli.json_answers import JsonOption, make_jsonable, print_json
-from echoshift.cli.run_options import (
+from echoshift.cli.completion import complete_grid, complete_shifts
+from echoshift.cli.options import (
+    DEFAULT_CACHE,
     DEFAULT_RUNS,
+    CacheOption,
     ConfigChoice,
     DatasetChoice,
+    DeviceOption,
+    ManifestOption,
+    ManifestsOption,
     MediaChoice,
     OverrideChoice,
     PresetChoice,
@@ -24,9 +28,7 @@ from echoshift.cli.run_options import (
     open_places,
     resolve_choices,
 )
-from echoshift.cli.spec_options import DEFAULT_CACHE, CacheOption, DeviceOption, ManifestOption, ManifestsOption
-from echoshift.cli.terminal import QuietOption, make_notifier
-from echoshift.cli.train_completion import complete_grid, complete_shifts
+from echoshift.cli.terminal import JsonOption, QuietOption, make_jsonable, make_notifier, print_json
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
@@ -38,13 +40,7 @@ if TYPE_CHECKING:
 EXIT_SOME_FAILED = 3
 
 
-class TableForm(StrEnum):
-    """Lists the forms of a table."""
-
-    text = "text"
-    markdown = "markdown"
-    csv = "csv"
-    latex = "latex"
+TableForm = Literal["text", "markdown", "csv", "latex"]
 
 
 GridOption = Annotated[
@@ -63,13 +59,7 @@ SeedsOption = Annotated[
 ]
 
 
-class RuleName(StrEnum):
-    """Lists the rules by which weights are chosen; `target_oracle` sees the target's test labels."""
-
-    last = "last"
-    mean_last = "mean_last"
-    source_val = "source_val"
-    target_oracle = "target_oracle"
+RuleName = Literal["last", "mean_last", "source_val", "target_oracle"]
 
 
 RuleOption = Annotated[
@@ -98,13 +88,13 @@ def ablate(
     manifests: ManifestsOption = MANIFESTS_DIR,
     device: DeviceOption = "auto",
     rule: RuleOption = None,
-    form: FormOption = TableForm.text,
+    form: FormOption = "text",
     to: ToOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run what a grid still lacks and print its table; ends with 3 if a run failed."""
-    from echoshift.cli.cluster_options import end_on_sigterm, plan_cluster
+    from echoshift.cli.options import end_on_sigterm, plan_cluster
     from echoshift.cli.terminal import show_progress
     from echoshift.train.ablation import GridPlace, Workers, run_grid, select_missing
     from echoshift.train.runs import RESULTS, read_runs
@@ -151,7 +141,7 @@ def table(
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
     rule: RuleOption = None,
-    form: FormOption = TableForm.text,
+    form: FormOption = "text",
     to: ToOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -203,12 +193,12 @@ def _make_table(
     records = read_runs(runs_dir / RESULTS)
     sha256 = places.manifest.sha256
     rule = _choose_rule(grid, rule)
-    hits = average_hits(planned, records, runs_dir, selection=rule.value, manifest_sha256=sha256)
-    return make_table(grid, records, planned, places.card, selection=rule.value, manifest_sha256=sha256, hits=hits)
+    hits = average_hits(planned, records, runs_dir, selection=rule, manifest_sha256=sha256)
+    return make_table(grid, records, planned, places.card, selection=rule, manifest_sha256=sha256, hits=hits)
 
 
 def _choose_rule(grid: Grid, rule: RuleName | None) -> RuleName:
-    return rule or (RuleName.mean_last if grid.stage == "alignment" else RuleName.last)
+    return rule or ("mean_last" if grid.stage == "alignment" else "last")
 
 
 def describe_table(made: Table, grid: Grid, rule: RuleName | None) -> dict[str, object]:
@@ -219,8 +209,8 @@ def describe_table(made: Table, grid: Grid, rule: RuleName | None) -> dict[str, 
 def _write(made: Table, form: TableForm, to: Path | None) -> None:
     """Write the table into a file where one is named; the ending decides the form, then --form, then Markdown."""
     if to is not None:
-        by_ending = {".md": TableForm.markdown, ".csv": TableForm.csv, ".tex": TableForm.latex}
-        chosen = by_ending.get(to.suffix, TableForm.markdown if form == TableForm.text else form)
+        by_ending: dict[str, TableForm] = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
+        chosen = by_ending.get(to.suffix, "markdown" if form == "text" else form)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(_format(made, chosen), encoding="utf-8")
 
@@ -228,7 +218,7 @@ def _write(made: Table, form: TableForm, to: Path | None) -> None:
 def _format(made: Table, form: TableForm) -> str:
     from echoshift.train.table_formats import format_csv, format_latex, format_markdown
 
-    forms = {TableForm.markdown: format_markdown, TableForm.csv: format_csv, TableForm.latex: format_latex}
+    forms = {"markdown": format_markdown, "csv": format_csv, "latex": format_latex}
     return forms[form](made)
 
 
@@ -237,7 +227,7 @@ def _print(made: Table, form: TableForm, to: Path | None) -> None:
     from echoshift.train.table_formats import lay_out
 
     _write(made, form, to)
-    if form != TableForm.text:
+    if form != "text":
         typer.echo(_format(made, form), nl=False)
         return
     header, lines = lay_out(made)

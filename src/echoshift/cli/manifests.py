@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from echoshift.cli.command_group import SuggestingGroup
 from echoshift.cli.completion import complete_dataset
-from echoshift.cli.json_answers import JsonOption, make_jsonable, print_json
-from echoshift.cli.spec_options import DatasetArgument
-from echoshift.cli.terminal import QuietOption
+from echoshift.cli.options import DatasetArgument
+from echoshift.cli.terminal import JsonOption, QuietOption, make_jsonable, print_json
 from echoshift.pipeline.errors import ManifestError
 from echoshift.pipeline.places import MANIFESTS_DIR
 
@@ -25,12 +22,8 @@ if TYPE_CHECKING:
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(
-    cls=SuggestingGroup, no_args_is_help=True, help="Import annotations into a manifest, check it, show it."
-)
-import_app = typer.Typer(
-    cls=SuggestingGroup, no_args_is_help=True, help="Make data/manifests/DATASET.csv from annotation files."
-)
+app = typer.Typer(no_args_is_help=True, help="Import annotations into a manifest, check it, show it.")
+import_app = typer.Typer(no_args_is_help=True, help="Make data/manifests/DATASET.csv from annotation files.")
 app.add_typer(import_app, name="import")
 
 ManifestsOption = Annotated[Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")]
@@ -40,12 +33,7 @@ AllowCountsOption = Annotated[
 MediaOption = Annotated[Path, typer.Option(help="Where the videos lie.")]
 
 
-class PairsName(StrEnum):
-    """Lists what may be done with CharadesEgo's pairs."""
-
-    all = "all"
-    half = "half"
-    none = "none"
+PairsName = Literal["all", "half", "none"]
 
 
 @import_app.command()
@@ -68,7 +56,7 @@ def charades_ego(
     folder: Annotated[Path, typer.Argument(help="CharadesEgo_v1_{train,test}_only{1st,3rd}.csv.")],
     labelled_fraction: Annotated[float, typer.Option(help="Share of the target's train videos with labels.")] = 0.5,
     pairs: Annotated[PairsName, typer.Option(help="Keep all pairs, half of them, or no video's counterpart.")] = (
-        PairsName.all
+        "all"
     ),
     allow_counts: AllowCountsOption = False,
     manifests: ManifestsOption = MANIFESTS_DIR,
@@ -78,7 +66,7 @@ def charades_ego(
     from echoshift.pipeline.importers.charades_ego import import_charades_ego
 
     card = read_dataset_card("charades_ego", manifests)
-    _write(card, import_charades_ego(folder, card, labelled_fraction, pairs.value, allow_counts), manifests)
+    _write(card, import_charades_ego(folder, card, labelled_fraction, pairs, allow_counts), manifests)
 
 
 @import_app.command()

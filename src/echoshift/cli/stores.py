@@ -1,24 +1,24 @@
-"""`echoshift store`: lists, describes, verifies, audits, explains, exports and imports stores."""
+"""`echoshift store`: list, describe, verify, audit, explain, export, import and unlock stores."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from echoshift.cli.command_group import SuggestingGroup
 from echoshift.cli.completion import complete_dataset, complete_segment, complete_store
-from echoshift.cli.json_answers import JsonOption, print_json
-from echoshift.cli.terminal import QuietOption, print_table, show_progress
+from echoshift.cli.terminal import JsonOption, QuietOption, make_jsonable, print_json, print_table, show_progress
 from echoshift.pipeline.places import MANIFESTS_DIR
+
+if TYPE_CHECKING:
+    from echoshift.extract.check import ReextractionReport, StoreCheck
+    from echoshift.pipeline.store.verify import RepairReport
 
 EXIT_FAULTS = 1
 
-app = typer.Typer(
-    cls=SuggestingGroup, no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores."
-)
+app = typer.Typer(no_args_is_help=True, help="List, describe, verify, audit, explain, export and import stores.")
 
 StoreArgument = Annotated[
     str,
@@ -27,26 +27,16 @@ StoreArgument = Annotated[
 CacheOption = Annotated[str, typer.Option(help="Where stores lie: a folder or a URL.", envvar="ECHOSHIFT_CACHE")]
 
 
-class ExportName(StrEnum):
-    """Lists the forms of an export."""
-
-    npz = "npz"
-    h5 = "h5"
-    parquet = "parquet"
-    epic100 = "epic100"
+ExportName = Literal["npz", "h5", "parquet", "epic100"]
 
 
-class ImportName(StrEnum):
-    """Lists the forms of an import."""
-
-    npz = "npz"
-    epic100 = "epic100"
+ImportName = Literal["npz", "epic100"]
 
 
 @app.command("ls")
 def list_(cache: CacheOption = "cache", as_json: JsonOption = False) -> None:
     """List the stores below the cache, with what is in them."""
-    from echoshift.cli.store_listing import summarise_stores
+    from echoshift.pipeline.store.open import summarise_stores
 
     found = summarise_stores(cache)
     if as_json:
@@ -104,7 +94,7 @@ def verify(
     """Check checksums, values, times, ledger, and a sample extracted anew; ends with 1 and a line for every fault."""
     from contextlib import nullcontext
 
-    from echoshift.cli.check_printing import print_check
+    from echoshift.cli.stores import print_check
     from echoshift.extract.check import CheckOptions, check_store, repair_store
     from echoshift.extract.work import RunOptions
     from echoshift.pipeline.store.open import hold_store, open_store
@@ -166,7 +156,7 @@ def explain(
 def export(
     store: StoreArgument,
     to: Annotated[Path, typer.Option(help="The file to write.")],
-    form: Annotated[ExportName, typer.Option(help="What to write.")] = ExportName.npz,
+    form: Annotated[ExportName, typer.Option(help="What to write.")] = "npz",
     output: Annotated[str, typer.Option(help="Which output.")] = "pooled",
     as_json: JsonOption = False,
 ) -> None:
@@ -174,7 +164,7 @@ def export(
     from echoshift.pipeline.store.interchange import export_store
     from echoshift.pipeline.store.open import open_store
 
-    n_rows = export_store(open_store(store), output, to, form.value)
+    n_rows = export_store(open_store(store), output, to, form)
     if as_json:
         print_json({"store": store, "output": output, "form": form, "file": to, "n_segments": n_rows})
         return
@@ -221,7 +211,7 @@ def import_(
         typer.Option(help="A dataset with a card and a manifest in data/manifests.", autocompletion=complete_dataset),
     ],
     encoder: Annotated[str, typer.Option(help="What the features are called; part of the store's name.")],
-    form: Annotated[ImportName, typer.Option(help="npz (folder or file), or EPIC-100's pickle.")] = ImportName.npz,
+    form: Annotated[ImportName, typer.Option(help="npz (folder or file), or EPIC-100's pickle.")] = "npz",
     output: Annotated[str, typer.Option(help="The output's name in the store.")] = "pooled",
     modality: Annotated[str | None, typer.Option(help="RGB, Flow or Audio.")] = None,
     allow_unknown: Annotated[
@@ -244,7 +234,7 @@ def import_(
     if backend not in ("zarr", "hdf5"):
         raise StoreError(f"no backend {backend!r}; {suggest(backend, ('zarr', 'hdf5'))}")
     manifest = read_manifest(locate_manifest(dataset, manifests), read_dataset_card(dataset, manifests))
-    opened = open_import_source(source, form.value, modality)
+    opened = open_import_source(source, form, modality)
     with show_progress("segments", quiet=quiet) as progress:
         progress.start("importing", len(manifest))
         summary = import_features(
@@ -265,3 +255,54 @@ def import_(
     typer.echo(
         f"{summary.path}: {summary.n_done} done ({summary.n_written} written now), {summary.n_pending} without features"
     )
+
+
+N_STALE_NAMED = 10
+
+
+def print_check(check: StoreCheck, repaired: RepairReport | None, *, as_json: bool) -> None:
+    """Print a line for every fault, what is stale, what a sample says, and what was re-queued."""
+    if as_json:
+        print_json({**make_jsonable(check), "repaired": repaired})
+        return
+    for fault in check.faults:
+        where = f"segment {fault.segment_id}: " if fault.segment_id else ""
+        typer.echo(f"{check.path}: {fault.array}: {where}{fault.message}")
+    if check.stale_ids:
+        named = ", ".join(check.stale_ids[:N_STALE_NAMED]) + (" …" if len(check.stale_ids) > N_STALE_NAMED else "")
+        typer.echo(f"{len(check.stale_ids)} rows are stale, their media or times have changed since: {named}")
+    for note in check.notes:
+        typer.echo(f"note: {note}")
+    if check.sample is not None:
+        _print_sample(check.sample)
+    if not check.faults:
+        typer.echo(f"{check.path}: {check.n_rows} rows, no fault")
+    elif repaired is None:
+        typer.echo(
+            f"{len(check.faults)} faults; --repair re-queues their rows, or delete the store and extract it anew"
+        )
+    else:
+        restored = "; the segment ids were restored from the manifest" if repaired.restored_ids else ""
+        typer.echo(
+            f"{len(check.faults)} faults; {repaired.n_rows} rows in {repaired.n_shards} shards are re-queued, "
+            f"`echoshift extract` with the same options computes them anew{restored}"
+        )
+
+
+def _print_sample(sample: ReextractionReport) -> None:
+    counts = Counter(comparison.outcome for comparison in sample.comparisons)
+    text = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("equal", "close", "different", "failed"))
+    typer.echo(f"{sample.n_rows} rows extracted anew: {text} (outputs of rows; tolerance {sample.tolerance:.1e})")
+    close = [comparison for comparison in sample.comparisons if comparison.outcome == "close"]
+    if close:
+        relative, cosine = max(c.relative for c in close), min(c.cosine for c in close)
+        largest = max(c.max_abs for c in close)
+        typer.echo(
+            f"  the close ones: relative error up to {relative:.1e}, absolute {largest:.1e}, cosine {cosine:.6f}"
+        )
+    for output, error in sample.fp16_errors.items():
+        typer.echo(
+            f"  float16 cost {output}: relative error {error.rms_relative:.1e} rms, {error.max_relative:.1e} at most, "
+            f"of the norm {error.norm_relative:.1e}; of {error.n_values} values {error.share_overflow:.2%} too large, "
+            f"{error.share_subnormal:.2%} subnormal"
+        )

@@ -1,4 +1,4 @@
-"""`echoshift weights`: lists, installs and checks the encoders' weights."""
+"""`echoshift weights` and `echoshift demo`: install weights, generate the synthetic demo data set."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Annotated
 
 import typer
 
-from echoshift.cli.command_group import SuggestingGroup
 from echoshift.cli.completion import complete_weights
-from echoshift.cli.json_answers import JsonOption, make_jsonable, print_json
+from echoshift.cli.terminal import JsonOption, make_jsonable, print_json
 
-app = typer.Typer(
-    cls=SuggestingGroup, no_args_is_help=True, help="List, install and check the weights of the encoders."
-)
+app = typer.Typer(no_args_is_help=True, help="List, install and check the weights of the encoders.")
 
 DirOption = Annotated[
     Path | None, typer.Option("--dir", help="Where weights lie; default the user's cache.", envvar="ECHOSHIFT_WEIGHTS")

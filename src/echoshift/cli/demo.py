@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-from echoshift.cli.command_group import SuggestingGroup
-from echoshift.cli.json_answers import JsonOption, print_json
-from echoshift.cli.terminal import QuietOption
+from echoshift.cli.terminal import JsonOption, QuietOption, print_json
 from echoshift.pipeline.places import MANIFESTS_DIR
 
-app = typer.Typer(cls=SuggestingGroup, no_args_is_help=True, help="Generate the synthetic demo data set.")
+app = typer.Typer(no_args_is_help=True, help="Generate the synthetic demo data set.")
 
 
 @app.command()

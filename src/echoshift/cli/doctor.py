@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from echoshift.cli.json_answers import JsonOption, print_json
-from echoshift.cli.spec_options import DEFAULT_CACHE, CacheOption, ManifestsOption
-from echoshift.cli.terminal import is_plain
+from echoshift.cli.options import DEFAULT_CACHE, CacheOption, ManifestsOption
+from echoshift.cli.terminal import JsonOption, is_plain, print_json
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
