@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echoshift.cli.json_answers import make_jsonable
+from echoshift.cli.terminal import make_jsonable
 from echoshift.train.look.segment import ViewOptions, read_segment_view
 from echoshift.train.look.show import choose_classes, describe_view, draw_counts, draw_loudness, draw_segment
 
