@@ -24,27 +24,10 @@ Resolve = Callable[[Stage, tuple[str, ...]], "RunSettings"]
 
 @dataclass(frozen=True, slots=True)
 class FailedRun:
-    """A run that came to no end, and why, in a line."""
+    """A planned run that didn't finish, and why, in one line."""
 
     planned: PlannedRun
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GridPlace:
-    """Where a grid's runs read and write, and how the settings of a row are made."""
-
-    places: DataPlaces
-    runs_dir: Path
-    resolve: Resolve
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """Who computes: this process, or `n` others."""
-
-    n: int = 1
-    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +65,48 @@ def list_rules(run: PlannedRun) -> tuple[str, ...]:
 
 
 def run_grid(
-    missing: Sequence[PlannedRun], place: GridPlace, watcher: EpochWatcher, workers: Workers = Workers()
+    missing: Sequence[PlannedRun],
+    places: DataPlaces,
+    runs_dir: Path,
+    resolve: Resolve,
+    watcher: EpochWatcher,
+    *,
+    n_workers: int = 1,
+    gpus: Sequence[str] = (),
 ) -> list[FailedRun]:
     """Run all that is missing, each appended to the results as it ends; return those that failed.
 
-    First the runs of Stage 1, those that other rows need among them, then the runs on cached features.
+    First the runs of Stage 1, those that other rows need among them, then the runs on cached features. `resolve` makes
+    the settings of a row from its stage and overrides. With several workers each run is a Dask task of a local cluster,
+    one GPU a worker where `gpus` lists them.
     """
-    first = _plan_stage1(missing, place)
+    first = _plan_stage1(missing, places, runs_dir, resolve)
     second = [run for run in missing if run.stage != "stage1"]
     watcher.start("runs", sum(task.counts for task in first) + len(second))
-    failed = _run_tasks(first, watcher, workers)
-    lost = {id(run): reason for run, reason in failed}
-    for run in second:
-        if id(run) in lost:
-            watcher.advance()
-    second = [run for run in second if id(run) not in lost]
-    failed += _run_tasks(_plan_networks(second, place), watcher, workers)
-    return [FailedRun(run, reason) for run, reason in failed]
+    failed = _run_tasks(first, watcher, n_workers, gpus)
+    lost = {id(run.planned) for run in failed}
+    watcher.advance(sum(id(run) in lost for run in second))
+    tasks = [
+        _Task(run_one, (run, places, runs_dir, resolve(run.stage, run.overrides)), (run,), 1)
+        for run in second
+        if id(run) not in lost
+    ]
+    return failed + _run_tasks(tasks, watcher, n_workers, gpus)
 
 
-def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
-    """Plan each run of Stage 1 once, with everything that Stage 2 needs where a row of it asks."""
+def _plan_stage1(missing: Sequence[PlannedRun], places: DataPlaces, runs_dir: Path, resolve: Resolve) -> list[_Task]:
+    """Plan each run of Stage 1 once, exporting features where a row of Stage 2 or alignment reads them."""
     from echoshift.train.stage1.steps import Stage1Request
 
-    records = read_runs(place.runs_dir / RESULTS)
+    records = read_runs(runs_dir / RESULTS)
     needed: dict[tuple[str, str, int], NeededStage1] = {}
     rows: dict[tuple[str, str, int], list[PlannedRun]] = {}
     for run in missing:
-        settings = place.resolve(run.stage, run.overrides)
-        shift = find_shift(place.places.card, run.shift)
+        settings = resolve(run.stage, run.overrides)
+        shift = find_shift(places.card, run.shift)
         of_run = [NeededStage1(settings.stage1, shift, run.seed)]
         if run.stage != "stage1":
-            of_run = list_needed(settings, shift, run.seed, place.runs_dir, records)
+            of_run = list_needed(settings, shift, run.seed, runs_dir, records)
         for stage1 in of_run:
             needed.setdefault(stage1.key, stage1)
             rows.setdefault(stage1.key, []).append(run)
@@ -122,11 +115,11 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
         serves = rows[key]
         own = [run for run in serves if run.stage == "stage1"]
         request = Stage1Request(
-            place.places,
+            places,
             stage1.shift,
             stage1.seed,
             stage1.config,
-            place.runs_dir,
+            runs_dir,
             row=own[0].row if own else "",
             export=len(own) < len(serves),
         )
@@ -134,14 +127,8 @@ def _plan_stage1(missing: Sequence[PlannedRun], place: GridPlace) -> list[_Task]
     return tasks
 
 
-def _plan_networks(runs: Sequence[PlannedRun], place: GridPlace) -> list[_Task]:
-    """Plan runs on cached features, one by one."""
-    settings = {run.row: place.resolve(run.stage, run.overrides) for run in runs}
-    return [_Task(run_one, (run, place.places, place.runs_dir, settings[run.row]), (run,), 1) for run in runs]
-
-
 def run_one_stage1(request: Any) -> None:
-    """Run Stage 1 in this process, and say nothing of its steps."""
+    """Run Stage 1 in this process, silently."""
     from echoshift.train.ranks import Ranks
     from echoshift.train.stage1.run import run_stage1
 
@@ -149,7 +136,7 @@ def run_one_stage1(request: Any) -> None:
 
 
 def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSettings) -> None:
-    """Run Stage 2 or alignment in this process, and say nothing of its epochs."""
+    """Run Stage 2 or alignment in this process, silently."""
     from echoshift.pipeline.devices import resolve_device
     from echoshift.train.run_method import plan_network_run, run_training
 
@@ -158,9 +145,9 @@ def run_one(run: PlannedRun, places: DataPlaces, runs_dir: Path, settings: RunSe
     run_training(planned, SilentWatcher(), resolve_device(places.device))
 
 
-def _run_tasks(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) -> list[tuple[PlannedRun, str]]:
-    if workers.n > 1 and tasks:
-        return _run_in_workers(tasks, watcher, workers)
+def _run_tasks(tasks: Sequence[_Task], watcher: EpochWatcher, n_workers: int, gpus: Sequence[str]) -> list[FailedRun]:
+    if n_workers > 1 and tasks:
+        return _run_in_workers(tasks, watcher, n_workers, gpus)
     failed = []
     for task in tasks:
         try:
@@ -171,12 +158,14 @@ def _run_tasks(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) 
     return failed
 
 
-def _run_in_workers(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Workers) -> list[tuple[PlannedRun, str]]:
+def _run_in_workers(
+    tasks: Sequence[_Task], watcher: EpochWatcher, n_workers: int, gpus: Sequence[str]
+) -> list[FailedRun]:
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
     failed = []
-    with connect_cluster(ClusterRequest("local", workers.n, gpus=workers.gpus)) as client:
+    with connect_cluster(ClusterRequest("local", n_workers, gpus=tuple(gpus))) as client:
         futures = {}
         for i, task in enumerate(tasks):
             arguments = tuple(_make_portable(argument) for argument in task.arguments)
@@ -192,14 +181,14 @@ def _run_in_workers(tasks: Sequence[_Task], watcher: EpochWatcher, workers: Work
     return failed
 
 
-def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[tuple[PlannedRun, str]]:
+def _note_failure(task: _Task, reason: str, watcher: EpochWatcher) -> list[FailedRun]:
     run = task.serves[0]
     watcher.describe(f"{run.row}, {run.shift}, seed {run.seed} failed: {reason}")
-    return [(run, reason) for run in task.serves]
+    return [FailedRun(served, reason) for served in task.serves]
 
 
 def _make_portable(argument: Any) -> Any:
-    """Have paths hold wherever a worker runs; a worker, which may start no processes, decode by itself."""
+    """Make paths absolute, and have a worker, which may not start processes, decode by itself."""
     from echoshift.train.stage1.steps import Stage1Request
 
     if isinstance(argument, DataPlaces):

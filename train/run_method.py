@@ -32,10 +32,9 @@ from echoshift.train.runs import (
     keep_latest,
     read_runs,
 )
-from echoshift.train.scores import Scores, compute_scores
-from echoshift.train.scoring import TestSplit, make_scores, open_test_split, plan_scores_step
-from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.scores import Scores, TestSplit, compute_scores, make_scores, open_test_split, plan_scores_step
 from echoshift.train.splits import LabelledSegments, ShiftSplits
+from echoshift.train.stage2.config import SelectionRule
 from echoshift.train.stage2.inputs import StreamInputs, find_inputs, open_stream
 from echoshift.train.steps import Step, StepResult, StepRunner, hash_json
 from echoshift.train.watching import EpochWatcher

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from echoshift.pipeline.errors import RunError
 from echoshift.train.alignment.config import keep_used
 from echoshift.train.scores import Scores
-from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.stage2.config import SelectionRule
 from echoshift.train.steps import hash_json
 
 RESULTS = "results.jsonl"

@@ -1,16 +1,28 @@
-"""Computes what predictions score on a test set, each number with how many segments it stands on."""
+"""Scores of predictions on a test set, each number with how many segments it rests on, and the step that makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from echoshift.pipeline.cards import DatasetCard, Shift
 from echoshift.pipeline.errors import RunError
-from echoshift.train.source_bins import BIN_NAMES, N_RARE_BINS, NO_BIN, SourceBins
+from echoshift.pipeline.segments import Manifest
+from echoshift.train.splits import LabelledSegments, count_labels, label_target_test, select_labelled
+from echoshift.train.steps import Step, hash_json
 
+# A, section 5.1: rare are 0-1 and 2-10 instances in the source, frequent are those with more than 10.
+BIN_NAMES = ("0-1", "2-10", "over 10")
+BIN_STARTS = (2, 11)
+N_RARE_BINS = 2
+NO_BIN = -1
+HITS = "hits.npz"
 _TOLERANCE = 1e-3  # how far rounding in half precision may take a probability out of 0..1
 
 
@@ -90,6 +102,41 @@ class Scores(ScoreModel):
         score = self.top1 if self.task == "single-label" else self.map_zero
         assert score is not None
         return score
+
+
+@dataclass(frozen=True, slots=True)
+class SourceBins:
+    """The bin of each test segment, or, where the task is multi-label, of each class.
+
+    Attributes:
+        by: what was counted in the source: `pair` (class and noun) or `class`.
+        index: into BIN_NAMES, int64 [n] (multi-label: [K]); NO_BIN where nothing can be counted.
+    """
+
+    by: Literal["pair", "class"]
+    index: np.ndarray
+
+
+def bin_by_source(source: LabelledSegments, test: LabelledSegments, n_classes: int) -> SourceBins:
+    """Bin test segments by how many of the source's train segments show the same (A, Fig. 4).
+
+    Single-label: the same pair of class and noun (EPIC: verb and noun) where both splits have nouns; a test segment
+    without a noun is then in no bin, and a source segment without one counts for none. Where either split has no nouns
+    at all, it is the same class. Multi-label: classes are binned, by the number of source segments that have them.
+    """
+    if test.labels.ndim == 2:
+        return SourceBins("class", _find_bins(count_labels(source.labels, n_classes)))
+    source_nouns, test_nouns = ([segment.noun for segment in part.segments] for part in (source, test))
+    if not any(source_nouns) or not any(test_nouns):
+        return SourceBins("class", _find_bins(count_labels(source.labels, n_classes))[test.labels])
+    seen = Counter(zip(source.labels.tolist(), source_nouns, strict=True))
+    counts = np.array([seen[pair] for pair in zip(test.labels.tolist(), test_nouns, strict=True)], dtype=np.int64)
+    has_noun = np.array([bool(noun) for noun in test_nouns])
+    return SourceBins("pair", np.where(has_noun, _find_bins(counts), NO_BIN))
+
+
+def _find_bins(counts: np.ndarray) -> np.ndarray:
+    return np.digitize(counts, BIN_STARTS).astype(np.int64)
 
 
 def compute_scores(
@@ -258,3 +305,88 @@ def _check(
         raise RunError(f"single-label labels are {labels.dtype}, not indices of classes")
     elif labels.min() < 0 or labels.max() >= n_classes:
         raise RunError(f"labels lie in {labels.min()}..{labels.max()}, not in 0..{n_classes - 1}")
+
+
+@dataclass(frozen=True, slots=True)
+class TestSplit:
+    """What is scored: the target's test segments with their labels, and the source's train split for the bins."""
+
+    test: LabelledSegments
+    source_train: LabelledSegments
+    classes: tuple[str, ...]
+
+    __test__ = False  # it is no test of pytest's
+
+    @property
+    def segment_ids(self) -> list[str]:
+        """The ids of what is scored."""
+        return [segment.segment_id for segment in self.test.segments]
+
+
+def open_test_split(
+    manifest: Manifest, card: DatasetCard, shift: Shift, kept: Sequence[str], source_train: LabelledSegments
+) -> TestSplit:
+    """Return the target's test segments that have features (`kept`), with their labels; for scores alone.
+
+    Raises RunError where none is left.
+    """
+    if not kept:
+        raise RunError(f"{shift.name}: the target has no test segment to score; import a manifest with a test split")
+    test = select_labelled(label_target_test(manifest, card, shift), set(kept))
+    return TestSplit(test, source_train, card.classes)
+
+
+def plan_scores_step(split: TestSplit, inputs: Mapping[str, str]) -> Step:
+    """Plan the step; `inputs` are the keys of the predictions, and what names the sound."""
+    source = split.source_train
+    return Step(
+        "scores",
+        2,
+        {"classes": list(split.classes)},
+        {
+            **inputs,
+            "test": hash_json([split.segment_ids, split.test.labels.tolist(), [s.noun for s in split.test.segments]]),
+            "source": hash_json(
+                [[s.segment_id for s in source.segments], source.labels.tolist(), [s.noun for s in source.segments]]
+            ),
+        },
+    )
+
+
+def make_scores(
+    split: TestSplit, predict: Callable[[], np.ndarray], has_audio: np.ndarray
+) -> Callable[[Path], Mapping[str, Any]]:
+    """Make what the step does: compute the scores, and keep which segments are right, for tests over segments.
+
+    `predict` gives probabilities of the split's segments in their order, float [n, K], or of several networks, float
+    [networks, n, K], whose scores are averaged; `has_audio` is bool [n].
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        found = predict()
+        each = found[None] if found.ndim == 2 else found
+        bins = bin_by_source(split.source_train, split.test, len(split.classes))
+        scores = [compute_scores(p, split.test.labels, has_audio, split.classes, bins) for p in each]
+        if split.test.labels.ndim == 1:
+            is_right = (each.argmax(axis=2) == split.test.labels).mean(axis=0)
+            _write_hits(folder / HITS, split.segment_ids, is_right if len(each) > 1 else is_right.astype(bool))
+        return (scores[0] if len(scores) == 1 else average_scores(scores)).model_dump(mode="json")
+
+    return make
+
+
+def read_hits(folder: Path) -> tuple[list[str], np.ndarray] | None:
+    """Read which test segments a run has right: their ids and bool [n], or, of several networks, the share of those
+    that are right, float64 [n]; None where the folder doesn't say.
+    """
+    path = folder / HITS
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["segment_ids"].tolist(), arrays["is_right"]
+
+
+def _write_hits(path: Path, segment_ids: Sequence[str], is_right: np.ndarray) -> None:
+    fresh = path.with_name(f"{path.name}.partial.npz")
+    np.savez(fresh, segment_ids=np.array(segment_ids), is_right=is_right)
+    fresh.replace(path)

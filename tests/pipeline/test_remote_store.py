@@ -14,55 +14,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_store
+from tiny_store import make_spec, make_values
 
 from echoshift.pipeline.errors import StoreBusyError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report
-from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
 from echoshift.pipeline.store.failures import append_run, failures_path, read_failures
-from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
+from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import plan_shards
 from echoshift.pipeline.store.location import locate
 from echoshift.pipeline.store.lock import hold_store, remove_lock
-from echoshift.pipeline.store.open import create_store, has_store, list_stores, name_store, open_store
+from echoshift.pipeline.store.open import has_store, list_stores, name_store, open_store
 from echoshift.pipeline.store.verify import verify_store
 
-SPEC = FeatureSpec(
-    encoder="toy",
-    weights="0" * 64,
-    clip=ClipSpec(n_frames=4, stride=2, rate_hz=30, n_clips=3),
-    frame=FrameSpec(short_side=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1)),
-    outputs=(OutputSpec(name="pooled", shape=(5,)),),
-    dtype="float32",
-)
-IDS = [f"s{i:03d}" for i in range(20)]
+SPEC = make_spec({"pooled": (5,)})
 
 
 def make_store(cache: str | Path) -> FeatureStore:
-    path = name_store(cache, "toy", SPEC, "zarr")
-    options = {"n_clips": 3, "manifest_sha256": "m", "weights_source": "test", "n_rows_per_shard": 8}
-    return create_store(path, "toy", SPEC, IDS, **options)
+    return tiny_store.make_store(name_store(cache, "toy", SPEC, "zarr"), SPEC)
 
 
 def fill(store: FeatureStore, failed: frozenset[int] = frozenset()) -> None:
     with hold_store(store.path) as hold:
-        for shard in plan_shards(store.layout):
-            rows = np.arange(shard.start_row, shard.stop_row)
-            store.begin_shard(shard)
-            store.write_outputs("pooled", shard.start_row, make_values(rows))
-            index = ShardIndex(
-                times=np.tile(np.asarray([0.0, 1.0]), (len(rows), 3, 1)),
-                frames=np.zeros((len(rows), 3, 2), dtype=np.int64),
-                n_valid=np.full(len(rows), 3, dtype=np.int32),
-                digest=np.ones((len(rows), 16), dtype=np.uint8),
-                state=np.asarray([2 if r in failed else 1 for r in rows], dtype=np.uint8),
-                failures=tuple(Failure(IDS[r], "v", "DecodeError", "bad", False) for r in rows if r in failed),
-            )
-            report = ShardReport(ShardTask(shard, (store.path,)), {store.path: index})
-            commit_report({store.path: store}, report, {store.path: hold})
-
-
-def make_values(rows: np.ndarray) -> np.ndarray:
-    return np.stack([np.random.default_rng(r).standard_normal((3, 5)).astype(np.float32) for r in rows])
+        tiny_store.fill(store, failed, hold=hold)
 
 
 def read_pooled(place: str) -> bytes:
@@ -92,9 +66,9 @@ def test_a_store_on_a_url_holds_the_bytes_of_a_local_one(s3_bucket: str, tmp_pat
     assert [k for k in differing if not k.endswith(".zarr/zarr.json")] == []  # which says when it was created
     assert verify_store(open_store(remote.path)) == []
     assert [str(p) for p in list_stores(cache)] == [remote.path]
-    assert open_store(remote.path).read(["s003"], "pooled").tobytes() == make_values(np.asarray([3])).tobytes()
+    assert open_store(remote.path).read(["s003"], "pooled").tobytes() == make_values(np.asarray([3]), 5).tobytes()
     one = open_store(remote.path).read_clips(["s003", "s004"], "pooled", np.array([1, 0]))
-    assert one.tobytes() == make_values(np.asarray([3, 4]))[[0, 1], [1, 0]].tobytes()
+    assert one.tobytes() == make_values(np.asarray([3, 4]), 5)[[0, 1], [1, 0]].tobytes()
     assert read_failures(remote.path) == read_failures(local.path)
     append_run(remote.path, {"n": 1})
     append_run(remote.path, {"n": 2})
@@ -136,7 +110,7 @@ def test_what_lacks_its_root_metadata_is_no_store_and_is_made_anew(s3_bucket: st
 def test_threads_and_other_processes_open_the_place_themselves(s3_bucket: str) -> None:
     store = make_store(f"{s3_bucket}/many")
     fill(store)
-    expected = make_values(np.arange(20)).tobytes()
+    expected = make_values(np.arange(20), 5).tobytes()
     assert pickle.loads(pickle.dumps(locate(store.path))) == locate(store.path)
     with ThreadPoolExecutor(3) as threads:
         assert set(threads.map(read_pooled, [store.path] * 6)) == {expected}

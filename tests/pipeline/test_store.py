@@ -10,89 +10,35 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_store
 import zarr
+from tiny_store import fill, make_digests, make_index, make_spec, make_values
 
 from echoshift.pipeline.errors import StoreBusyError, StoreError
-from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report, plan_tasks, select_rows
-from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec, fingerprint
+from echoshift.pipeline.execution import plan_tasks, select_rows
+from echoshift.pipeline.specs import fingerprint
 from echoshift.pipeline.store.failures import failures_path, read_failures
 from echoshift.pipeline.store.interchange import export_store
-from echoshift.pipeline.store.interface import Failure, FeatureStore, ShardIndex
-from echoshift.pipeline.store.layout import Shard, plan_shards
+from echoshift.pipeline.store.interface import FeatureStore
+from echoshift.pipeline.store.layout import plan_shards
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.open import create_store, hold_store, list_stores, name_store, open_store
+from echoshift.pipeline.store.open import hold_store, list_stores, name_store, open_store
 from echoshift.pipeline.store.verify import verify_store
 
 MakeStore = Callable[..., FeatureStore]
 
-SPEC = FeatureSpec(
-    encoder="toy",
-    weights="0" * 64,
-    clip=ClipSpec(n_frames=4, stride=2, rate_hz=30, n_clips=3),
-    frame=FrameSpec(short_side=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1)),
-    outputs=(OutputSpec(name="pooled", shape=(5,)), OutputSpec(name="trunk", shape=(2, 3))),
-    dtype="float32",
-)
-
-
-def make_values(shape: tuple[int, ...], start_row: int) -> np.ndarray:
-    """Make values that depend on the row alone."""
-    rows = [np.random.default_rng(start_row + i).standard_normal(shape[1:]).astype(np.float32) for i in range(shape[0])]
-    return np.stack(rows)
-
-
-def make_index(shard: Shard, ids: list[str], failed: frozenset[int] = frozenset()) -> ShardIndex:
-    """Make an index whose rows in `failed` (row numbers of the store) failed."""
-    n = shard.n_rows
-    rows = np.arange(shard.start_row, shard.stop_row)
-    times = np.tile(np.asarray([0.0, 1.0]), (n, 3, 1)) + rows[:, None, None]
-    times[[r in failed for r in rows]] = np.nan
-    return ShardIndex(
-        times=times,
-        frames=np.tile(rows[:, None, None], (1, 3, 2)),
-        n_valid=np.asarray([0 if r in failed else 3 for r in rows], dtype=np.int32),
-        digest=make_digests(rows),
-        state=np.asarray([2 if r in failed else 1 for r in rows], dtype=np.uint8),
-        failures=tuple(Failure(ids[r], "v", "DecodeError", "bad", False) for r in rows if r in failed),
-    )
-
-
-def make_digests(rows: np.ndarray) -> np.ndarray:
-    """Make a digest a row."""
-    return np.stack([np.random.default_rng(1000 + r).integers(0, 256, 16, dtype=np.uint8) for r in rows])
+SPEC = make_spec({"pooled": (5,), "trunk": (2, 3)})
+ROWS = np.arange(20)
 
 
 @pytest.fixture(params=["zarr", "hdf5"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., FeatureStore]:
     """Make an empty store of either backend."""
 
-    def make(n: int = 20, n_rows_per_shard: int = 8) -> FeatureStore:
-        path = name_store(tmp_path / "cache", "toy", SPEC, request.param)
-        ids = [f"s{i:03d}" for i in range(n)]
-        return create_store(
-            path,
-            "toy",
-            SPEC,
-            ids,
-            n_clips=3,
-            manifest_sha256="m",
-            weights_source="test",
-            n_rows_per_shard=n_rows_per_shard,
-        )
+    def make(n: int = 20) -> FeatureStore:
+        return tiny_store.make_store(name_store(tmp_path / "cache", "toy", SPEC, request.param), SPEC, n)
 
     return make
-
-
-def fill(store: FeatureStore, failed: frozenset[int] = frozenset(), shards: tuple[int, ...] | None = None) -> None:
-    for shard in plan_shards(store.layout):
-        if shards is not None and shard.index not in shards:
-            continue
-        store.begin_shard(shard)
-        for output in SPEC.outputs:
-            values = make_values((shard.n_rows, 3, *output.shape), shard.start_row)
-            store.write_outputs(output.name, shard.start_row, values)
-        index = make_index(shard, list(store.segment_ids), failed)
-        commit_report({store.path: store}, ShardReport(ShardTask(shard, (store.path,)), {store.path: index}))
 
 
 def test_values_and_times_come_back(make_store: MakeStore) -> None:
@@ -100,13 +46,13 @@ def test_values_and_times_come_back(make_store: MakeStore) -> None:
     fill(store)
     store = open_store(Path(store.path))
     assert fingerprint(store.spec) == fingerprint(SPEC)
-    np.testing.assert_array_equal(store.read_all("trunk"), make_values((20, 3, 2, 3), 0))
+    np.testing.assert_array_equal(store.read_all("trunk"), make_values(ROWS, 2, 3))
     np.testing.assert_array_equal(
-        store.read(["s019", "s002", "s019"], "pooled")[:, 0], make_values((20, 3, 5), 0)[[19, 2, 19], 0]
+        store.read(["s019", "s002", "s019"], "pooled")[:, 0], make_values(ROWS, 5)[[19, 2, 19], 0]
     )
     np.testing.assert_array_equal(store.read_array("times")[7, 2], [7.0, 8.0])
     assert verify_store(store) == []
-    assert not store.missing(make_digests(np.arange(20))).any()
+    assert not store.missing(make_digests(ROWS)).any()
     assert store.attributes["versions"]["torch"]
     assert list_stores(Path(store.path).parents[1]) == [locate(store.path)]
 
@@ -116,12 +62,12 @@ def test_zarr_is_plain_zarr_without_compression(tmp_path: Path, make_store: Make
     fill(store)
     if store.backend == "zarr":
         array = zarr.open_array(store.path, path="outputs/pooled", mode="r")
-        np.testing.assert_array_equal(array[:], make_values((20, 3, 5), 0))
+        np.testing.assert_array_equal(array[:], make_values(ROWS, 5))
         chunk = (Path(store.path) / "outputs/pooled/c/0/0/0").read_bytes()
-        assert chunk[:-4] == make_values((8, 3, 5), 0).tobytes()
+        assert chunk[:-4] == make_values(np.arange(0, 8), 5).tobytes()
     else:
         with h5py.File(store.path) as file:
-            np.testing.assert_array_equal(file["outputs/pooled"][:], make_values((20, 3, 5), 0))
+            np.testing.assert_array_equal(file["outputs/pooled"][:], make_values(ROWS, 5))
             assert file["outputs/pooled"].chunks is None
 
 
@@ -141,7 +87,7 @@ def test_pending_and_failed_rows_are_refused(make_store: MakeStore) -> None:
 def test_only_shards_with_missing_or_stale_rows_are_planned(make_store: MakeStore) -> None:
     store = make_store()
     fill(store, failed=frozenset({9}))
-    digests = make_digests(np.arange(20))
+    digests = make_digests(ROWS)
     everything = np.ones(20, dtype=bool)
 
     def shards_to_do(**options: bool) -> list[int]:
@@ -160,7 +106,7 @@ def test_a_run_killed_inside_a_shard_redoes_that_shard(make_store: MakeStore) ->
     store = make_store()
     fill(store)
     store.begin_shard(plan_shards(store.layout)[1])
-    missing = open_store(Path(store.path)).missing(make_digests(np.arange(20)))
+    missing = open_store(Path(store.path)).missing(make_digests(ROWS))
     assert np.flatnonzero(missing).tolist() == list(range(8, 16))
 
 
@@ -171,7 +117,7 @@ def test_appended_rows_keep_the_old_ones(make_store: MakeStore) -> None:
     store = open_store(Path(store.path))
     assert list(store.segment_ids[-3:]) == ["s009", "new1", "new2"]
     assert store.read_array("state").tolist() == [1] * 10 + [0, 0]
-    np.testing.assert_array_equal(store.read(["s009"], "pooled"), make_values((10, 3, 5), 0)[[9]])
+    np.testing.assert_array_equal(store.read(["s009"], "pooled"), make_values(np.arange(0, 10), 5)[[9]])
     fill(store, shards=(1,))
     assert verify_store(store) == []
     with pytest.raises(StoreError, match="holds 3 clips a segment, not 4"):
@@ -181,7 +127,7 @@ def test_appended_rows_keep_the_old_ones(make_store: MakeStore) -> None:
 def test_a_flipped_bit_is_found_and_named(make_store: MakeStore) -> None:
     store = make_store()
     fill(store)
-    wanted = make_values((8, 3, 5), 8)[0, 0].tobytes()
+    wanted = make_values(np.arange(8, 16), 5)[0, 0].tobytes()
     files = [Path(store.path)] if store.backend == "hdf5" else list(Path(store.path).glob("outputs/pooled/c/1/0/0"))
     data = bytearray(files[0].read_bytes())
     data[data.find(wanted) + 2] ^= 0x10
@@ -203,11 +149,11 @@ def test_an_absent_chunk_is_found(make_store: MakeStore) -> None:
 def test_nan_and_impossible_times_are_found(make_store: MakeStore) -> None:
     store = make_store(n=8)
     fill(store)
-    values = make_values((8, 3, 5), 0)
+    values = make_values(np.arange(0, 8), 5)
     values[3, 1, 2] = np.nan
     store.write_outputs("pooled", 0, values)
     shard = plan_shards(store.layout)[0]
-    index = make_index(shard, list(store.segment_ids))
+    index = make_index(shard)
     index.times[5, 0] = [2.0, 2.0]
     store.commit_shard(shard, index)
     assert [(f.array, f.segment_id) for f in verify_store(store)] == [("times", "s005"), ("outputs/pooled", "s003")]
@@ -245,7 +191,7 @@ def test_changed_attributes_and_foreign_folders_are_refused(make_store: MakeStor
 def test_exports_agree(make_store: MakeStore, tmp_path: Path) -> None:
     store = make_store()
     fill(store, failed=frozenset({0}))
-    expected = make_values((20, 3, 5), 0)[1:]
+    expected = make_values(ROWS, 5)[1:]
     for form, name in (("npz", "f.npz"), ("h5", "f.h5"), ("parquet", "f.parquet"), ("epic100", "f.pkl")):
         assert export_store(store, "pooled", tmp_path / name, form) == 19
     with np.load(tmp_path / "f.npz") as archive:

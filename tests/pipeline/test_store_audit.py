@@ -110,7 +110,7 @@ def test_faults_end_with_1_and_a_line_each(tmp_path: Path) -> None:
     make_store(tmp_path / "good.zarr", values, state, sound, n_valid)
     run = CliRunner().invoke(store_commands.app, ["audit", str(tmp_path / "good.zarr")])
     assert run.exit_code == 0
-    assert "pooled: 163 clips of 81 done rows, 2 without sound left out" in run.output
+    assert "pooled: 163 clips of 81 done rows, 2 without audio left out" in run.output
     assert run.output.count("#") >= 20
     values[80, 0, 0, 0] = np.inf
     make_store(tmp_path / "bad.zarr", values, state, sound, n_valid)

@@ -6,8 +6,17 @@ from sklearn.metrics import accuracy_score, average_precision_score, balanced_ac
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
-from echoshift.train.scores import BinScore, ClassScore, Score, Scores, average_scores, compute_scores
-from echoshift.train.source_bins import NO_BIN, SourceBins, bin_by_source
+from echoshift.train.scores import (
+    NO_BIN,
+    BinScore,
+    ClassScore,
+    Score,
+    Scores,
+    SourceBins,
+    average_scores,
+    bin_by_source,
+    compute_scores,
+)
 from echoshift.train.splits import LabelledSegments
 
 CLASSES = ("take", "put", "open")

@@ -14,9 +14,7 @@ from echoshift.pipeline.errors import RunError
 from echoshift.train.grids import Grid, GridRow, PublishedTable, plan_runs, read_grid
 from echoshift.train.runs import RunRecord
 from echoshift.train.scores import Score, Scores
-from echoshift.train.table_formats import format_csv, format_latex, format_markdown, lay_out
-from echoshift.train.table_notes import NO_BENCHMARK
-from echoshift.train.tables import make_table
+from echoshift.train.tables import NO_BENCHMARK, format_csv, format_latex, format_markdown, lay_out, make_table
 
 CARD = DatasetCard(
     name="toy",
@@ -304,9 +302,7 @@ def test_latex_escapes_what_means_something_there():
 
 
 def test_a_table_needs_neither_extract_nor_torch():
-    code = (
-        "import sys, echoshift.train.tables, echoshift.train.table_formats, echoshift.train.runs; print(*sys.modules)"
-    )
+    code = "import sys, echoshift.train.tables, echoshift.train.runs; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = done.stdout.split()
     loaded = {name.partition(".")[0] for name in modules}

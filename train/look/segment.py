@@ -33,8 +33,7 @@ from echoshift.train.look.segment_media import (
 )
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from echoshift.train.scoring import read_hits
-from echoshift.train.selection_rules import SelectionRule
+from echoshift.train.scores import SelectionRule, read_hits
 from echoshift.train.splits import TEST, find_shift
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config

@@ -21,8 +21,7 @@ from echoshift.train.runs import (
     keep_latest,
     read_runs,
 )
-from echoshift.train.scores import Scores
-from echoshift.train.scoring import make_scores, open_test_split, plan_scores_step
+from echoshift.train.scores import Scores, make_scores, open_test_split, plan_scores_step
 from echoshift.train.splits import count_labels, split_for_shift
 from echoshift.train.stage1.encoder import CHECKPOINT
 from echoshift.train.stage1.inputs import list_segments, list_train_segments, open_run_inputs

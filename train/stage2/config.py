@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from echoshift.pipeline.specs import SpecModel
-from echoshift.train.selection_rules import SelectionRule
+
+SelectionRule = Literal["last", "mean_last", "source_val", "target_oracle"]
 
 
 class RecogniserConfig(SpecModel):

@@ -96,14 +96,13 @@ def ablate(
     """Run what a grid still lacks and print its table; ends with 3 if a run failed."""
     from echoshift.cli.options import end_on_sigterm, plan_cluster
     from echoshift.cli.terminal import show_progress
-    from echoshift.train.ablation import GridPlace, Workers, run_grid, select_missing
+    from echoshift.train.ablation import run_grid, select_missing
     from echoshift.train.runs import RESULTS, read_runs
 
     choices = RunChoices(dataset, media, cache, manifest, manifests, device, preset, config, set_)
     notify = make_notifier(quiet=quiet)
     places, chosen, planned = _plan(choices, grid, shifts, seeds, notify)
     runs_dir = runs / places.card.name
-    place = GridPlace(places, runs_dir, partial(_resolve, places, choices))
     missing = select_missing(planned, read_runs(runs_dir / RESULTS), places.manifest.sha256)
     notify(f"{len(planned) - len(missing)} of {len(planned)} runs are done")
     failed = []
@@ -111,7 +110,9 @@ def ablate(
         cluster = plan_cluster(workers, None, slurm=False, slurm_options=[], device=device) if workers > 1 else None
         with end_on_sigterm(), show_progress("runs", quiet=quiet) as progress:
             gpus = cluster.gpus if cluster is not None else ()
-            failed = run_grid(missing, place, progress, Workers(workers, gpus))
+            failed = run_grid(
+                missing, places, runs_dir, partial(_resolve, places, choices), progress, n_workers=workers, gpus=gpus
+            )
     made = _make_table(places, chosen, planned, runs_dir, rule)
     if as_json:
         _write(made, form, to)
@@ -186,9 +187,8 @@ def _resolve(places: DataPlaces, choices: RunChoices, stage: Stage, overrides: t
 def _make_table(
     places: DataPlaces, grid: Grid, planned: list[PlannedRun], runs_dir: Path, rule: RuleName | None
 ) -> Table:
-    from echoshift.train.hits import average_hits
     from echoshift.train.runs import RESULTS, read_runs
-    from echoshift.train.tables import make_table
+    from echoshift.train.tables import average_hits, make_table
 
     records = read_runs(runs_dir / RESULTS)
     sha256 = places.manifest.sha256
@@ -216,7 +216,7 @@ def _write(made: Table, form: TableForm, to: Path | None) -> None:
 
 
 def _format(made: Table, form: TableForm) -> str:
-    from echoshift.train.table_formats import format_csv, format_latex, format_markdown
+    from echoshift.train.tables import format_csv, format_latex, format_markdown
 
     forms = {"markdown": format_markdown, "csv": format_csv, "latex": format_latex}
     return forms[form](made)
@@ -224,7 +224,7 @@ def _format(made: Table, form: TableForm) -> str:
 
 def _print(made: Table, form: TableForm, to: Path | None) -> None:
     from echoshift.cli.terminal import print_table
-    from echoshift.train.table_formats import lay_out
+    from echoshift.train.tables import lay_out
 
     _write(made, form, to)
     if form != "text":

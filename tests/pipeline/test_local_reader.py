@@ -11,69 +11,38 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_store
+from tiny_store import N_CLIPS, fill, make_index, make_values
 
 from echoshift.pipeline.errors import StoreError
-from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec
 from echoshift.pipeline.store import local_reader
-from echoshift.pipeline.store.interface import Backend, FeatureStore, ShardIndex
+from echoshift.pipeline.store.interface import Backend, FeatureStore
 from echoshift.pipeline.store.layout import (
     DONE,
-    Shard,
+    PENDING,
     plan_arrays,
     plan_rows_per_index_chunk,
     plan_rows_per_shard,
     plan_shards,
 )
 from echoshift.pipeline.store.local_reader import LocalReader
-from echoshift.pipeline.store.open import create_store, open_store
+from echoshift.pipeline.store.open import open_store
 from echoshift.pipeline.store.verify import verify_store
+from echoshift.pipeline.store.zarr_store import ZarrFeatureStore
 
-N_ROWS, N_CLIPS = 40, 3
+N_ROWS = 40
+
+
+ROWS = np.arange(N_ROWS)
 
 
 def make_spec(*shape: int, dtype: str = "float32", sampling: str = "uniform") -> FeatureSpec:
-    windows = {"sampling": "windows", "step": 4} if sampling == "windows" else {"n_clips": N_CLIPS}
-    return FeatureSpec.model_validate(
-        {
-            "encoder": "toy",
-            "weights": "0" * 64,
-            "clip": {"n_frames": 4, **windows},
-            "frame": FrameSpec(short_side=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1)),
-            "outputs": (OutputSpec(name="pooled", shape=shape),),
-            "dtype": dtype,
-        }
-    )
+    return tiny_store.make_spec({"pooled": shape}, dtype, sampling)
 
 
 def make_store(path: Path, spec: FeatureSpec, n_rows: int = N_ROWS, n_clips: int = N_CLIPS) -> FeatureStore:
-    ids = [f"s{i:03d}" for i in range(n_rows)]
-    return create_store(
-        path, "toy", spec, ids, n_clips=n_clips, manifest_sha256="m", weights_source="t", n_rows_per_shard=16
-    )
-
-
-def make_index(shard: Shard, n_valid: np.ndarray, n_clips: int) -> ShardIndex:
-    exists = np.arange(n_clips)[None] < n_valid[:, None]
-    return ShardIndex(
-        times=np.where(exists[..., None], [0.0, 1.0], np.nan),
-        frames=np.where(exists[..., None], 0, -1),
-        n_valid=n_valid.astype(np.int32),
-        digest=np.ones((shard.n_rows, 16), np.uint8),
-        state=np.full(shard.n_rows, DONE, np.uint8),
-    )
-
-
-def fill(store: FeatureStore, values: np.ndarray, shards: tuple[int, ...] | None = None) -> None:
-    for shard in plan_shards(store.layout):
-        if shards is None or shard.index in shards:
-            store.begin_shard(shard)
-            store.write_outputs("pooled", shard.start_row, values[shard.start_row : shard.stop_row])
-            n_valid = np.full(shard.n_rows, store.layout.n_clips)
-            store.commit_shard(shard, make_index(shard, n_valid, store.layout.n_clips))
-
-
-def make_values(*shape: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((N_ROWS, N_CLIPS, *shape)).astype(dtype)
+    return tiny_store.make_store(path, spec, n_rows, n_clips, 16)
 
 
 @pytest.fixture(params=["zarr", "hdf5"])
@@ -90,9 +59,9 @@ def name_path(folder: Path, backend: Backend) -> Path:
     [((5,), "float32"), ((7,), "float16"), ((2, 3), "float16"), ((), "float32"), ((12001,), "float32")],
 )
 def test_rows_are_those_of_plain_numpy(tmp_path: Path, backend: Backend, shape: tuple[int, ...], dtype: str) -> None:
-    values = make_values(*shape, dtype=dtype)
+    values = make_values(ROWS, *shape, dtype=dtype)
     store = make_store(name_path(tmp_path, backend), make_spec(*shape, dtype=dtype))
-    fill(store, values)
+    fill(store)
     rows = np.random.default_rng(1).integers(0, N_ROWS, 100)
     ids = [f"s{row:03d}" for row in rows]
     np.testing.assert_array_equal(store.read(ids, "pooled"), values[rows])
@@ -116,8 +85,8 @@ def test_rows_of_clip_chunks_agree_however_few_maps_are_kept(tmp_path: Path, mon
     spec = make_spec(6, sampling="windows")
     store = make_store(tmp_path / "x.zarr", spec, n_clips=70)
     assert plan_arrays(spec, store.layout)[0].chunks == (16, 64, 6)
-    values = np.random.default_rng(3).standard_normal((N_ROWS, 70, 6)).astype(np.float32)
-    fill(store, values)
+    values = make_values(ROWS, 6, n_clips=70)
+    fill(store)
     for _ in range(3):
         rows = np.random.default_rng(4).integers(0, N_ROWS, 60)
         ids, clips = [f"s{r:03d}" for r in rows], np.random.default_rng(5).integers(0, 70, 60)
@@ -128,23 +97,21 @@ def test_rows_of_clip_chunks_agree_however_few_maps_are_kept(tmp_path: Path, mon
 
 def test_a_reader_sees_what_another_process_recomputed(tmp_path: Path, backend: Backend) -> None:
     path = name_path(tmp_path, backend)
-    old, new = make_values(5), make_values(5, seed=9)
-    fill(make_store(path, make_spec(5)), old)
+    old, new = make_values(ROWS, 5), make_values(ROWS, 5, seed=9)
+    fill(make_store(path, make_spec(5)))
     reader = open_store(path)
     ids = [f"s{row:03d}" for row in range(N_ROWS)]
     np.testing.assert_array_equal(reader.read(ids, "pooled"), old)
-    np.save(tmp_path / "new.npy", new)
     write = (
-        "import sys, numpy as np; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from test_store_maps import fill, make_index\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tiny_store import fill, make_values, np, plan_shards\n"
         "from echoshift.pipeline.store.open import open_store\n"
-        "from echoshift.pipeline.store.layout import plan_shards\n"
-        "store, values = open_store(Path(sys.argv[2])), np.load(sys.argv[3])\n"
-        "fill(store, values, (1,))\n"
+        "store = open_store(sys.argv[2])\n"
+        "fill(store, shards=(1,), seed=9)\n"
         "store.begin_shard(plan_shards(store.layout)[2])\n"
-        "store.write_outputs('pooled', 32, values[32:])\n"
+        "store.write_outputs('pooled', 32, make_values(np.arange(32, 40), 5, seed=9))\n"
     )
-    arguments = [sys.executable, "-c", write, str(Path(__file__).parent), str(path), str(tmp_path / "new.npy")]
+    arguments = [sys.executable, "-c", write, str(Path(__file__).parent), str(path)]
     subprocess.run(arguments, check=True, timeout=120)
     expected = np.concatenate([old[:16], new[16:32]])
     np.testing.assert_array_equal(reader.read(ids[:32], "pooled"), expected)
@@ -155,7 +122,7 @@ def test_a_reader_sees_what_another_process_recomputed(tmp_path: Path, backend: 
 
 def test_a_shard_begun_between_the_looks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path / "x.zarr", make_spec(5))
-    fill(store, make_values(5))
+    fill(store)
     writer = open_store(tmp_path / "x.zarr")
     copy_rows = LocalReader._copy_rows
 
@@ -172,16 +139,16 @@ def test_a_shard_begun_between_the_looks_is_refused(tmp_path: Path, monkeypatch:
 def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = make_values(5), make_values(5, seed=9)
+    old, new = make_values(ROWS, 5), make_values(ROWS, 5, seed=9)
     store = make_store(tmp_path / "x.zarr", make_spec(5))
-    fill(store, old)
+    fill(store)
     writer = open_store(tmp_path / "x.zarr")
     copy_rows, done = LocalReader._copy_rows, []
 
     def copy_while_one_writes(self: LocalReader, *arguments: Any) -> Any:
         copied = copy_rows(self, *arguments)
         if not done:
-            fill(writer, new, (0,))
+            fill(writer, shards=(0,), seed=9)
             done.append(1)
         return copied
 
@@ -191,7 +158,7 @@ def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
 
 def test_a_chunk_of_a_wrong_length_is_named(tmp_path: Path) -> None:
     store = make_store(tmp_path / "x.zarr", make_spec(5))
-    fill(store, make_values(5))
+    fill(store)
     chunk = tmp_path / "x.zarr/outputs/pooled/c/1/0/0"
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:-7])
@@ -209,7 +176,7 @@ def test_a_chunk_of_a_wrong_length_is_named(tmp_path: Path) -> None:
 def test_chunks_may_be_absent_where_no_valid_clip_is(tmp_path: Path) -> None:
     spec = make_spec(6, sampling="windows")
     store = make_store(tmp_path / "x.zarr", spec, n_clips=70)
-    fill(store, np.ones((N_ROWS, 70, 6), np.float32))
+    fill(store)
     second = tmp_path / "x.zarr/outputs/pooled/c/1/1/0"
     second.unlink()
     assert [(f.segment_id, f.message) for f in verify_store(store)] == [("s016", "chunk c/1/1/0 is absent")]
@@ -217,7 +184,8 @@ def test_chunks_may_be_absent_where_no_valid_clip_is(tmp_path: Path) -> None:
     store.commit_shard(shard, make_index(shard, np.full(16, 64), 70))
     assert verify_store(store) == []
     read = open_store(tmp_path / "x.zarr").read(["s016"], "pooled")[0]
-    assert (read[:64] == 1).all() and (read[64:] == 0).all()
+    np.testing.assert_array_equal(read[:64], make_values(np.asarray([16]), 6, n_clips=70)[0, :64])
+    assert (read[64:] == 0).all()
     n_valid = np.full(16, 64)
     n_valid[5] = 65
     store.commit_shard(shard, make_index(shard, n_valid, 70))
@@ -261,3 +229,61 @@ def test_a_commit_of_one_long_row_takes_little_memory_and_disk(tmp_path: Path) -
     n_bytes = sum(file.stat().st_size for file in (tmp_path / "x.zarr").rglob("*") if file.is_file())
     assert n_bytes < 8e6
     np.testing.assert_array_equal(open_store(tmp_path / "x.zarr").read_array("times"), index.times)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("n_written", range(6))
+def test_a_commit_stopped_before_any_of_its_files_leaves_the_shard_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
+) -> None:
+    path = tmp_path / "x.zarr"
+    fill(make_store(path, make_spec(5)))
+    whole = read_files(path)
+    writes, written = ZarrFeatureStore._write_rows, []
+
+    def stop(self: ZarrFeatureStore, name: str, *arguments: Any) -> None:
+        if len(written) == n_written:
+            raise KeyboardInterrupt
+        writes(self, name, *arguments)
+        written.append(name)
+
+    store = open_store(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ZarrFeatureStore, "_write_rows", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fill(store, shards=(1,))
+    assert written == ["state", "times", "frames", "n_valid", "digest"][:n_written]
+    middle = [PENDING if n_written else DONE] * 16
+    assert open_store(path).read_array("state").tolist() == [DONE] * 16 + middle + [DONE] * 8
+    fill(open_store(path), shards=(1,))
+    assert read_files(path) == whole
+
+
+@pytest.mark.parametrize("array", ["state", "digest", "times"])
+def test_a_damaged_chunk_of_the_index_is_named_and_kept(tmp_path: Path, array: str) -> None:
+    store = make_store(tmp_path / "x.zarr", make_spec(5))
+    fill(store)
+    [chunk] = [path for path in (tmp_path / "x.zarr" / array / "c").rglob("*") if path.is_file()]
+    damaged = bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:]
+    chunk.write_bytes(damaged)
+    with pytest.raises(StoreError, match=rf"x\.zarr: {array} rows \d+ to \d+: .*checksum.*`echoshift store verify`"):
+        fill(open_store(tmp_path / "x.zarr"), shards=(1,))
+    assert chunk.read_bytes() == damaged
+
+
+def test_a_damaged_chunk_is_refused_unless_all_of_its_rows_are_given(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "x.zarr", make_spec(5))
+    fill(store)
+    chunk = tmp_path / "x.zarr/n_valid/c/0"
+    whole = chunk.read_bytes()
+    for damaged in (b"\x08" + whole[1:], whole[:-1]):
+        chunk.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"n_valid rows 0 to 16: .*; `echoshift store verify` lists"):
+            fill(store, shards=(0,))
+        assert chunk.read_bytes() == damaged
+        assert store.read_array("state")[:16].tolist() == [PENDING] * 16
+        ZarrFeatureStore._write_rows(store, "n_valid", 0, np.full(40, 3))  # type: ignore[arg-type]
+        assert chunk.read_bytes() == whole
