@@ -15,7 +15,7 @@ from echoshift.train.grids import Grid, PlannedRun, Stage, list_grids, list_shif
 from echoshift.train.intervals import compute_interval
 from echoshift.train.look.report_tables import Cell, PageTable, percent, show
 from echoshift.train.runs import RunKey, RunRecord, keep_latest
-from echoshift.train.scores import SelectionRule
+from echoshift.train.stage2.config import SelectionRule
 from echoshift.train.tables import MEAN, PERCENT, Table, TableRow, average_hits, lay_out, make_table
 from echoshift.train.watching import EpochWatcher, SilentWatcher
 

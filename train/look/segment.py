@@ -33,11 +33,12 @@ from echoshift.train.look.segment_media import (
 )
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from echoshift.train.scores import SelectionRule, read_hits
+from echoshift.train.scores import read_hits
 from echoshift.train.splits import TEST, find_shift
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.encoder import AudioAttention, CheckpointFacts
+from echoshift.train.stage2.config import SelectionRule
 from echoshift.train.steps import RECORD, hash_json
 
 N_EXTREME = 5
