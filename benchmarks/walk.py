@@ -3,7 +3,8 @@
     python -m benchmarks.walk [--files]
 
 Two ways are profiled (`sys.setprofile`) on generated data: from a manifest row to its stored row (`echoshift extract`
-of one segment with one encoder, from its shard's beginning to its commit), and from features to a score (`echoshift
+of one segment with one encoder, from its shard's beginning to its commit; once with the network that is loaded for
+the first shard of a process, once without), and from features to a score (`echoshift
 align`: one network trained, predicted and scored). The whole commands are counted beside them.
 """
 
@@ -105,14 +106,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="echoshift-walk-") as folder, contextlib.chdir(folder):
         segments = generate_demo(Path("data/demo"), n_train=6, n_test=6)
-        one = Path("one.csv")
-        write_manifest(one, segments[:1])
-        walks = {
-            "manifest row to stored row": walk_command(
-                extraction, "run_in_process", "extract", "demo", "--encoders", "slowfast_demo", "--cache", "one",
-                "--manifest", str(one),
-            )
-        }  # fmt: skip
+        walks = {}
+        for name, cache in (("manifest row, network loaded too", "first"), ("manifest row to stored row", "second")):
+            write_manifest(Path("one.csv"), segments[:1])
+            walks[name] = walk_command(
+                extraction, "run_in_process", "extract", "demo", "--encoders", "slowfast_demo", "--cache", cache,
+                "--manifest", "one.csv",
+            )  # fmt: skip
         write_manifest(locate_manifest("demo"), segments)
         for encoder in ("slowfast_demo", "resnet_demo"):
             with contextlib.redirect_stdout(io.StringIO()):
@@ -121,9 +121,9 @@ def main() -> None:
             methods, "run_training", "align", "demo", "--shift", "studio-workshop", "--preset", "quick",
             "--set", "iterations.n_steps=20", "--set", "iterations.n_checkpoints=1", "--set", "alignment.method=rna",
         )  # fmt: skip
-    print(f"{'way':28}{'files':>7}{'goal':>6}{'functions':>11}{'whole command':>15}")
+    print(f"{'way':34}{'files':>7}{'goal':>6}{'functions':>11}{'whole command':>15}")
     for name, (inner, outer) in walks.items():
-        print(f"{name:28}{len(inner.files):>7}{GOAL:>6}{len(inner.functions):>11}{len(outer.files):>9} files")
+        print(f"{name:34}{len(inner.files):>7}{GOAL:>6}{len(inner.functions):>11}{len(outer.files):>9} files")
         if options.files:
             print("".join(f"    {file}\n" for file in inner.files), end="")
 
