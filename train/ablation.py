@@ -1,4 +1,4 @@
-"""Runs what a grid asks for and isn't done yet, here or in worker processes; a run that fails stops no other."""
+"""Execution of a grid's missing runs, in this process or in workers; a run that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FailedRun:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One call that a process makes, and the planned runs that fail with it."""
+    """One call to make, and the planned runs that fail with it."""
 
     call: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -43,7 +43,7 @@ class _Task:
 def select_missing(
     planned: Sequence[PlannedRun], records: Iterable[RunRecord], manifest_sha256: str
 ) -> list[PlannedRun]:
-    """Return the planned runs that lack a record of this manifest under a rule that they ask for, in order."""
+    """Return, in order, the planned runs without a record of this manifest for each of their selection rules."""
     done = {
         (record.stage, record.config_hash, record.shift, record.seed, record.selection)
         for record in keep_latest(records).values()

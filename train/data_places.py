@@ -1,4 +1,4 @@
-"""Where a dataset lies, and who computes on it."""
+"""The places of a dataset's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from echoshift.pipeline.store.location import Place
 
 @dataclass(frozen=True, slots=True)
 class DataPlaces:
-    """Where a dataset lies, and who computes on it. `media_root` needn't exist where all that is read is cached."""
+    """A dataset's card, manifest, media and cache, and the device to compute on.
+
+    `media_root` need not exist if everything that is read is cached.
+    """
 
     card: DatasetCard
     manifest: Manifest

@@ -1,4 +1,4 @@
-"""Reads grids, which are tables of runs written down as TOML, and plans the runs that they ask for."""
+"""Grids: tables of runs described in TOML files, and the runs that they plan."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Stage = Literal["stage1", "stage2", "alignment"]
 
 
 class GridModel(BaseModel):
-    """What every part of a grid has in common: frozen, and an unknown key is an error."""
+    """Base of all parts of a grid: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class PublishedTable(GridModel):
-    """Names the published table that a grid repeats, by the fields `paper` and `table` of cards' published numbers."""
+    """The published table that a grid repeats, by the fields `paper` and `table` of cards' published numbers."""
 
     paper: str
     table: str
 
 
 class GridRow(GridModel):
-    """One row: a variant, as `part.field=value` changes of the configuration that the command line gives.
+    """One row: a variant, as `part.field=value` overrides of the command line's configuration.
 
-    `published` is the `method` under which cards list the row's published number, "" where there is none. `stage` is
-    the stage whose runs the row is of, where it isn't the grid's.
+    `published` is the `method` under which cards list the row's published number, or "". `stage` is the stage of the
+    row's runs where it differs from the grid's.
     """
 
     name: str = Field(min_length=1)
@@ -61,12 +61,12 @@ class Grid(GridModel):
 
     Attributes:
         name: the file's, without its ending.
-        stage: which stage's runs they are, where a row doesn't say otherwise.
-        task: the only task that the grid makes sense for; None: both.
+        stage: stage of the runs, unless a row names another.
+        task: the only task that the grid is for; None: both.
         baseline: the row that the others are tested against, "" for none.
         seeds, shifts: unless the command line says otherwise; no shifts: all of the card that `sources` admits.
         sources: how many source domains a shift has: `single`, `several`, or `any`. Published means are over those.
-        columns: what the table shows beside the shifts: `silent` (silent, audible) and `rare` (rare, frequent).
+        columns: further columns of the table: `silent` (silent, audible) and `rare` (rare, frequent).
         published: the published table that it repeats.
     """
 
@@ -95,7 +95,7 @@ class Grid(GridModel):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """One run that a grid asks for; `config` is JSON and decides, with stage, shift and seed, what is trained."""
+    """One run of a grid; `config` (JSON), stage, shift and seed decide what is trained."""
 
     row: str
     stage: Stage
@@ -146,11 +146,11 @@ def plan_runs(
     seeds: Sequence[int] = (),
     shifts: Sequence[str] = (),
 ) -> list[PlannedRun]:
-    """Plan a grid's runs: seed by seed, in each shift by shift, so that what is done early are whole seeds.
+    """Plan a grid's runs seed by seed, and within a seed shift by shift, so that whole seeds finish early.
 
-    `resolve` makes the whole configuration, as JSON, of a row's stage and overrides. `seeds` and `shifts` replace the
-    grid's. Raises RunError for a grid of another task, a shift that the card lacks, and rows that are the same run;
-    whatever `resolve` raises for a row gets a note that names it.
+    `resolve` returns the whole configuration, as JSON, of a row's stage and overrides. `seeds` and `shifts` replace
+    the grid's. Raises RunError for a grid of another task, a shift that the card lacks, and rows that are the same run;
+    an error of `resolve` gets a note that names the row.
     """
     if grid.task not in (None, card.task):
         raise RunError(f"grid {grid.name} is for {grid.task} datasets; {card.name} is {card.task}")

@@ -1,4 +1,4 @@
-"""Computes what runs say together: means with intervals, and paired tests against a baseline."""
+"""Means of runs with intervals, and paired tests against a baseline."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from echoshift.pipeline.errors import RunError
 
 PairKey = tuple[str, int]  # a shift's name and a seed
 LEVEL = 0.95
-# Differences this close to each other are equal but for rounding; a t-test of them would divide by the rounding.
+# Differences this close are equal up to rounding; a t-test would divide by the rounding error.
 _EQUAL = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class MeanInterval:
-    """The mean of n runs; `half_width` is that of its 95 % t-interval, None for one run, which has none."""
+    """Mean of n runs with the half width of its 95 % t-interval, None for a single run."""
 
     mean: float
     half_width: float | None
@@ -26,10 +26,10 @@ class MeanInterval:
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """How far a method lies above a baseline on the same n pairs, and how probable that were without a difference.
+    """Mean difference of a method to a baseline on the same n pairs, with a two-sided p-value of a paired t-test.
 
-    `p_value` is two-sided. It is None for a single pair, and where all differences are equal but not 0: there is no
-    spread to measure them by. It is 1 where all are 0.
+    `p_value` is None for a single pair, and where all differences are equal but not 0, so that there is no spread; it
+    is 1 where all are 0.
     """
 
     difference: float
@@ -40,7 +40,7 @@ class PairedTest:
 
 @dataclass(frozen=True, slots=True)
 class SegmentTest:
-    """A difference with its 95 % bootstrap interval over n test segments, and its two-sided p-value."""
+    """Difference with its 95 % bootstrap interval over n test segments, and its two-sided p-value."""
 
     difference: float
     low: float
@@ -51,7 +51,7 @@ class SegmentTest:
 
 def compute_interval(values: Sequence[float]) -> MeanInterval:
     """Compute the mean of runs and the half width of its 95 % t-interval; raises RunError for none or a NaN."""
-    from scipy.special import stdtrit  # Student's t; importing scipy.stats takes a second, all that a table has
+    from scipy.special import stdtrit  # Student's t; importing scipy.stats takes a second
 
     numbers = _check(values, "scores of runs")
     n = len(numbers)
@@ -62,8 +62,8 @@ def compute_interval(values: Sequence[float]) -> MeanInterval:
 def compare_pairs(ours: Mapping[PairKey, float], baseline: Mapping[PairKey, float]) -> PairedTest:
     """Test, by a paired t-test over the (shift, seed) pairs that both have, whether `ours` differs from the baseline.
 
-    Runs of one seed or shift aren't independent of each other, so the p-value is rather too small. Raises RunError
-    where no pair is in both.
+    Runs that share a seed or a shift are not independent, so the p-value tends to be too small. Raises RunError if no
+    pair is in both.
     """
     from scipy.special import stdtr
 
@@ -88,9 +88,9 @@ def compare_segments(
     """Test by a paired bootstrap over test segments whether a mean over segments differs from the baseline's.
 
     Both map a shift to one number a test segment, float [n] in the same order: whether it is right, or the share of
-    seeds in which it is. The difference is the mean over shifts of the mean over segments; segments are drawn anew
-    within each shift. So the test is of these trained networks on other segments, not of training again. It is not for
-    average precision, which is no mean over segments. Raises RunError naming the shift that doesn't fit.
+    seeds in which it is. The difference is the mean over shifts of the mean over segments; segments are resampled
+    within each shift. The test is of these trained networks on other segments, not of another training. Average
+    precision is not a mean over segments and cannot be tested so. Raises RunError naming the shift that does not fit.
     """
     if not ours or set(ours) != set(baseline):
         raise RunError(f"segments of shifts {sorted(ours)} can't be compared with those of {sorted(baseline)}")
@@ -101,7 +101,7 @@ def compare_segments(
             raise RunError(f"{shift}: {list(values.shape)} and {list(baseline[shift].shape)} aren't 2 or more segments")
         differences = np.subtract(values, baseline[shift], dtype=np.float64)
         _check(differences, f"{shift}: differences of segments")
-        # Drawing n segments with replacement is drawing how often each of the few distinct differences comes.
+        # Equivalent to drawing n segments with replacement: count how often each distinct difference is drawn.
         distinct, counts = np.unique(differences, return_counts=True)
         n = len(differences)
         drawn.append(rng.multinomial(n, counts / n, size=n_draws) @ distinct / n)

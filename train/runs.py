@@ -1,4 +1,4 @@
-"""Keeps what runs scored: one JSON line a run in `runs/DATASET/results.jsonl`, appended and never changed."""
+"""Records of finished runs: one JSON line a run in `runs/DATASET/results.jsonl`, appended and never changed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ RunKey = tuple[str, str, str, int, str]
 
 
 class TornLineWarning(UserWarning):
-    """That a line of a results file is no whole JSON, as a kill while it was written leaves it."""
+    """A line of a results file that is cut off, as a kill during writing leaves it."""
 
 
 class RunRecord(BaseModel):
-    """One run that came to its end: what was trained on what, and what it scored.
+    """One finished run: what was trained on what, and what it scored.
 
     Attributes:
         stage: such as `stage1`.
         shift: a name of the card, such as D1-D2.
-        row: the grid's row that asked for the run, "" where none did; for people, tables go by `config_hash`.
-        config: JSON of everything that decides the result but data, shift and seed; `config_hash` is its hash.
-        steps: by name, the keys of the steps that the run went through.
-        fingerprints: by encoder, of the feature stores that it read.
-        selection: the rule that chose the weights that were scored; `target_oracle` alone sees target labels.
+        row: the grid's row that asked for the run, or "". For people to read; tables go by `config_hash`.
+        config: JSON of everything that decides the result except data, shift and seed; `config_hash` is its hash.
+        steps: keys of the steps that the run went through, by name.
+        fingerprints: of the feature stores that it read, by encoder.
+        selection: the rule that chose the scored weights; only `target_oracle` sees target labels.
             `mean_last` is the mean of the scores of the last checkpoints.
-        started, ended: with their time zone, UTC.
-        device: in words, such as `cpu` or the GPU's name.
-        warnings: what is wrong with a network although it was trained to its end, a line each.
+        started, ended: UTC, with their time zone.
+        device: `cpu` or the GPU's name.
+        warnings: faults of a network that was trained to its end, such as dead units; a line each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,19 +75,19 @@ class RunRecord(BaseModel):
     @classmethod
     def _check_zone(cls, time: datetime) -> datetime:
         if time.tzinfo is None:
-            raise ValueError("a time without a time zone; give datetime.now(UTC)")
+            raise ValueError("a time without a time zone; use datetime.now(UTC)")
         return time
 
     @property
     def key(self) -> RunKey:
-        """What the run is a result of: stage, config hash, shift, seed and selection rule."""
+        """Stage, config hash, shift, seed and selection rule."""
         return (self.stage, self.config_hash, self.shift, self.seed, self.selection)
 
 
 def hash_config(config: Mapping[str, Any]) -> str:
-    """Compute the 12 hex digits that name a configuration, given as JSON (`model_dump(mode="json")`).
+    """Hash a configuration, given as JSON (`model_dump(mode="json")`), to 12 hex digits.
 
-    Of an alignment's part only what its method reads counts (`keep_used`).
+    Of an alignment config, only the fields that its method reads count (`keep_used`).
     """
     return hash_json(_keep_used_everywhere(config))
 
@@ -102,8 +102,8 @@ def _keep_used_everywhere(value: Any) -> Any:
 def append_run(path: Path, record: RunRecord) -> None:
     """Append a record as one line, under a lock, and return when it is on the disk.
 
-    A kill leaves at most a torn last line; the next append begins a line of its own behind it. A write that fails (no
-    room left) leaves the file as it was. Raises RunError naming the file.
+    A kill leaves at most a torn last line; the next append starts a new line after it. A write that fails (disk
+    full) leaves the file as it was. Raises RunError naming the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json(exclude_defaults=True).encode() + b"\n"
@@ -118,10 +118,10 @@ def append_run(path: Path, record: RunRecord) -> None:
 
 
 def read_runs(path: Path) -> list[RunRecord]:
-    """Read all records of a results file, oldest first; [] where there is no file.
+    """Read all records of a results file, oldest first; [] if the file does not exist.
 
-    A line that is no whole JSON is passed over with a TornLineWarning that names file and line. A whole one that is no
-    record is a RunError: another version wrote it, or a hand did.
+    A torn line is skipped with a TornLineWarning that names file and line. A complete line that is not a record
+    (written by another version, or edited) raises RunError.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -155,15 +155,15 @@ def read_runs(path: Path) -> list[RunRecord]:
 
 
 def keep_latest(records: Iterable[RunRecord]) -> dict[RunKey, RunRecord]:
-    """Keep, of records in the order they were written, the last of each key."""
+    """Keep the last record of each key; `records` are in the order they were written."""
     return {record.key: record for record in records}
 
 
 @cache
 def describe_code_version() -> str:
-    """Name the code that runs: the package's version, with `git describe` of the checkout, if it is one."""
+    """Return the package's version, with `git describe` where the code runs from a checkout."""
     release = version("echoshift")
-    root = Path(__file__).resolve().parent.parent  # of the checkout, beyond the links
+    root = Path(__file__).resolve().parent.parent  # of the checkout; resolve() follows the links
     if not (root / ".git").exists():
         return release
     command = ["git", "-C", str(root), "describe", "--always", "--long", "--dirty", "--abbrev=12"]

@@ -17,7 +17,7 @@ from echoshift.pipeline.segments import Manifest
 from echoshift.train.splits import LabelledSegments, count_labels, label_target_test, select_labelled
 from echoshift.train.steps import Step, hash_json
 
-# A, section 5.1: rare are 0-1 and 2-10 instances in the source, frequent are those with more than 10.
+# Zhang et al. 2022, section 5.1: rare are 0-1 and 2-10 instances in the source, frequent are those with more than 10.
 BIN_NAMES = ("0-1", "2-10", "over 10")
 BIN_STARTS = (2, 11)
 N_RARE_BINS = 2
@@ -27,15 +27,15 @@ _TOLERANCE = 1e-3  # how far rounding in half precision may take a probability o
 
 
 class ScoreModel(BaseModel):
-    """What all scores have in common: frozen, and an unknown key is an error."""
+    """Base of all scores: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Score(ScoreModel):
-    """A number in 0..1 with what it stands on; None where there is nothing to stand on.
+    """A number in 0..1, None if computed from no segments.
 
-    `n` counts test segments; `n_classes` the classes that a mean over classes is over, None for other numbers.
+    `n` counts test segments, `n_classes` the classes of a mean over classes (None for other numbers).
     """
 
     value: float | None
@@ -44,7 +44,7 @@ class Score(ScoreModel):
 
 
 class ClassScore(ScoreModel):
-    """What one class scores: its accuracy (single-label) or average precision; None for one without positives.
+    """Accuracy (single-label) or average precision of one class; None for a class without positives.
 
     `n` counts the test segments that have the class.
     """
@@ -55,27 +55,27 @@ class ClassScore(ScoreModel):
 
 
 class BinScore(ScoreModel):
-    """The score of what the source shows a certain number of times, such as `2-10`."""
+    """Score of the segments (or classes) seen a given number of times in the source, such as `2-10`."""
 
     name: str
     score: Score
 
 
 class Scores(ScoreModel):
-    """Everything that one set of predictions scores.
+    """All scores of one set of predictions.
 
     Attributes:
-        task: decides which fields are there; those of the other task are None.
+        task: decides which fields are set; those of the other task are None.
         n: test segments.
         top1: share of segments whose likeliest class is the label; equal probabilities go to the lower index.
         class_mean: mean of the classes' accuracies, over those that have test segments.
-        map_zero: mean of all K non-interpolated average precisions, 0 for a class without positives (A's released
-            code, METHODS section 6). It is what `main` is for multi-label.
+        map_zero: mean of all K non-interpolated average precisions, 0 for a class without positives (released code of
+            Zhang et al. 2022). `main` for multi-label.
         map_present: the mean over the classes that have positives.
-        silent, audible: the same as `main` on the segments without and with sound; multi-label: `map_present` there,
-            because a part of the segments lacks classes for no fault of the predictions.
-        rare, frequent, bins: by what the source shows (`bin_by_source`); multi-label: mean average precision of the
-            bin's classes that have positives. None and () where no bins were given.
+        silent, audible: `main` on the segments without and with audio; multi-label: `map_present`, because a subset of
+            the segments lacks classes through no fault of the predictions.
+        rare, frequent, bins: by how often the source shows the same (`bin_by_source`); multi-label: mean average
+            precision of the bin's classes that have positives. None and () if no bins were given.
         binned_by: what was counted in the source, `pair` or `class`.
         per_class: in the card's order.
         confusion: counts, rows are labels, columns predictions; None for multi-label.
@@ -106,11 +106,11 @@ class Scores(ScoreModel):
 
 @dataclass(frozen=True, slots=True)
 class SourceBins:
-    """The bin of each test segment, or, where the task is multi-label, of each class.
+    """Bin of each test segment, or of each class where the task is multi-label.
 
     Attributes:
         by: what was counted in the source: `pair` (class and noun) or `class`.
-        index: into BIN_NAMES, int64 [n] (multi-label: [K]); NO_BIN where nothing can be counted.
+        index: into BIN_NAMES, int64 [n] (multi-label: [K]); NO_BIN for a segment without a noun.
     """
 
     by: Literal["pair", "class"]
@@ -118,7 +118,7 @@ class SourceBins:
 
 
 def bin_by_source(source: LabelledSegments, test: LabelledSegments, n_classes: int) -> SourceBins:
-    """Bin test segments by how many of the source's train segments show the same (A, Fig. 4).
+    """Bin test segments by how many train segments of the source show the same (Zhang et al. 2022, Fig. 4).
 
     Single-label: the same pair of class and noun (EPIC: verb and noun) where both splits have nouns; a test segment
     without a noun is then in no bin, and a source segment without one counts for none. Where either split has no nouns
@@ -160,9 +160,9 @@ def compute_scores(
 
 
 def average_scores(scores: Sequence[Scores]) -> Scores:
-    """Average the scores of several networks on the same segments, each number by itself.
+    """Average the scores of several networks on the same segments, number by number.
 
-    The result has no confusion matrix: there is no one prediction that it would count.
+    The result has no confusion matrix, as there is no single prediction to count.
     """
     dumped = [one.model_dump(mode="python", exclude={"confusion"}) for one in scores]
     return Scores.model_validate(_average(dumped))
@@ -309,26 +309,26 @@ def _check(
 
 @dataclass(frozen=True, slots=True)
 class TestSplit:
-    """What is scored: the target's test segments with their labels, and the source's train split for the bins."""
+    """Test segments of the target with their labels, and the source's train split for the bins."""
 
     test: LabelledSegments
     source_train: LabelledSegments
     classes: tuple[str, ...]
 
-    __test__ = False  # it is no test of pytest's
+    __test__ = False  # not for pytest to collect
 
     @property
     def segment_ids(self) -> list[str]:
-        """The ids of what is scored."""
+        """Ids of the test segments."""
         return [segment.segment_id for segment in self.test.segments]
 
 
 def open_test_split(
     manifest: Manifest, card: DatasetCard, shift: Shift, kept: Sequence[str], source_train: LabelledSegments
 ) -> TestSplit:
-    """Return the target's test segments that have features (`kept`), with their labels; for scores alone.
+    """Return the target's test segments that have features (`kept`), with their labels; for scoring only.
 
-    Raises RunError where none is left.
+    Raises RunError if none is left.
     """
     if not kept:
         raise RunError(f"{shift.name}: the target has no test segment to score; import a manifest with a test split")
@@ -337,7 +337,7 @@ def open_test_split(
 
 
 def plan_scores_step(split: TestSplit, inputs: Mapping[str, str]) -> Step:
-    """Plan the step; `inputs` are the keys of the predictions, and what names the sound."""
+    """Plan the step; `inputs` are the keys of the predictions and of the audio."""
     source = split.source_train
     return Step(
         "scores",
@@ -356,10 +356,10 @@ def plan_scores_step(split: TestSplit, inputs: Mapping[str, str]) -> Step:
 def make_scores(
     split: TestSplit, predict: Callable[[], np.ndarray], has_audio: np.ndarray
 ) -> Callable[[Path], Mapping[str, Any]]:
-    """Make what the step does: compute the scores, and keep which segments are right, for tests over segments.
+    """Return the function that the step runs: it computes the scores and writes which segments are right (`hits.npz`).
 
-    `predict` gives probabilities of the split's segments in their order, float [n, K], or of several networks, float
-    [networks, n, K], whose scores are averaged; `has_audio` is bool [n].
+    `predict` returns probabilities of the split's segments in their order, float [n, K], or of several networks, float
+    [networks, n, K], whose scores are averaged. `has_audio` is bool [n].
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -376,8 +376,9 @@ def make_scores(
 
 
 def read_hits(folder: Path) -> tuple[list[str], np.ndarray] | None:
-    """Read which test segments a run has right: their ids and bool [n], or, of several networks, the share of those
-    that are right, float64 [n]; None where the folder doesn't say.
+    """Read which test segments a run got right: ids, and bool [n] or the share of its networks, float64 [n].
+
+    Returns None if the folder has no such file (multi-label).
     """
     path = folder / HITS
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Splits a manifest for one shift; segments of the target lose their labels here, before anything trains on them."""
+"""Splits of a manifest for one shift; segments of the target lose their labels here, before any training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAIN, TEST = "train", "test"
 
 @dataclass(frozen=True, slots=True)
 class LabelledSegments:
-    """Segments with their labels: class indices int64 [n], or, where the task is multi-label, float32 [n, K]."""
+    """Segments with their labels: class indices int64 [n], or float32 [n, K] where the task is multi-label."""
 
     segments: tuple[Segment, ...]
     labels: np.ndarray
@@ -29,13 +29,13 @@ class LabelledSegments:
 
 @dataclass(frozen=True, slots=True)
 class ShiftSplits:
-    """What a shift trains on, in file order. Whatever of the target isn't named labelled has no labels.
+    """Segments of a shift, in file order. Only what is named labelled has labels in the target.
 
     Attributes:
         source_train, source_val: the source's train and test split.
-        target_labelled: the labelled part of the target's train split; empty but in semi-supervised settings.
+        target_labelled: the labelled part of the target's train split; empty except in semi-supervised settings.
         target_train: the rest of it, unlabelled.
-        target_test: unlabelled; `label_target_test` alone knows its labels.
+        target_test: unlabelled; only `label_target_test` returns its labels.
     """
 
     source_train: LabelledSegments
@@ -46,7 +46,7 @@ class ShiftSplits:
 
 
 def find_shift(card: DatasetCard, name: str) -> Shift:
-    """Find a shift of a card by its name, such as D1-D2; raises ManifestError with those there are."""
+    """Find a shift of a card by its name, such as D1-D2; raises ManifestError listing the card's shifts."""
     for shift in card.shifts:
         if shift.name == name:
             return shift
@@ -55,7 +55,7 @@ def find_shift(card: DatasetCard, name: str) -> Shift:
 
 
 def read_shift_names(card: DatasetCard, text: str) -> list[str]:
-    """Read names of shifts separated by blanks or commas; those of the card may hold blanks and commas themselves."""
+    """Split shift names at blanks or commas; names in the card may themselves contain both."""
     known = sorted((shift.name for shift in card.shifts), key=len, reverse=True)
     names: list[str] = []
     rest = text.strip(" ,")
@@ -79,8 +79,8 @@ def split_for_shift(
     """Split a manifest for one shift.
 
     The labelled part of the target is what is tagged `labelled` (`use_tags`), or the first `labelled_fraction` of its
-    train split; `pairs` thins the train splits (`thin_pairs`). Raises ManifestError where a part that must hold
-    segments is empty, naming domain and split.
+    train split; `pairs` thins the train splits (`thin_pairs`). Raises ManifestError naming domain and split if a
+    required part is empty.
     """
     source_train = _select(manifest, shift.source, TRAIN)
     target_train = _select(manifest, (shift.target,), TRAIN)
@@ -109,26 +109,26 @@ def split_for_shift(
 
 
 def label_target_test(manifest: Manifest, card: DatasetCard, shift: Shift) -> LabelledSegments:
-    """Return the target's test split with its labels: for scores alone."""
+    """Return the target's test split with its labels; for scoring only."""
     return _label(_select(manifest, (shift.target,), TEST), card)
 
 
 def label_target_train(
     manifest: Manifest, card: DatasetCard, shift: Shift, segment_ids: Sequence[str]
 ) -> LabelledSegments:
-    """Return train segments of the target with their labels: for oracles, which are marked as such, alone."""
+    """Return train segments of the target with their labels; only for oracles, which tables mark as such."""
     known = {segment.segment_id: segment for segment in _select(manifest, (shift.target,), TRAIN)}
     return _label([known[segment_id] for segment_id in segment_ids], card)
 
 
 def select_labelled(part: LabelledSegments, kept: Container[str]) -> LabelledSegments:
-    """Return those of labelled segments whose ids are among the kept, in their order."""
+    """Select the segments whose ids are in `kept`, in order."""
     rows = np.array([i for i, s in enumerate(part.segments) if s.segment_id in kept], dtype=np.int64)
     return LabelledSegments(tuple(part.segments[i] for i in rows), part.labels[rows])
 
 
 def keep_segments(splits: ShiftSplits, kept: Container[str]) -> ShiftSplits:
-    """Return a shift's splits without the segments whose ids aren't among the kept."""
+    """Drop from a shift's splits the segments whose ids are not in `kept`."""
 
     def keep(part: Sequence[Segment]) -> tuple[Segment, ...]:
         return tuple(segment for segment in part if segment.segment_id in kept)
@@ -150,12 +150,12 @@ def list_segment_ids(splits: ShiftSplits) -> list[str]:
 
 
 def strip_labels(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Take from segments whatever says what happens in them: labels, timed labels and noun."""
+    """Remove labels, timed labels and noun from segments."""
     return tuple(replace(segment, labels=(), timed_labels=(), noun="") for segment in segments)
 
 
 def count_labels(labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Count the samples of each class, int64 [K], of indices [n] or of 0 and 1 [n, K]."""
+    """Count samples by class, int64 [K]; `labels` are indices [n] or 0/1 [n, K]."""
     if labels.ndim == 2:
         return labels.sum(axis=0).astype(np.int64)
     return np.bincount(labels, minlength=n_classes)

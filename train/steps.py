@@ -1,7 +1,7 @@
-"""Runs work in steps that are named by what they depend on, so that a step that is done is never done again.
+"""Steps of a run, named by a hash of what they depend on, so that a finished step is not repeated.
 
 A step's key is a hash of its settings and of the keys of what it reads. Its folder, `runs/DATASET/steps/NAME-KEY`,
-holds what it made; `record.json` is written last: a folder without one is a step under way, or one that was killed.
+holds what it made; `record.json` is written last: a folder without one is a step that is running or was killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Step:
         name: such as `encoder`; part of the folder's name.
         revision: raised when the step's own numerics change.
         settings: JSON of the configuration that decides the outcome, seed included.
-        inputs: by name, the keys or fingerprints of what it reads.
+        inputs: keys or fingerprints of what it reads, by name.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A step that is done: its folder, what its record says of the outcome, and whether it had been done before."""
+    """A finished step: its folder, the outcome in its record, and whether an earlier run had done it."""
 
     key: str
     folder: Path
@@ -61,9 +61,9 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class StepRunner:
-    """Runs the steps of one dataset; those named in `rerun` are done anew, whatever is there.
+    """Runner of the steps of one dataset; those named in `rerun` are repeated even if done.
 
-    `notify` is told in a line what waits.
+    `notify` is called with a line of text when a step has to wait for another process.
     """
 
     root: Path
@@ -71,7 +71,7 @@ class StepRunner:
     notify: Callable[[str], None] = lambda message: None
 
     def find_folder(self, step: Step) -> Path:
-        """Return the folder of a step, whether it is there or not."""
+        """Return the folder of a step, which need not exist."""
         return self.root / f"{step.name}-{step.key}"
 
     def is_done(self, step: Step) -> bool:
@@ -79,10 +79,10 @@ class StepRunner:
         return (self.find_folder(step) / RECORD).is_file()
 
     def run(self, step: Step, make: Callable[[Path], Mapping[str, Any]]) -> StepResult:
-        """Run a step unless its record is there; `make(folder)` does the work and return JSON that the record keeps.
+        """Run a step unless its record exists; `make(folder)` does the work and returns JSON for the record.
 
-        What a killed `make` left in the folder is still there when it is called again: it may go on from it. Two runs
-        that want the same step do it once, the second waits.
+        What a killed `make` left in the folder is still there at the next call, so it can resume. Of two processes
+        that want the same step one does it, the other waits.
         """
         folder = self.find_folder(step)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,8 @@ class StepRunner:
 
 
 def _describe_machine() -> dict[str, Any]:
-    """What else a number may hang on: the same seed differs by rounding on other versions, threads or devices."""
-    import torch  # whoever only looks steps up starts without it
+    """Describe what else results depend on: versions, threads and machine change the rounding."""
+    import torch  # not at the top: looking steps up does not need it
 
     return {"versions": describe_versions(), "machine": platform.machine(), "n_threads": torch.get_num_threads()}
 
@@ -127,7 +127,7 @@ def hash_json(value: object) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file in one step."""
+    """Write a JSON file atomically."""
     fresh = path.with_name(f"{path.name}.partial")
     fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     fresh.replace(path)
@@ -145,7 +145,7 @@ def _read_outcome(path: Path) -> Mapping[str, Any]:
 
 @contextmanager
 def _hold(path: Path, step: Step, notify: Callable[[str], None]) -> Iterator[None]:
-    """Hold a step's lock while the block runs, and say so when it has to wait."""
+    """Hold a step's lock while the block runs; notify if it has to wait."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -43,9 +43,9 @@ _CSV_FIELDS = ("dataset", "row", "column", "value", "half_width", "n", "n_planne
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """A mean over seeds in percent, None where no seed is done, and how many seeds the grid asks for.
+    """Mean over seeds in percent, None if no seed is done, and the number of seeds that the grid plans.
 
-    A cell over several shifts is, for each seed in which all of them are done, their mean.
+    A cell over several shifts averages, over the seeds in which all shifts are done, the mean over shifts.
     """
 
     interval: MeanInterval | None
@@ -54,10 +54,10 @@ class TableCell:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One row; cells, and published numbers in percent, are by column.
+    """One row; cells and published numbers (percent) are by column.
 
-    `difference` (in points) and `segments` test it against the baseline; None for the baseline itself, and where there
-    is nothing to compare with.
+    `difference` (points) and `segments` test it against the baseline; None for the baseline itself, and where nothing
+    can be compared.
     """
 
     name: str
@@ -71,15 +71,15 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a grid came to.
+    """Results of a grid.
 
     Attributes:
         title: the grid's, with the dataset's name.
-        dataset, is_synthetic: of the card; numbers of a synthetic one are no benchmark.
-        columns: shifts, `mean` where there are several, then `silent`, `audible`, `rare`, `frequent` on request.
+        dataset, is_synthetic: of the card; numbers on a synthetic dataset are no benchmark.
+        columns: shifts, `mean` if there are several, then `silent`, `audible`, `rare`, `frequent` on request.
         baseline: the row that the others are compared with, "" for none.
         rows: in the grid's order.
-        notes: whole sentences that belong below the table wherever it is shown.
+        notes: sentences to show below the table.
     """
 
     title: str
@@ -102,10 +102,10 @@ def make_table(
     manifest_sha256: str | None = None,
     hits: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> Table:
-    """Make the table of a grid's planned runs from the records there are, oldest first; what is missing is said.
+    """Make the table of a grid's planned runs from records, oldest first; notes name what is missing.
 
-    A record counts for a planned run of the same configuration, shift and seed under the same selection rule, the last
-    one where there are several; with `manifest_sha256`, only those of that manifest. `columns` replaces the grid's.
+    The last record of the same configuration, shift, seed and selection rule counts for a planned run; with
+    `manifest_sha256`, only records of that manifest. `columns` replaces the grid's.
     `hits` are, by row and shift, each test segment's share of seeds in which it is right (`compare_segments`).
     Published numbers stand beside a row where the card has them and isn't synthetic; that of the mean, only where all
     shifts that the grid admits (`list_shifts`) are planned. Raises RunError where nothing is planned.
@@ -127,7 +127,7 @@ def make_table(
         if MEAN in names:
             cells[MEAN] = _average_over_shifts(main, shifts, n_seeds)
         for part in (part for group in groups for part in _PARTS[group]):
-            cells[part] = _average_over_shifts(_take(used[name], _get_part(part)), shifts, n_seeds)
+            cells[part] = _average_over_shifts(_take_part(used[name], part), shifts, n_seeds)
         rows.append(
             TableRow(
                 name=name,
@@ -147,7 +147,7 @@ def make_table(
         columns=tuple(names),
         baseline=grid.baseline,
         rows=tuple(rows),
-        notes=write_notes(
+        notes=_write_notes(
             card=card,
             records=[record for runs in used.values() for record in runs.values()],
             missing={row.name: (row.n_done, row.n_planned) for row in rows if row.n_done < row.n_planned},
@@ -164,7 +164,7 @@ def make_table(
 
 
 def _reads_target(run: PlannedRun) -> bool:
-    """Return whether a run trains on labels of the target's unlabelled part: an oracle, or supervised."""
+    """Tell whether a run trains on the target's own labels: an oracle, or supervised."""
     kinds = [
         network.get("stage2", {}).get("pseudo_labels", {}).get("kind") for network in run.config.get("streams", ())
     ]
@@ -199,22 +199,18 @@ def _take_main(runs: RowRuns) -> dict[PairKey, float]:
     return {pair: value * PERCENT for pair, value in scores if value is not None}
 
 
-def _take(runs: RowRuns, get: Callable[[RunRecord], Score | None]) -> dict[PairKey, float | None]:
-    """Take one score of each run, in percent, None where the run has no segments for it."""
-    scores = {pair: get(record) for pair, record in runs.items()}
+def _take_part(runs: RowRuns, part: str) -> dict[PairKey, float | None]:
+    """Return the score on a part of the test set of each run in percent, None if it has no segments there."""
+    scores: dict[PairKey, Score | None] = {pair: getattr(record.scores, part) for pair, record in runs.items()}
     return {
         pair: None if score is None or score.value is None else score.value * PERCENT for pair, score in scores.items()
     }
 
 
-def _get_part(part: str) -> Callable[[RunRecord], Score | None]:
-    return lambda record: getattr(record.scores, part)
-
-
 def _average_over_shifts(
     values: Mapping[PairKey, float | None] | Mapping[PairKey, float], shifts: Sequence[str], n_planned: int
 ) -> TableCell:
-    """Average over seeds the mean over shifts; a shift without such segments takes no part in it."""
+    """Average over seeds the mean over shifts, leaving out shifts without such segments."""
     means = []
     for seed in dict.fromkeys(seed for _, seed in values):
         if all((shift, seed) in values for shift in shifts):
@@ -234,7 +230,7 @@ def _compare_hits(name: str, hits: Mapping[str, Mapping[str, np.ndarray]], basel
     if name == baseline or name not in hits or baseline not in hits:
         return None
     if any(len(of_shift) < 2 for row in (name, baseline) for of_shift in hits[row].values()):
-        return None  # a lone test segment can't be drawn anew
+        return None  # a single test segment cannot be resampled
     test = compare_segments(hits[name], hits[baseline])
     return SegmentTest(test.difference * PERCENT, test.low * PERCENT, test.high * PERCENT, test.p_value, test.n)
 
@@ -264,8 +260,8 @@ def average_hits(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return, by row and shift, each test segment's share of seeds in which it is right, float64 [n].
 
-    Only for rows whose runs are all done and whose steps still say it, all for the same segments; a row of another kind
-    (multi-label, runs deleted) is left out, and has no test over segments.
+    Rows with missing runs or hits (multi-label, deleted steps), or whose seeds have different test segments, are left
+    out and get no test over segments.
     """
     latest = keep_latest(records)
     hits: dict[str, dict[str, np.ndarray]] = {}
@@ -295,7 +291,7 @@ def _average(found: Mapping[str, list[tuple[list[str], np.ndarray]]]) -> dict[st
     return means
 
 
-def write_notes(
+def _write_notes(
     *,
     card: DatasetCard,
     records: Sequence[RunRecord],
@@ -309,9 +305,9 @@ def write_notes(
     with_target_labels: Sequence[str] = (),
     warned: Mapping[str, Mapping[tuple[str, int], RunRecord]] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    """Write a table's notes, each a sentence or two.
+    """Return a table's notes, each a sentence or two.
 
-    `missing` maps a row to its runs done and planned, `warned` a row to its runs with warnings by shift and seed.
+    `missing` maps a row to its numbers of runs done and planned, `warned` to its runs with warnings by shift and seed.
     """
     notes = [NO_BENCHMARK] if card.synthetic else []
     notes.append(
@@ -356,7 +352,7 @@ def write_notes(
 
 
 def _describe_part(part: str, records: Sequence[RunRecord], card: DatasetCard) -> str:
-    """Describe what a part of the test set is, and how many segments (or classes) it has, summed over shifts."""
+    """Describe a part of the test set, with its number of segments (or classes) summed over shifts."""
     by_shift = {record.shift: record.scores for record in records}
     scores = [getattr(of_shift, part) for of_shift in by_shift.values()]
     counted = [score for score in scores if score is not None]
@@ -379,10 +375,10 @@ def _describe_part(part: str, records: Sequence[RunRecord], card: DatasetCard) -
 
 
 def lay_out(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Return the header's words and those of each row.
+    """Return the header and the rows of a table as text.
 
-    A number is followed by its interval's half width and, in brackets, its n, or `n of N` where runs are missing.
-    Published numbers have a column of their own behind the one that they belong to.
+    A number is followed by its interval's half width and, in brackets, its n, or `n of N` if runs are missing.
+    Published numbers have their own column after the one that they belong to.
     """
     published = [column for column in table.columns if any(column in row.published for row in table.rows)]
     has_differences = any(row.difference for row in table.rows)
@@ -419,7 +415,7 @@ def format_csv(table: Table) -> str:
     """Format a table as CSV, one line a number, in percent and points, without rounding beyond 6 digits.
 
     `n` counts seeds, for differences (shift, seed) pairs or test segments; `n_planned` is how many the grid asks for.
-    The half width over segments is half of the bootstrap interval, which needn't lie even about the value.
+    The half width over segments is half of the bootstrap interval, which need not be symmetric.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV_FIELDS, lineterminator="\n")

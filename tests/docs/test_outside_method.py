@@ -146,6 +146,53 @@ def test_its_settings_and_its_file_name_a_run(
     assert count_trained(tiny) == 3, "another file trains anew"
 
 
+PLAIN = """
+import torch
+from torch import nn
+
+from echoshift.train.alignment.two_streams import TwoStreams
+
+
+class Plain(nn.Module):
+    loss_names = ("class", "zero")
+
+    def __init__(self, config, shapes, n_classes):
+        super().__init__()
+        self.streams = TwoStreams(config.network, shapes, n_classes)
+
+    def losses(self, step, dropouts):
+        source = self.streams.encode(step.source.inputs, "source")
+        of_class = self.streams.compute_class_loss(source, step.source.labels, dropouts)
+        return torch.stack([of_class, 0 * of_class])
+
+    def predict(self, inputs, domain):
+        return self.streams.predict(inputs, domain)
+"""
+
+
+def test_a_module_with_losses_and_predictions_of_its_own_trains_too(
+    extracted: Any,
+    tiny_shift: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    doc_checkout: ModuleType,
+    blocks: ModuleType,
+) -> None:
+    pyproject = blocks.find_file(PAGE, "pyproject.toml").replace('coral = "coral:Coral"', 'plain = "plain:Plain"')
+    doc_checkout.write_distribution(
+        tmp_path / "site", pyproject.replace('["coral"]', '["plain"]'), [("plain.py", PLAIN)]
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    tiny = extracted.with_runs(tmp_path / "runs")
+    losses = {}
+    for name in ("plain", "source_only"):
+        code, err = align(tiny, tiny_shift, name)
+        assert code == 0, err
+        step = tiny.steps / f"{name}_rgb-{list_records(tiny)[-1].steps['trained_rgb']}"
+        losses[name] = np.array(json.loads((step / "record.json").read_text())["outcome"]["losses"])
+    np.testing.assert_array_equal(losses["plain"], np.pad(losses["source_only"], ((0, 0), (0, 1))))
+
+
 WRONG = {
     "no_terms": (('    loss_names = ("class", "CORAL visual", "CORAL audio")\n', ""), (), "lacks loss_names"),
     "no_method": (

@@ -1,4 +1,5 @@
 import re
+from functools import cache
 
 import pytest
 
@@ -32,6 +33,7 @@ name = "second"
 """
 
 
+@cache
 def resolve(stage, overrides):
     """Resolve overrides as the commands do: the field must be there, and take the value."""
     return resolve_settings(stage, read_dataset_card("epic"), "paper", None, overrides).describe()
@@ -53,12 +55,6 @@ def test_each_grid_sets_fields_that_there_are(name):
     planned = plan_runs(grid, card, resolve)
     assert len(planned) == 3 * (1 if grid.sources == "several" else 2) * len(grid.rows)
     assert all(run.config_hash == hash_config(resolve(run.stage, run.overrides)) for run in planned)
-
-
-def test_the_grids_are_those_of_the_issue():
-    of_stage1 = {"a-table2-stage1", "a-fig4", "a-bn-mode", "a-lambda", "a-absent-r", "a-gamma"}
-    of_both = {"a-table2", "a-table2-stage2", "a-table3", "a-table4", "a-fig5", "a-missing-audio"}
-    assert set(list_grids()) >= of_stage1 | of_both
 
 
 @pytest.mark.parametrize(

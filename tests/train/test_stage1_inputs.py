@@ -71,35 +71,24 @@ def test_too_many_absent_activities_are_refused_before_anything_is_extracted(tin
     assert not list_stores(tiny.root / "cache")
 
 
-def test_a_damaged_video_is_left_out_and_named(tiny: Any, tiny_shift: ModuleType) -> None:
-    segments = [
-        *tiny_shift.make_segments("s", "train", 8),
-        *tiny_shift.make_segments("s", "test", 4),
-        *tiny_shift.make_segments("t", "train", 8),
-        *tiny_shift.make_segments("t", "test", 4),
-    ]
-    lost = Segment("lost", "broken", 0.0, 1.0, ("low",), "t", "train")
-    (tiny.media / "broken.mp4").write_bytes(b"no video at all" * 100)
-    tiny.write_manifest([*segments, lost])
-    code, out, err = tiny.stage1()
-    assert code == 0, err
-    assert "1 segments have no features of resnet_demo and are left out" in err
-    assert "1 segments left out, which failed to be extracted: lost" in out
-    assert "lost" not in read_table(tiny)["segment_id"]
-
-
-def test_what_lies_outside_its_video_is_left_out_before_training(tiny: Any, tiny_shift: ModuleType) -> None:
-    """Its sound is extracted (a track may be longer than the pictures), so that only the video itself can tell."""
+def test_what_has_no_video_or_lies_outside_it_is_left_out_before_training(tiny: Any, tiny_shift: ModuleType) -> None:
+    """The audio of `beyond` is extracted (a track may be longer than the frames): only the video itself can tell."""
     segments = [
         s for d in ("s", "t") for split, n in (("train", 8), ("test", 4)) for s in tiny_shift.make_segments(d, split, n)
     ]
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)]
-    write_mp4(tiny.media / "short.mp4", pictures, 6, rng.standard_normal(48_000).astype(np.float32), 16_000)
-    tiny.write_manifest([*segments, Segment("beyond", "short", 0.0, 3.0, ("low",), "t", "test")])
+    frames = [rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)]
+    write_mp4(tiny.media / "short.mp4", frames, 6, rng.standard_normal(48_000).astype(np.float32), 16_000)
+    (tiny.media / "broken.mp4").write_bytes(b"no video at all" * 100)
+    beyond = Segment("beyond", "short", 0.0, 3.0, ("low",), "t", "test")
+    lost = Segment("lost", "broken", 0.0, 1.0, ("low",), "t", "train")
+    tiny.write_manifest([*segments, beyond, lost])
     code, out, err = tiny.stage1()
     assert code == 0, err
-    assert "1 segments have no frames and are left out: beyond (it ends at 3.0 s, its video short at 1.000 s" in err
+    assert "1 segments have no features of resnet_demo and are left out" in err
+    assert "2 segments have no frames and are left out: " in err
+    assert "2 segments left out, which failed to be extracted: lost" in out
+    assert not {"lost", "beyond"} & set(read_table(tiny)["segment_id"])
     assert next(line for line in out.splitlines() if line.startswith("s-t ")).split()[3] == "4"
 
 
