@@ -101,7 +101,7 @@ def test_multi_label_by_hand() -> None:
 
 def test_faults_are_named() -> None:
     labels = np.array([0, 1])
-    with pytest.raises(SpecError, match="there are no interaction clusters"):
+    with pytest.raises(SpecError, match="no interaction clusters were found"):
         compute_sample_weights("audio", labels, None, 0.9, normalised=True)
     with pytest.raises(SpecError, match=r"labels are \[2\] and clusters \[3\]"):
         compute_sample_weights("audio", labels, np.zeros(3, int), 0.9, normalised=True)

@@ -108,7 +108,7 @@ def test_samples_without_sound_are_a_cluster_of_their_own() -> None:
     silent = _cluster(features, np.zeros(50, int), has_audio=np.zeros(50, bool))
     assert silent.classes[0].n_clusters == 0 and (silent.assignment == 0).all() and silent.classes[0].n_silent == 50
     features[3] = np.inf
-    with pytest.raises(SpecError, match="feature of sample 3, which has sound, isn't finite"):
+    with pytest.raises(SpecError, match="feature of sample 3, which has audio, isn't finite"):
         _cluster(features, np.zeros(50, int), has_audio=has_audio)
 
 

@@ -55,7 +55,7 @@ def test_marks_refuse_what_makes_no_sense() -> None:
         with pytest.raises(SpecError, match="shares of 3 classes"):
             mark_absent_multi(p, np.ones(2, bool), shares, 0.5)
     p[1, 2] = np.nan
-    with pytest.raises(SpecError, match="gives segment 1, which has sound, no finite probabilities"):
+    with pytest.raises(SpecError, match="gives segment 1, which has audio, no finite probabilities"):
         mark_absent_single(p, np.ones(2, bool), 1)
     assert mark_absent_single(p, np.array([True, False]), 1).sum() == 1
 

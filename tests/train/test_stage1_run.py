@@ -169,17 +169,14 @@ def test_pseudo_labels_are_made_of_the_views_that_their_preset_says(copied: Any)
     )
 
 
-def test_a_step_is_rerun_alone_and_comes_to_the_same(copied: Any) -> None:
-    before, clusters = copied.list_records(), (copied.find_step("clusters") / "clusters.npy").read_bytes()
-    code, _, err = copied.stage1("--rerun", "clusters")
+def test_steps_are_rerun_alone_once_and_come_to_the_same(copied: Any) -> None:
+    before = copied.list_records()
+    files = [copied.find_step("clusters") / "clusters.npy", copied.find_step("encoder") / "encoder.safetensors"]
+    written = [path.read_bytes() for path in files]
+    code, _, err = copied.stage1("--rerun", "clusters", "--rerun", "encoder")
     assert code == 0, err
-    assert list_fresh(copied, before) == {"clusters"}
-    assert (copied.find_step("clusters") / "clusters.npy").read_bytes() == clusters
-
-
-def test_a_rerun_encoder_trains_once(copied: Any) -> None:
-    code, _, err = copied.stage1("--rerun", "encoder")
-    assert code == 0, err
+    assert list_fresh(copied, before) == {"clusters", "encoder"}
+    assert [path.read_bytes() for path in files] == written
     assert err.count("epoch 2/2") == 1, err
 
 

@@ -158,17 +158,6 @@ def test_views_that_are_all_alike_train_what_clean_sound_does(tiny_encoder: Modu
     assert not all(torch.equal(trained["other"][name], tensor) for name, tensor in expected.items())
 
 
-def test_a_run_that_was_killed_draws_the_views_of_one_that_was_not(tiny_encoder: ModuleType, tmp_path: Path) -> None:
-    ids, config = tiny_encoder.list_ids(), tiny_encoder.make_config(dropout=0.3, n_epochs=3)
-    views = np.random.default_rng(7).standard_normal((len(ids), 3, *tiny_encoder.MAP))
-    sound = write_views(tiny_encoder, tmp_path / "sound", ids, views)
-    expected = tiny_encoder.train(tmp_path / "whole", config, sound)[0].get_trained_tensors()
-    with pytest.raises(KeyboardInterrupt):
-        tiny_encoder.train(tmp_path / "cut", config, sound, watcher=tiny_encoder.Watcher(stop_after=2))
-    found = tiny_encoder.train(tmp_path / "cut", config, sound)[0].get_trained_tensors()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
 def test_a_configuration_without_views_is_described_as_before_there_were_any() -> None:
     networks = {"visual": {"encoder": "slowfast_demo"}, "sound": {"encoder": "resnet_demo"}}
     plain = Stage1Config.model_validate(networks)
@@ -213,7 +202,7 @@ def test_views_that_are_nowhere_are_an_error_with_the_options_that_make_them(
     del arguments[where : where + 2]
     code, _, err = tiny_shift.run(*arguments)
     assert code == 2 and len(err.strip().splitlines()) == 1, err
-    assert ", or say with --media where its media lie, or train on clean sound with sound.n_views=1" in err
+    assert ", or say with --media where its media lie, or train on clean audio with sound.n_views=1" in err
     (path,) = re.findall(r"and no store (\S+);", err)
     (options,) = re.findall(r"extract tiny with (--encoders resnet_demo .*?), or say", err)
     assert not Path(path).exists()

@@ -31,10 +31,10 @@ class ClassClusters:
 
     Attributes:
         name: of the class.
-        n_samples: of the class, those without sound among them.
-        n_clusters: of samples with sound, numbered from 0, the largest first.
+        n_samples: of the class, those without audio among them.
+        n_clusters: of samples with audio, numbered from 0, the largest first.
         sizes: of these clusters.
-        n_silent: samples without sound; they are a cluster of their own, number `n_clusters`.
+        n_silent: samples without audio; they are a cluster of their own, number `n_clusters`.
         inertias: the sum of squared distances to the nearest centre, for k = 1, 2, ...; empty where k-means didn't run.
         note: why there is one cluster or none; "" where the elbow chose.
     """
@@ -65,19 +65,19 @@ def cluster_interactions(
     n_init: int,
     seed: int,
 ) -> InteractionClusters:
-    """Cluster the sounds of each class by k-means (k-means++), k from the elbow of 1..`max_clusters` (METHODS 5.2).
+    """Cluster the audio of each class by k-means (k-means++), k from the elbow of 1..`max_clusters` (METHODS 5.2).
 
-    k goes no further than half the samples with sound. Samples without sound tell nothing of an interaction and are one
+    k goes no further than half the samples with audio. Samples without audio tell nothing of an interaction and are one
     cluster of their own. The same seed gives the same clusters on one machine; a class's clusters depend on no other
     class.
 
     Args:
-        features: of the sound, float [n, D]; rows without sound may hold anything.
+        features: of the audio, float [n, D]; rows without audio may hold anything.
         labels: class indices int64 [n], or, multi-label, 0 and 1 [n, K].
         has_audio: bool [n].
         class_names: K names.
         max_clusters: the largest k tried.
-        n_init: how often k-means starts anew for each k; the best is kept.
+        n_init: how often k-means starts for each k; the best is kept.
         seed: of the starts.
     """
     heard = np.asarray(has_audio, bool)
@@ -87,8 +87,8 @@ def cluster_interactions(
     broken = np.flatnonzero(heard & ~np.isfinite(features).all(axis=1))
     if len(broken):
         raise SpecError(
-            f"the audio feature of sample {broken[0]}, which has sound, isn't finite ({len(broken)} such samples); "
-            "run `echoshift store verify` on the store of sound"
+            f"the audio feature of sample {broken[0]}, which has audio, isn't finite ({len(broken)} such samples); "
+            "run `echoshift store verify` on the store of audio"
         )
     assignment = np.full(labels.shape, -1, np.int64)
     classes = []
@@ -114,7 +114,7 @@ def find_elbow(inertias: Sequence[float]) -> int | None:
 
     Both axes are scaled to 0..1, and the knee is the point farthest below the chord from the first to the last (Satopaa
     et al., Finding a "Kneedle" in a Haystack, 2011; the elbow of Thorndike, 1953). It must lie at least MIN_BEND below.
-    There is none in fewer than three inertias, or in some that don't fall.
+    Fewer than three inertias, or some that don't fall, have none.
     """
     curve = np.asarray(inertias, np.float64)
     if len(curve) < 3 or not curve[-1] < curve[0]:
@@ -128,7 +128,7 @@ def find_elbow(inertias: Sequence[float]) -> int | None:
 def _cluster_class(
     features: np.ndarray, max_clusters: int, n_init: int, seed: str
 ) -> tuple[np.ndarray, tuple[float, ...], str]:
-    """Return the cluster of each of m samples with sound, the inertias, and why there is one cluster or none."""
+    """Return the cluster of each of m samples with audio, the inertias, and why there is one cluster or none."""
     n = len(features)
     one = np.zeros(n, np.int64)
     if n == 0:
@@ -162,7 +162,7 @@ def _run_kmeans(features: np.ndarray, k: int, n_init: int, seed: str) -> tuple[n
 
 
 def _number_by_size(clusters: np.ndarray) -> np.ndarray:
-    """Number clusters anew from 0 without gaps, the largest first, then the one whose sample comes first."""
+    """Number clusters from 0 without gaps, the largest first, then the one whose sample comes first."""
     _, first, of_sample, sizes = np.unique(clusters, return_index=True, return_inverse=True, return_counts=True)
     order = np.lexsort((first, -sizes))
     return np.argsort(order)[of_sample]
@@ -179,9 +179,9 @@ def weight_segments(labelled: LabelledSegments, clusters: np.ndarray | None, con
 
 
 def map_to_pairs(clusters: np.ndarray, clustered: Sequence[Segment], segments: Sequence[Segment]) -> np.ndarray:
-    """Return segments the clusters of the segments that show the same event from the other view.
+    """Map the clusters of segments to those that show the same event from the other view.
 
-    clusters int64 [n, K] of `clustered`; gives [m, K] of `segments`, -1 where there is no pair (METHODS 9).
+    `clusters` are int64 [n, K] of `clustered`; returns [m, K] of `segments`, -1 without a pair (METHODS 9).
     """
     row_of = {segment.pair_id: i for i, segment in enumerate(clustered) if segment.pair_id}
     mapped = np.full((len(segments), *clusters.shape[1:]), NO_CLUSTER, dtype=np.int64)
@@ -194,7 +194,7 @@ def map_to_pairs(clusters: np.ndarray, clustered: Sequence[Segment], segments: S
 def compute_effective_weights(counts: np.ndarray, beta: float) -> np.ndarray:
     """Return (1 - beta) / (1 - beta^n) for each count n, float64, any shape (Cui et al., CVPR 2019, used in Eq. 2).
 
-    It is 1 for beta 0 or n 1, and tends to 1/n as beta tends to 1. A count of 0 gives 0: there is nothing to weight.
+    It is 1 for beta 0 or n 1, and tends to 1/n as beta tends to 1. A count of 0 weighs 0.
     """
     counts = np.asarray(counts)
     if not 0 <= beta < 1:
@@ -280,7 +280,7 @@ def compute_sample_weights(
     if kind == "audio":
         if clusters is None:
             raise SpecError(
-                'balance.kind is "audio", but there are no interaction clusters; use "class", or find clusters'
+                'balance.kind is "audio", but no interaction clusters were found; use "class", or find clusters'
             )
         weights = weights * compute_cluster_weights(labels, clusters, beta, normalised=normalised)
     if multi_label:

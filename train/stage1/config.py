@@ -12,13 +12,13 @@ from echoshift.train.alignment.config import AlignmentConfig
 
 
 class VisualConfig(SpecModel):
-    """Which network sees the pictures, and in which form they come.
+    """The network that sees the frames, and their form.
 
     `mode`: `frames` decodes and augments in every epoch (the reference); `trunk` trains from level-2 stores of
     `n_views` augmented views, made once. `train_preset` and `test_preset` are extraction presets; `overrides`
     are those of `echoshift extract --set`, applied to both. `weights` is a reference of `echoshift weights ls`, a file
     or `random:SEED`; "" takes the catalogue's preferred ones. `n_readers` is how many processes decode (None: the
-    device's own number), `n_cached_mb` how many MB of decoded pictures are kept from epoch to epoch.
+    device's own number), `n_cached_mb` how many MB of decoded frames are kept from epoch to epoch.
     """
 
     encoder: str
@@ -33,11 +33,11 @@ class VisualConfig(SpecModel):
 
 
 class SoundConfig(SpecModel):
-    """Which network hears the sound; `weights` and `overrides` as in VisualConfig.
+    """The audio network; `weights` and `overrides` as in VisualConfig.
 
-    `n_views` is how many views of a segment's sound are stored, of which training draws one each time it takes a
+    `n_views` is how many views of a segment's audio are stored, of which training draws one each time it takes a
     segment: the clean one, and n_views - 1 with noise and masked bands [A-code: 0.05 and 9; `overrides` of audio.noise
-    and audio.n_masked_bins say otherwise]. 1 trains on clean sound; whatever isn't training hears the clean view.
+    and audio.n_masked_bins say otherwise]. 1 trains on clean audio; whatever isn't training hears the clean view.
     """
 
     encoder: str
@@ -54,7 +54,7 @@ class SoundConfig(SpecModel):
 
 
 class AudioClassifierConfig(SpecModel):
-    """How layer4 and the classifier of the audio network are trained on the source (METHODS 5.1)."""
+    """Training of layer4 and the classifier of the audio network on the source (METHODS 5.1)."""
 
     lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -63,14 +63,14 @@ class AudioClassifierConfig(SpecModel):
 
 
 class ClusterConfig(SpecModel):
-    """How interaction clusters are found (METHODS 5.2)."""
+    """Search for interaction clusters (METHODS 5.2)."""
 
     max_clusters: int = Field(default=20, gt=0)
     n_init: int = Field(default=10, gt=0)
 
 
 class BalanceConfig(SpecModel):
-    """How source samples are weighted (METHODS 5.3; Eq. 2 and 3).
+    """Weights of source samples (METHODS 5.3; Eq. 2 and 3).
 
     `normalised` scales class weights so that they sum to the number of classes, and cluster weights of a class to its
     number of clusters, as Cui et al. and the released code do. Raw products, which is what the paper prints, average
@@ -83,7 +83,7 @@ class BalanceConfig(SpecModel):
 
 
 class AbsentConfig(SpecModel):
-    """How absent activities are learned (METHODS 5.4; Eq. 1): `weight` is lambda, 0 leaves them out.
+    """Learning of absent activities (METHODS 5.4; Eq. 1): `weight` is lambda, 0 leaves them out.
 
     `n_absent` is r (single-label), `gamma` the multi-label share.
     """
@@ -94,9 +94,9 @@ class AbsentConfig(SpecModel):
 
 
 class AttentionConfig(SpecModel):
-    """What the audio-based attention is (METHODS 5.5).
+    """The audio-based attention (METHODS 5.5).
 
-    `p_missing` is how often a segment's sound is withheld in training, so that the learned missing-audio embedding is
+    `p_missing` is how often a segment's audio is withheld in training, so that the learned missing-audio embedding is
     learned [?].
     """
 
@@ -112,7 +112,7 @@ class AttentionConfig(SpecModel):
 
 
 class TrainingConfig(SpecModel):
-    """How the encoder is trained (METHODS 5.6).
+    """Training of the encoder (METHODS 5.6).
 
     `lr_by_source` overrides `lr` where the shift has exactly that one source domain. `trainable_from` names the first
     stage whose weights train; `split` is the one after the split point (res5 of SlowFast, Mixed_5b of I3D).
@@ -141,11 +141,11 @@ class TrainingConfig(SpecModel):
 
 
 class TargetLabelsConfig(SpecModel):
-    """Which part of the target's train split has labels (semi-supervised CharadesEgo), and which pairs are used.
+    """The labelled part of the target's train split (semi-supervised CharadesEgo), and the pairs that are used.
 
     `labelled_fraction` is the first part of the target's train segments in file order; None takes the manifest's tags
     `labelled` where `use_tags`. `pairs` thins the train splits as `manifest import charades_ego --pairs` does.
-    `clusters_from` says whose sound is clustered: the source's, or the labelled target's, whose clusters the paired
+    `clusters_from` says whose audio is clustered: the source's, or the labelled target's, whose clusters the paired
     source videos then take (METHODS 9).
     """
 
@@ -162,7 +162,7 @@ class TargetLabelsConfig(SpecModel):
 
 
 class ExportConfig(SpecModel):
-    """What Stage 1 hands on: stores of adapted features and how pseudo-labels are made (METHODS 5.7).
+    """Output of Stage 1: stores of adapted features, and pseudo-labels (METHODS 5.7).
 
     `outputs` are those of the visual encoder; `train_preset` is that of a second store with the train splits alone, ""
     for none. `label_preset` is what pseudo-labels are the mean over.
@@ -174,11 +174,11 @@ class ExportConfig(SpecModel):
 
 
 class ObjectiveConfig(AlignmentConfig):
-    """Which method of Planamente et al. trains the encoder end to end, in place of Eq. 4; fields as there.
+    """The method of Planamente et al. that trains the encoder end to end, in place of Eq. 4; fields as there.
 
-    The method's projections, classifiers and losses stand on the visual network's pooled feature and on the audio
-    network's, whose layer4 trains with it; predictions are the method's. `network.clips` says nothing here: training
-    sees one clip of a segment, at test each is predicted by itself.
+    The method's projections, classifiers and losses take the pooled features of the visual network and of the audio
+    network, whose layer4 trains with it; predictions are the method's. `network.clips` has no effect: training sees one
+    clip of a segment, at test each is predicted by itself.
     """
 
     enabled: bool = False
@@ -195,7 +195,7 @@ class ObjectiveConfig(AlignmentConfig):
 
 
 class EvaluationConfig(SpecModel):
-    """What the scores are of: `sound` = `missing` takes the sound away at test (METHODS 6; A: 50.7 on EPIC).
+    """What is scored: `sound` = `missing` takes the audio away at test (METHODS 6; A: 50.7 on EPIC).
 
     The gates are then those of the missing-audio embedding, which attention.p_missing above 0 teaches.
     """
@@ -232,17 +232,17 @@ class Stage1Config(SpecModel):
         taught = not self.attention.enabled or self.attention.p_missing > 0
         if self.evaluation.sound == "missing" and not taught:
             raise ValueError(
-                "evaluation.sound 'missing' needs attention.p_missing above 0, or nothing teaches what stands for sound"
+                "evaluation.sound 'missing' needs attention.p_missing above 0, which trains the missing embedding"
             )
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return as JSON everything that decides a result; how fast it comes isn't among it."""
+        """Return as JSON everything that decides a result; speed isn't among it."""
         described = self.model_dump(mode="json")
         for name in ("n_readers", "n_cached_mb"):
             del described["visual"][name]
         if self.sound.n_views == 1:
-            del described["sound"]["n_views"]  # runs from before there were views are the same runs
+            del described["sound"]["n_views"]  # the same runs as before views existed
         if not self.objective.enabled:
-            del described["objective"]  # what it would be decides nothing
+            del described["objective"]  # a disabled one decides nothing
         return described

@@ -36,8 +36,8 @@ class AudioAttention(nn.Module):
     """The transformer psi from the audio network's map to gates between 0 and 1 (Zhang et al., section 3.1).
 
     The map's positions are projected to the transformer's width and follow a class token, from which the head reads the
-    gates. Positions have no embedding, so their order doesn't matter. Where a segment has no sound, a learned embedding
-    stands at each of its positions: silent segments share one gate.
+    gates. Positions have no embedding, so their order doesn't matter. Of a segment without audio each position
+    holds a learned embedding: silent segments share one gate.
     """
 
     def __init__(self, n_map_channels: int, gate_channels: Mapping[str, int], config: AttentionConfig) -> None:
@@ -59,7 +59,7 @@ class AudioAttention(nn.Module):
         """Return the gates of each path, float32 [B, channels].
 
         `audio_map` is [B, C, F, N], of any float type; rows where `has_audio` (bool [B]) is false may hold anything,
-        NaN too. In training, sound is withheld from a segment with probability `p_missing`, drawn from torch's
+        NaN too. In training, audio is withheld from a segment with probability `p_missing`, drawn from torch's
         generator of the map's device.
         """
         if self.training and self.p_missing > 0:
@@ -68,7 +68,7 @@ class AudioAttention(nn.Module):
         positions = audio_map.flatten(2).transpose(1, 2).to(self.projection.weight.dtype)
         # NaN times a gradient of 0 is NaN, so it must be gone before the projection, not only after it.
         projected = self.projection(torch.where(heard, positions, 0.0))
-        # The embedding is part of the graph even when every segment has sound; DDP waits for its gradient.
+        # The embedding is part of the graph even when every segment has audio; DDP waits for its gradient.
         positions = torch.where(heard, projected, self.missing_audio.to(projected.dtype))
         class_token = self.class_token.to(projected.dtype).expand(len(positions), 1, -1)
         tokens = self.embedding_dropout(torch.cat([class_token, positions], dim=1))

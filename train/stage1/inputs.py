@@ -341,7 +341,7 @@ def _open_whole(places: DataPlaces, path: Place, choice: EncoderChoice, segments
         f"media lie"
     )
     if choice.spec.n_sound_views > 1:
-        missing += ", or train on clean sound with sound.n_views=1"
+        missing += ", or train on clean audio with sound.n_views=1"
     if not has_store(path):
         raise RunError(f"no media at {places.media_root}, and no store {path}; {missing}")
     store = open_store(path)

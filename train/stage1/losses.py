@@ -25,8 +25,8 @@ def compute_source_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tens
 def mark_absent_single(p_audio: np.ndarray, has_audio: np.ndarray, n_absent: int) -> np.ndarray:
     """Mark the `n_absent` (r) classes of lowest audio probability of each segment (METHODS 5.4), bool [n, K].
 
-    Ties go to the lower class index. A segment without sound gets no mark, whatever `p_audio` [n, K] holds there.
-    Raises SpecError where r isn't below K, or a segment with sound has no finite probabilities.
+    Ties go to the lower class index. A segment without audio gets no mark, whatever `p_audio` [n, K] holds there.
+    Raises SpecError where r isn't below K, or a segment with audio has no finite probabilities.
     """
     check_n_absent(n_absent, p_audio.shape[1])
     heard = _find_heard(p_audio, has_audio)
@@ -50,7 +50,7 @@ def mark_absent_multi(
 ) -> np.ndarray:
     """Mark of each class k the (1 - alpha_k) gamma of the segments where its probability is lowest, bool [n, K].
 
-    It is a share of the segments with sound, rounded down; those without are never marked. Ties go to the earlier one.
+    It is a share of the segments with audio, rounded down; those without are never marked. Ties go to the earlier one.
 
     Args:
         p_audio: probabilities of the audio classifier [n, K].
@@ -92,12 +92,12 @@ def compute_absent_loss(logits: Tensor, absent: Tensor, *, multi_label: bool) ->
 
 
 def _find_heard(p_audio: np.ndarray, has_audio: np.ndarray) -> np.ndarray:
-    """Return the indices of segments with sound; their probabilities must be finite."""
+    """Find the indices of segments with audio; their probabilities must be finite."""
     heard = np.flatnonzero(has_audio)
     broken = heard[~np.isfinite(p_audio[heard]).all(axis=1)]
     if len(broken):
         raise SpecError(
-            f"the audio classifier gives segment {broken[0]}, which has sound, no finite probabilities "
-            f"({len(broken)} such segments); lower audio_classifier.lr, or check the store of sound"
+            f"the audio classifier gives segment {broken[0]}, which has audio, no finite probabilities "
+            f"({len(broken)} such segments); lower audio_classifier.lr, or check the store of audio"
         )
     return heard

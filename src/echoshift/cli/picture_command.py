@@ -76,9 +76,8 @@ def picture(
     norms and shares are Figures 6 and 7 of Planamente et al. 2021. With --json the numbers behind it are printed.
     """
     from echoshift.pipeline.errors import RunError
-    from echoshift.train.pictures import making
-    from echoshift.train.pictures.figures import write_figure
-    from echoshift.train.pictures.run_choice import RunChoice
+    from echoshift.train.look import figures
+    from echoshift.train.look.run_choice import RunChoice
 
     rows = row or []
     if len(rows) > 1 and kind is not PictureKind.cam:
@@ -87,15 +86,17 @@ def picture(
     runs_dir = runs / places.card.name
     choice = RunChoice(shift, seed, rows[0] if rows else None, method)
     if kind is PictureKind.norms:
-        made = making.make_norm_histograms(places, runs_dir, choice)
+        made = figures.make_norms(places, runs_dir, choice)
     elif kind is PictureKind.shares:
-        made = making.make_norm_shares(places, runs_dir, choice)
+        made = figures.make_shares(places, runs_dir, choice)
     elif kind is PictureKind.embedding:
-        made = making.make_embedding(places, runs_dir, choice, tsne_seed=tsne_seed, max_points=points)
+        made = figures.make_embedding(places, runs_dir, choice, tsne_seed=tsne_seed, max_points=points)
     else:
-        made = making.make_activation_maps(places, runs_dir, choice, segment, rows, class_)
+        from echoshift.train.look.activation import make_activation_maps
+
+        made = make_activation_maps(places, runs_dir, choice, segment, rows, class_)
     path = to or PICTURES_DIR / places.card.name / f"{kind.value}.png"
-    write_figure(made.figure, path)
+    figures.write_figure(made.figure, path)
     if as_json:
         print_json({"kind": kind.value, "path": path, "description": made.description, "numbers": made.numbers})
     else:

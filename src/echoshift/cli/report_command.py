@@ -54,8 +54,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write reports/DATASET/index.html, a page that needs nothing else; trains and extracts nothing."""
-    from echoshift.train.report.grid_facts import PRESETS
-    from echoshift.train.report.making import PAGE, ReportRequest, make_report
+    from echoshift.train.look.report import PAGE, make_report
+    from echoshift.train.look.report_results import PRESETS, ReportRequest
 
     choices = RunChoices(dataset, media, cache, manifest, manifests, "cpu", preset or PRESETS[0], config, set_)
     places = open_places(choices, make_notifier(quiet=quiet))
@@ -63,18 +63,19 @@ def report(
     def resolve(name: str, stage: Stage, overrides: tuple[str, ...]) -> Mapping[str, Any]:
         return resolve_choices(stage, places.card, replace(choices, preset=name), overrides).describe()
 
-    request = ReportRequest(
-        places=places,
-        runs_dir=runs / places.card.name,
-        resolve=resolve,
-        present_shifts=tuple(shift.name for shift in list_present_shifts(places.card, places.manifest)),
-        presets=(preset,) if preset else PRESETS,
-        grids=tuple(grid or ()),
-        n_segments=segments,
-        segment_ids=tuple(segment or ()),
-    )
     with show_progress("parts", quiet=quiet) as progress:
-        outcome = make_report(request, reports / places.card.name / PAGE, progress)
+        request = ReportRequest(
+            places=places,
+            runs_dir=runs / places.card.name,
+            resolve=resolve,
+            present_shifts=tuple(shift.name for shift in list_present_shifts(places.card, places.manifest)),
+            presets=(preset,) if preset else PRESETS,
+            grids=tuple(grid or ()),
+            n_segments=segments,
+            segment_ids=tuple(segment or ()),
+            watcher=progress,
+        )
+        outcome = make_report(request, reports / places.card.name / PAGE)
     if as_json:
         print_json(outcome)
         return

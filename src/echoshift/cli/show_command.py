@@ -23,7 +23,7 @@ from echoshift.cli.terminal import JsonOption, print_json
 from echoshift.pipeline.cards import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.train.segment_view.view import SegmentView
+    from echoshift.train.look.segment import SegmentView
 
 SegmentArgument = Annotated[str, typer.Argument(help="A segment's id, as in the manifest.", show_default=False)]
 
@@ -47,8 +47,8 @@ def show(
 
     What isn't there (media, a checkpoint, a sound track) is said, and nothing is put in its place.
     """
-    from echoshift.train.segment_view.describing import make_view_json
-    from echoshift.train.segment_view.reading import ViewOptions, read_segment_view
+    from echoshift.train.look.segment import ViewOptions, read_segment_view
+    from echoshift.train.look.show import describe_view
     from echoshift.train.splits import find_shift
 
     places = open_places(RunChoices(dataset, media, cache, manifest, manifests, "cpu", "paper", None, None))
@@ -57,12 +57,12 @@ def show(
     options = ViewOptions(n_frames=frames, n_top=top, shift=shift, seed=seed)
     view = read_segment_view(places, runs / places.card.name, segment, options)
     if to is not None:
-        from echoshift.train.pictures.figures import write_figure
-        from echoshift.train.pictures.segment_figure import draw_segment
+        from echoshift.train.look.figures import write_figure
+        from echoshift.train.look.show import draw_segment
 
         write_figure(draw_segment(view), to)
     if as_json:
-        print_json(make_view_json(view))
+        print_json(describe_view(view))
     else:
         _print(view, top)
     if to is not None:
@@ -71,18 +71,12 @@ def show(
 
 def _print(view: SegmentView, n_top: int) -> None:
     from echoshift.cli.terminal import print_table
-    from echoshift.train.segment_view.describing import SPEAKERS, list_facts, list_gates, write_score
+    from echoshift.train.look.show import list_facts, list_gates, list_predictions
 
     for line in (*list_facts(view), "", *list_gates(view), ""):
         typer.echo(line)
     if view.predictions:
-        rows = []
-        for found in view.predictions:
-            said = [write_score(score) for score in found.top] + [""] * (n_top - len(found.top))
-            right = {True: "right", False: "wrong", None: ""}[found.is_right]
-            rows.append([found.run, SPEAKERS[found.speaker], found.role, *said, right, found.pseudo_label])
-        columns = ("run", "who says it", "is to it", *(f"{i}." for i in range(1, n_top + 1)), "result", "pseudo-label")
-        print_table("predictions, percent; * is the label", columns, rows)
+        print_table("predictions, percent; * is the label", *list_predictions(view, n_top))
     if "predictions" in view.missing:
         typer.echo(view.missing["predictions"])
     if view.synthetic:
