@@ -274,19 +274,15 @@ def _estimate_store(
 
 def _share_work(stores: Sequence[_Rows]) -> list[tuple[tuple[int, ...], str]]:
     """List each segment that is computed with the stores it is computed for at once, as extraction groups them."""
-    alike: dict[tuple[object, ...], list[int]] = {}
+    groups: dict[tuple[int, tuple[str, ...]], int] = {}
+    shared: dict[tuple[int, str], list[int]] = {}
     for i, store in enumerate(stores):
-        alike.setdefault((store.layout.n_rows_per_shard, *store.ids), []).append(i)
-    shared = []
-    for group in alike.values():
-        first = stores[group[0]]
-        for task in plan_tasks({str(stores[i].path): stores[i].wanted for i in group}, first.layout):
-            computing = [i for i in group if str(stores[i].path) in task.store_paths]
+        group = groups.setdefault((store.layout.n_rows_per_shard, tuple(store.ids)), i)
+        for task in plan_tasks({"": store.wanted}, store.layout):
             for row in range(task.shard.start_row, task.shard.stop_row):
-                encoders = tuple(i for i in computing if not stores[i].kept[row])
-                if encoders:
-                    shared.append((encoders, first.ids[row]))
-    return shared
+                if not store.kept[row]:
+                    shared.setdefault((group, store.ids[row]), []).append(i)
+    return [(tuple(encoders), segment_id) for (_, segment_id), encoders in shared.items()]
 
 
 def _count_bytes(shape: Sequence[int], dtype: str) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from queue import Empty, Full, Queue
 from typing import Literal
 
@@ -17,7 +17,7 @@ from echoshift.extract.flow import FlowMaker, FlowMethod, pair_frames
 from echoshift.extract.media import OpenMedia
 from echoshift.extract.readers.audio import AudioReader
 from echoshift.extract.readers.interface import FrameReader, find_shown_frames
-from echoshift.extract.work import ExtractionPlan, ShardWork, StoreTarget
+from echoshift.extract.work import ExtractionPlan, ShardWork
 from echoshift.pipeline.errors import MediaError, MediaMemoryError, MediaTimeoutError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec
@@ -121,54 +121,55 @@ def describe_failure(segment: Segment, error: MediaError) -> Failure:
 
 
 def read_row(
-    media: OpenMedia, segment: Segment, targets: Sequence[StoreTarget], digests: Mapping[str, np.ndarray]
+    media: OpenMedia, segment: Segment, specs: Mapping[str, FeatureSpec], digests: Mapping[str, np.ndarray]
 ) -> Iterator[RowInput]:
     """Read the inputs of one row for some stores; whatever fails yields a RowFailure for the stores it concerns.
 
-    `digests` are by store path what the row is to be made from, uint8 [16]; media that are other ones by the time they
-    were read fail the row. Whatever the length of video and segment, at most MAX_STRETCH_BYTES of frames (or one
-    frame) and MAX_STRETCH_FRAMES are read at a time.
+    `specs` are by store path, and so are `digests`: what the row is to be made from, uint8 [16]; media that are other
+    ones by the time they were read fail the row. Whatever the length of video and segment, at most MAX_STRETCH_BYTES of
+    frames (or one frame) and MAX_STRETCH_FRAMES are read at a time.
     """
-    of_frames = sorted((t for t in targets if t.spec.frame is not None), key=_media_key)
-    groups = [list(group) for _, group in groupby(of_frames, key=_media_key)]
-    for group in (*groups, *([t] for t in targets if t.spec.audio is not None)):
-        spec = group[0].spec
+    of_frames: dict[tuple[str, str], dict[str, FeatureSpec]] = {}
+    for path, spec in specs.items():
+        if spec.frame is not None:
+            of_frames.setdefault((spec.frame.source, spec.decoder), {})[path] = spec
+    of_audio = ({path: spec} for path, spec in specs.items() if spec.audio is not None)
+    for group in (*(of_frames[key] for key in sorted(of_frames)), *of_audio):
+        path, spec = next(iter(group.items()))
         try:
             if spec.frame is not None:
                 yield from read_frames(media, segment, group)
             else:
-                yield from read_audio_windows(media, segment, group[0].path, spec)
+                yield from read_audio_windows(media, segment, path, spec)
         except MediaError as error:
-            yield RowFailure(tuple(t.path for t in group), describe_failure(segment, error))
+            yield RowFailure(tuple(group), describe_failure(segment, error))
             continue
         except MemoryError as error:
             failure = MediaMemoryError(f"video {segment.video_id}: reading it needs more memory than there is: {error}")
-            yield RowFailure(tuple(t.path for t in group), describe_failure(segment, failure))
+            yield RowFailure(tuple(group), describe_failure(segment, failure))
             continue
-        for target in group:
+        for path, spec in group.items():
             try:
-                media.check_unchanged(segment, target.spec, digests[target.path])
+                media.check_unchanged(segment, spec, digests[path])
             except MediaError as error:
-                yield RowFailure((target.path,), describe_failure(segment, error))
-
-
-def _media_key(target: StoreTarget) -> tuple[str, str]:
-    source = FrameSource.of(target.spec)
-    return source.media, source.decoder
+                yield RowFailure((path,), describe_failure(segment, error))
 
 
 def read_frames(
-    media: OpenMedia, segment: Segment, targets: Sequence[StoreTarget]
+    media: OpenMedia, segment: Segment, specs: Mapping[str, FeatureSpec]
 ) -> Iterator[FrameClips | FrameStretch]:
-    """Read the frames of one row for stores that share media and decoder; raises MediaError for what fails."""
-    source = FrameSource.of(targets[0].spec)
+    """Read the frames of one row for stores, by path, that share media and decoder.
+
+    Raises MediaError for what fails.
+    """
+    source = FrameSource.of(next(iter(specs.values())))
     reader = media.open_frames(segment, source.media, source.decoder)
     wanted: set[int] = set()
     makers: dict[FrameSource, FlowMaker] = {}
     groups: dict[tuple[FrameSource, ClipSpec], tuple[str, ...]] = {}
-    for target in targets:
-        key = (FrameSource.of(target.spec), target.spec.clip)
-        groups[key] = (*groups.get(key, ()), target.path)
+    for path, spec in specs.items():
+        key = (FrameSource.of(spec), spec.clip)
+        groups[key] = (*groups.get(key, ()), path)
     plain = next((source for source, _ in groups if source.flow is None), None)
     for (source, clip), paths in groups.items():
         plan = plan_clips_of(reader, segment, clip)
@@ -339,8 +340,8 @@ class RowReaders:
                     path: of_rows[row - self._work.task.shard.start_row] for path, of_rows in self._work.digests.items()
                 }
                 try:
-                    targets = [self._plan.targets[path] for path in self._list_paths(row)]
-                    for item in chain(read_row(media, segment, targets, digests), (None,)):
+                    specs = {path: self._plan.targets[path].spec for path in self._list_paths(row)}
+                    for item in chain(read_row(media, segment, specs, digests), (None,)):
                         if not self._put(queue, row, item):
                             return
                 except BaseException as error:  # noqa: BLE001  raised again in the thread that waits for the row

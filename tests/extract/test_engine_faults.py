@@ -97,7 +97,8 @@ class Run:
     def finish(self) -> tuple[int, str]:
         """Wait for the end; return exit code and what was said as errors."""
         _, errors = self.process.communicate(timeout=240)
-        lines = [line for line in errors.splitlines(keepends=True) if not line.startswith(("extracting: ", "looking "))]
+        progress = ("extracting: ", "looking ", "starting ")
+        lines = [line for line in errors.splitlines(keepends=True) if not line.startswith(progress)]
         return self.process.returncode, "".join(lines).lstrip()
 
 

@@ -18,10 +18,6 @@ from echoshift.pipeline.store.open import hold_store, list_stores, open_store
 CHOICES = ["--rows-per-shard", "2"]
 
 
-def slow(value: str):
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
 def find_store(tiny, encoder: str = "slowfast_demo") -> Path:
     return next(Path(str(place)) for place in list_stores(tiny.cache) if place.name.startswith(encoder))
 
@@ -116,71 +112,44 @@ def test_a_stale_row_is_no_fault(tiny, tiny_dataset) -> None:
     assert "no row could be extracted again" in out
 
 
-def test_a_damaged_output_chunk_is_repaired(tiny) -> None:
+def test_damaged_and_absent_chunks_are_repaired(tiny) -> None:
     tiny.add_videos("v", "w")
-    tiny.extract(*CHOICES)
+    choice = ("--encoders", "slowfast_demo")
+    tiny.extract(*choice, *CHOICES)
     path = find_store(tiny)
     good = read_arrays(path)
     flip_byte(path / "outputs/pooled/c/1/0/0")
-    code, out, _ = tiny.verify(path)
-    assert code == 1
-    assert "outputs/pooled: segment v-2" in out
-    repair_and_extract(tiny, path, 2)
-    assert read_arrays(path) == good
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        "times",
-        pytest.param("frames", marks=pytest.mark.slow),
-        pytest.param("n_valid", marks=pytest.mark.slow),
-        "digest",
-        "state",
-    ],
-)
-def test_a_damaged_index_chunk_is_repaired(tiny, array: str) -> None:
-    tiny.add_videos("v", "w")
-    tiny.extract("--encoders", "slowfast_demo", *CHOICES)
-    path = find_store(tiny)
-    good = read_arrays(path)
-    chunk = next(file for file in (path / array / "c").rglob("*") if file.is_file())
-    flip_byte(chunk, 2)
-    code, out, _ = tiny.verify(path)
-    assert code == 1
-    assert f"{array}: rows 0 to 8" in out
-    repair_and_extract(tiny, path, 8, "--encoders", "slowfast_demo")
-    assert read_arrays(path) == good
-
-
-def test_an_absent_chunk_is_repaired(tiny) -> None:
-    tiny.add_videos("v", "w")
-    tiny.extract("--encoders", "slowfast_demo", *CHOICES)
-    path = find_store(tiny)
+    assert "outputs/pooled: segment v-2" in tiny.verify(path)[1]
+    repair_and_extract(tiny, path, 2, *choice)
+    for array in ("times", "frames", "n_valid", "digest", "state"):
+        flip_byte(next(file for file in (path / array / "c").rglob("*") if file.is_file()), 2)
+        code, out, _ = tiny.verify(path)
+        assert code == 1
+        assert f"{array}: rows 0 to 8" in out
+        repair_and_extract(tiny, path, 8, *choice)
+        assert read_arrays(path) == good
     (path / "outputs/pooled/c/3/0/0").unlink()
-    repair_and_extract(tiny, path, 2, "--encoders", "slowfast_demo")
+    repair_and_extract(tiny, path, 2, *choice)
     shutil.rmtree(path / "times" / "c")
-    repair_and_extract(tiny, path, 8, "--encoders", "slowfast_demo")
+    repair_and_extract(tiny, path, 8, *choice)
+    assert read_arrays(path) == good
 
 
-@pytest.mark.parametrize(
-    "array",
-    ["outputs/pooled", pytest.param("times", marks=pytest.mark.slow), pytest.param("digest", marks=pytest.mark.slow)],
-)
-def test_hdf5_is_repaired_by_the_shard(tiny, array: str) -> None:
+def test_hdf5_is_repaired_by_the_shard(tiny) -> None:
     h5py = pytest.importorskip("h5py")
     tiny.add_videos("v", "w")
     choices = ("--encoders", "slowfast_demo", "--backend", "hdf5")
     tiny.extract(*choices, *CHOICES)
     path = find_store(tiny)
     good = read_arrays(path)
-    with h5py.File(path, "r+") as file:
-        file[array][5] = 1
-    code, out, _ = tiny.verify(path)
-    assert code == 1
-    assert f"{array}: segment w-0: rows 4 to 6: checksum" in out
-    repair_and_extract(tiny, path, 2, *choices)
-    assert read_arrays(path) == good
+    for array in ("outputs/pooled", "times", "digest"):
+        with h5py.File(path, "r+") as file:
+            file[array][5] = 1
+        code, out, _ = tiny.verify(path)
+        assert code == 1
+        assert f"{array}: segment w-0: rows 4 to 6: checksum" in out
+        repair_and_extract(tiny, path, 2, *choices)
+        assert read_arrays(path) == good
 
 
 def test_hdf5_with_a_state_that_is_none_is_repaired(tiny) -> None:

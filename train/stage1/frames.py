@@ -22,8 +22,6 @@ from echoshift.extract.frames import ClipAssembler
 from echoshift.extract.media import MediaSurvey, Modality, OpenMedia, identify_sources
 from echoshift.extract.readers.interface import FrameReader, VideoInfo, find_shown_frames
 from echoshift.extract.rows import FrameClips, read_frames
-from echoshift.extract.weights.load import WeightsRecord
-from echoshift.extract.work import StoreTarget
 from echoshift.pipeline.cards import MediaLayout
 from echoshift.pipeline.errors import ManifestError, MediaError, MediaMemoryError, MediaTimeoutError, SpecError
 from echoshift.pipeline.segments import Segment
@@ -59,12 +57,11 @@ def read_clips(media: OpenMedia, segment: Segment, spec: FeatureSpec) -> Segment
 
     The outputs, dtype, precision and weights of `spec` don't matter. Raises MediaError naming the segment.
     """
-    target = StoreTarget(_PATH, spec, WeightsRecord("", spec.weights, "", None))  # reading asks for the spec alone
     taken: dict[int, Tensor] = {}
     assembler = ClipAssembler({_PATH: spec}, _CPU, lambda _path, entry, clip: taken.__setitem__(entry, clip))
     facts: FrameClips | None = None
     try:
-        for item in read_frames(media, segment, [target]):
+        for item in read_frames(media, segment, {_PATH: spec}):
             if isinstance(item, FrameClips):
                 facts = item
                 assembler.begin(item)
