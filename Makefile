@@ -28,7 +28,7 @@ METHOD ?= rna
 SEGMENT ?=
 KIND ?=
 
-.PHONY: help setup demo plan extract stage1 stage2 align ablate table report show plot doctor test test-all check format weights lock clean
+.PHONY: help setup demo plan extract stage1 stage2 align ablate table report show plot doctor test test-all walk check format weights lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ test-all: $(INSTALLED) ## Run all tests, the slow ones too
 
 bench-%: $(INSTALLED) ## Run benchmarks/%.py, such as make bench-store_speed
 	$(BIN)/python -m benchmarks.$* $(ARGS)
+
+walk: $(INSTALLED) ## Count the files that a row passes on its way into the store, and features on theirs to a score
+	$(BIN)/python -m benchmarks.walk $(ARGS)
 
 check: $(INSTALLED) ## Check style, format, types and the direction of imports
 	$(BIN)/ruff check .

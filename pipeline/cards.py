@@ -17,7 +17,7 @@ from echoshift.pipeline.places import MANIFESTS_DIR, list_cards, locate_card
 
 
 class CardModel(BaseModel):
-    """What every part of a card has in common: frozen, and an unknown key is an error."""
+    """Base of every part of a card: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,7 +35,7 @@ class Shift(CardModel):
 
 
 class ExpectedCount(CardModel):
-    """How many segments (and of each class, and in how many videos) a domain's split must have."""
+    """Expected number of segments of a domain's split, of each class and of videos."""
 
     domain: str
     split: str
@@ -178,7 +178,7 @@ def _describe_fault(kind: str, message: str, place: tuple[int | str, ...]) -> st
 
 
 def read_dataset_card(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> DatasetCard:
-    """Read the card of a dataset by name from `manifests_dir`, or of those that come with echoshift.
+    """Read the card of a dataset from `manifests_dir`, or of those that come with echoshift.
 
     Raises CardError if there is none, and for a card copied from another dataset that still has its name: features
     would go into that one's stores.

@@ -223,7 +223,7 @@ log = logging.getLogger(__name__)
 
 
 class ShardJob(Protocol):
-    """How a task becomes a function call on a worker, and what becomes of a task that kills its workers."""
+    """Turns a task into a function call on a worker, and into a failed report where it kills its workers."""
 
     def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
         """Return a function and its arguments, all of which can be pickled; it may be called again at any time.
@@ -277,7 +277,7 @@ class _RowCounter:
         self._finished: set[int] = set()
 
     def see(self, event: tuple[float, tuple[int, int]]) -> None:
-        """Take an event: so many rows of a shard have been read; less than before when it was begun anew."""
+        """Take an event: so many rows of a shard have been read; fewer than before when it was started again."""
         shard_index, n_rows = event[1]
         if shard_index not in self._finished:
             self._raise(shard_index, n_rows)
@@ -296,7 +296,7 @@ class _RowCounter:
 
 
 class _DaskRun:
-    """What submitting, waiting and committing share."""
+    """State shared by submitting, waiting and committing."""
 
     def __init__(
         self,

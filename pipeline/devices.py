@@ -45,7 +45,7 @@ _NEVER_TRIM = -1
 def keep_freed_memory(is_kept: bool = True) -> bool:
     """Tell glibc to keep freed memory, or to go back to its habits; say whether it does (no glibc: False).
 
-    By itself glibc maps every block above 32 MB anew and unmaps it when it is freed, so that each activation's pages
+    By itself glibc maps every block above 32 MB again and unmaps it when it is freed, so that each activation's pages
     are faulted in and zeroed again: up to two thirds of the time of a convolution whose output is large. The process
     then keeps its peak and doesn't grow beyond it. A process that runs networks on the CPU calls it once, at its start.
     """

@@ -27,7 +27,7 @@ class SpecError(EchoshiftError):
 
 
 class MediaError(EchoshiftError):
-    """A video or its sound can't give what was asked; `retryable` says whether trying again can help."""
+    """A video or its audio can't give what was asked; `retryable` says whether trying again can help."""
 
     retryable = False
 
@@ -55,7 +55,7 @@ class MediaTimeoutError(MediaError):
 
 
 class MediaMemoryError(MediaError):
-    """A segment needs more memory than there is."""
+    """A segment needs more memory than the machine has."""
 
     retryable = True
 

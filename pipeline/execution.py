@@ -28,7 +28,7 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What a worker returns for a task: the index of each store's shard; the features are in the stores already."""
+    """A worker's result for a task: the index of each store's shard. The features are in the stores already."""
 
     task: ShardTask
     indices: Mapping[str, ShardIndex]

@@ -264,7 +264,7 @@ class MediaProbe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with a manifest; `line` 0 stands for the file as a whole.
+    """One thing wrong with a manifest; `line` 0 means the file as a whole.
 
     A `warning` doesn't make the manifest unusable: counts that differ from the card (people use subsets), or the same
     span of a video in two splits. `media` says that the segment's whole video is at fault: every segment of it has the

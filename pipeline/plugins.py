@@ -53,7 +53,7 @@ def describe_plugin_versions() -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _find_entries(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Read the entry points of all distributions on `path`, which is sys.path: another one is looked at anew."""
+    """Read the entry points of all distributions on `path`, which is sys.path: a changed one is read again."""
     return tuple(entry_points(group=group))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# How far a segment may reach beyond its video's end: annotations are rounded, and sound and picture end apart.
+# How far a segment may reach beyond its video's end: annotations are rounded, and audio and video end apart.
 END_TOLERANCE_S = 0.5
 
 

@@ -1,4 +1,4 @@
-"""What features are: the specifications whose fingerprint names a store."""
+"""Specifications of features, whose fingerprint names a store."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 
 class SpecModel(BaseModel):
-    """What every specification has in common: frozen, and an unknown key is an error."""
+    """Base of every specification: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ClipSpec(SpecModel):
-    """Which frames of a segment make up its clips.
+    """Frames of a segment that make up its clips.
 
     `rate_hz` is the time base: frame j of a segment is the one shown at start_s + j / rate_hz; None means the video's
     own frames. A clip takes `n_frames` frames, every `stride`-th, and spans n_frames * stride frames of the time base.
@@ -25,7 +25,7 @@ class ClipSpec(SpecModel):
     anywhere in each of `n_clips` equal parts: offset int((i + u) * a), u in [0, 1). `windows` slides by `step` frames
     and keeps whole windows only.
 
-    `n_views` is how often a segment is drawn anew, and `seed` decides everything that is drawn (where random clips lie,
+    `n_views` counts draws of a segment, and `seed` decides everything that is drawn (where random clips lie,
     random crops, flips), together with the segment's id and the numbers of view and clip, and nothing else.
     """
 
@@ -48,25 +48,25 @@ class ClipSpec(SpecModel):
 
     @property
     def span(self) -> int:
-        """How many frames of the time base a clip covers."""
+        """The number of frames of the time base that a clip covers."""
         return self.n_frames * self.stride
 
 
 class FrameSpec(SpecModel):
-    """How a decoded picture becomes the network's input.
+    """Steps from a decoded frame to the network's input.
 
-    The short side is resized to `short_side` (torch bilinear, antialiased, half-pixel centres), one or more pictures of
+    The short side is resized to `short_side` (torch bilinear, antialiased, half-pixel centres), one or more crops of
     crop x crop are cut out, and (x - mean) / std taken a channel, with x in 0..255. `crops` says which:
 
     - `centre`: one.
     - `three`: at the start, the middle and the end of the long side, in this order.
     - `random`: one anywhere; the short side is drawn evenly from `short_sides` first, where that is given.
-    - `random-resized`: a box of `area` times the picture, of an aspect ratio (width / height) drawn evenly in its
+    - `random-resized`: a box of `area` times the frame, of an aspect ratio (width / height) drawn evenly in its
       logarithm from `aspect`, resized to crop x crop (ten tries, then the largest centred box).
 
     `crop_for` says whether the clips of a view share what is drawn. `flip` is the probability of a mirrored view; the
     horizontal component of flow turns its sign.
-    `flow` is where flow comes from: `images` (u/ and v/), or computed from the pictures by OpenCV's TV-L1 or DIS at the
+    `flow` is where flow comes from: `images` (u/ and v/), or computed from the frames by OpenCV's TV-L1 or DIS at the
     size `short_side`, clipped to +-`flow_bound` pixels and quantised evenly to 0..255.
     """
 
@@ -105,7 +105,7 @@ class FrameSpec(SpecModel):
 
     @property
     def n_crops(self) -> int:
-        """How many pictures are cut out of one."""
+        """The number of crops cut out of a frame."""
         return 3 if self.crops == "three" else 1
 
     @property
@@ -115,12 +115,12 @@ class FrameSpec(SpecModel):
 
     @property
     def source(self) -> Literal["rgb", "flow"]:
-        """Which media are read: flow that is computed comes from the pictures."""
+        """The media that are read: flow that is computed comes from RGB frames."""
         return "rgb" if self.input == "rgb" or self.flow != "images" else "flow"
 
 
 class AudioSpec(SpecModel):
-    """Which samples a row covers and how they become a log spectrogram (METHODS section 3).
+    """Samples that a row covers, and how they become a log spectrogram (METHODS section 3).
 
     `span` = `segment`: one window, the segment's own span, at most `duration_s`; shorter ones are tiled.
     `span` = `clip`: one window of `duration_s` centred on each clip, zeros beyond the ends of the file.
@@ -185,7 +185,7 @@ class AudioSpec(SpecModel):
 
     @property
     def n_samples(self) -> int:
-        """How many samples a window has."""
+        """The number of samples of a window."""
         return round(self.duration_s * self.rate_hz)
 
 
@@ -240,20 +240,20 @@ class FeatureSpec(SpecModel):
 
     @property
     def n_entries_per_clip(self) -> int:
-        """How many entries of the second axis come from one clip: its views, or its crops.
+        """The number of entries of the second axis that come from one clip: its views, or its crops.
 
-        Entry number (clip * n_views + view) * n_crops + crop; of sound, its own view stands in the place of the crop.
+        Entry number (clip * n_views + view) * n_crops + crop; of audio, its own view takes the place of the crop.
         """
         return self.clip.n_views * (self.n_sound_views if self.frame is None else self.frame.n_crops)
 
     @property
     def n_sound_views(self) -> int:
-        """How many views there are of each window of sound, the first as it is; 1 where there is no sound."""
+        """The number of views of each window of audio, the first as it is; 1 in a spec without audio."""
         return 1 if self.audio is None else self.audio.n_views
 
     @property
     def holds_sound(self) -> bool:
-        """Whether the store says for each row if there was sound."""
+        """Whether the store records for each row if audio was present."""
         return self.audio is not None or (self.imported is not None and self.imported.modality == "audio")
 
 

@@ -25,7 +25,7 @@ SMALLEST_NORMAL_FP16 = 2.0**-14
 
 @dataclass(frozen=True, slots=True)
 class Fp16Error:
-    """What storing values as float16 costs.
+    """Cost of storing values as float16.
 
     Attributes:
         n_values: finite values looked at; the shares are of these.
@@ -46,11 +46,11 @@ class Fp16Error:
 
 @dataclass(frozen=True, slots=True)
 class OutputAudit:
-    """What one output of a store's done rows looks like; a vector is one clip's features, flattened.
+    """Statistics of one output of a store's done rows; a vector is one clip's features, flattened.
 
     Attributes:
-        n_rows: done rows with sound (in a store of pictures: done rows).
-        n_silent: done rows without sound, which are left out.
+        n_rows: done rows with audio (in a store of frames: done rows).
+        n_silent: done rows without audio, which are left out.
         n_vectors: existing clips of the n_rows whose values are all finite; everything below is of these.
         n_nonfinite: existing clips of the n_rows with a value that is NaN or infinite.
         first_nonfinite: the segment of the first such clip, "" when there is none.
@@ -81,7 +81,7 @@ class OutputAudit:
 
 @dataclass(frozen=True, slots=True)
 class _Summary:
-    """What is kept of a stretch of rows: n, mean and summed squares of all values, extremes a dimension, norms."""
+    """Sums over a stretch of rows: n, mean and summed squares of all values, extremes a dimension, norms."""
 
     n: int = 0
     mean: float = 0.0

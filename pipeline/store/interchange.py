@@ -38,7 +38,7 @@ EPIC100_NAMES = {"rgb": "RGB", "flow": "Flow", "audio": "Audio"}
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What is exported: one output of the done rows, with the part of the index that goes with them."""
+    """One output of the done rows and their part of the index."""
 
     store: FeatureStore
     output: str
@@ -185,7 +185,7 @@ class ImportedSegment:
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
-    """What a source holds: its segments, in its order, and a way to read each.
+    """Segments of a source, in its order, and a way to read each.
 
     Attributes:
         spec: form, content and modality.
@@ -412,7 +412,7 @@ def make_import_spec(source: ImportSource, encoder: str, output: str) -> Feature
 def compute_import_digests(segment_ids: list[str], segments: dict[str, Segment], spec: FeatureSpec) -> np.ndarray:
     """Compute the digests that an imported store's rows should have, uint8 [row, 16].
 
-    The source's content stands where the media's identity stands otherwise: a row is stale when its segment's times
+    The source's content takes the place of the media's identity: a row is stale when its segment's times
     have changed in the manifest, and never because of media.
     """
     rows = [segments.get(segment_id) for segment_id in segment_ids]

@@ -42,12 +42,12 @@ class ShardIndex:
 
     Attributes:
         times: seconds each clip covers, end exclusive, float64 [n, clip, 2]; NaN where a clip doesn't exist.
-        frames: first and last picture used (index in the file) or first sample and one past the last, int64
+        frames: first and last frame used (index in the file) or first sample and one past the last, int64
             [n, clip, 2]; -1 where a clip doesn't exist.
         n_valid: clips that exist, int32 [n].
         digest: what each row was made from, uint8 [n, 16].
         state: 1 done or 2 failed, uint8 [n].
-        has_audio: 1 where there was sound, uint8 [n]; audio stores only.
+        has_audio: 1 where audio was present, uint8 [n]; audio stores only.
         loudness_dbfs: root mean square of the samples in dB of full scale, float32 [n]; audio stores only.
         failures: one for each row whose state is 2.
     """
@@ -72,7 +72,7 @@ class VerifyFault:
 
 
 class FeatureStore(ABC):
-    """Keeps the features of one FeatureSpec; rows are segments, in the order fixed when they were first planned.
+    """Features of one FeatureSpec; rows are segments, in the order fixed when they were first planned.
 
     One process writes at a time (it holds `StoreLock`); any number read. A shard's data are written first, then its
     index, `state` last: whatever is killed when, a row whose state is 1 is whole.
@@ -90,7 +90,7 @@ class FeatureStore(ABC):
     @property
     @abstractmethod
     def attributes(self) -> Mapping[str, Any]:
-        """What the store said of itself at its creation (FORMAT.md, section 2)."""
+        """Attributes written when the store was created (FORMAT.md, section 2)."""
 
     @property
     def segment_ids(self) -> Sequence[str]:
@@ -182,7 +182,7 @@ class FeatureStore(ABC):
 
     @abstractmethod
     def find_checksum_faults(self) -> list[VerifyFault]:
-        """Read every chunk of the shards that hold done rows and lists those absent or with a wrong checksum."""
+        """Read every chunk of the shards that hold done rows and list those absent or with a wrong checksum."""
 
 
 N_BLOCK_BYTES = 32 * 2**20
@@ -247,7 +247,7 @@ class DoneBlock:
 
 @dataclass(frozen=True, slots=True)
 class DoneIndex:
-    """What is known of every row: done or not, clips that exist, sound or not; each [row]."""
+    """Facts of every row, each [row]: done, number of clips that exist, audio present."""
 
     done: np.ndarray
     n_valid: np.ndarray
@@ -255,7 +255,7 @@ class DoneIndex:
 
 
 def read_done_index(store: FeatureStore) -> DoneIndex:
-    """Read a store's states, numbers of clips, and where there was sound; all True in a store of pictures."""
+    """Read states, numbers of clips and where audio was present (all True in a store of frames)."""
     done = store.read_array("state") == DONE
     has_sound = store.read_array("has_audio") == 1 if store.spec.holds_sound else np.ones(len(done), dtype=bool)
     return DoneIndex(done, store.read_array("n_valid"), has_sound)

@@ -255,7 +255,7 @@ def parse_attributes(path: str, attributes: Mapping[str, Any]) -> tuple[FeatureS
     if attributes.get("format_version") != FORMAT_VERSION:
         raise StoreError(
             f"{path} has format version {attributes.get('format_version')}, this echoshift reads {FORMAT_VERSION}; "
-            f"extract it anew, or use the echoshift that wrote it"
+            f"extract it again, or use the echoshift that wrote it"
         )
     try:
         spec = FeatureSpec.model_validate(attributes["spec"])

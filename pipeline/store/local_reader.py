@@ -51,7 +51,7 @@ class ChunkFiles:
 
     @property
     def n_clip_chunks(self) -> int:
-        """How many chunks lie side by side along the clips; 1 where there is no clip axis."""
+        """The number of chunks side by side along the clips; 1 without an axis of clips."""
         return math.ceil(self.shape[1] / self.chunks[1]) if len(self.shape) > 1 else 1
 
     def name_chunk(self, row_chunk: int, clip_chunk: int) -> str:

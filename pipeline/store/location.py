@@ -108,7 +108,7 @@ class Location:
                 raise
 
     def append_text(self, text: str) -> None:
-        """Append to a small UTF-8 file; on an object store by writing it anew, which only a store's holder may."""
+        """Append to a small UTF-8 file; on an object store by rewriting it, which only a store's holder may."""
         if self.is_remote:
             self.write_text((self.read_text() or "") + text)
             return

@@ -19,7 +19,7 @@ from echoshift.pipeline.store.location import Location, Place, locate, telling_f
 LOCK_POLL_S = 0.2
 
 NotifyWaiting = Callable[[str], None]
-"""Is told, once, whom a run waits for."""
+"""Callback that is told, once, whom a run waits for."""
 
 
 class StoreLock:

@@ -51,7 +51,7 @@ def has_store(place: Place) -> bool:
 
 
 def open_store(place: Place) -> FeatureStore:
-    """Open a store of either backend; raises StoreError when there is none or it is not one of ours."""
+    """Open a store of either backend; raises StoreError when nothing is there, or no store of echoshift."""
     path = locate(place)
     _refuse_remote_hdf5(path)
     if path.suffix == ENDINGS["zarr"]:

@@ -62,7 +62,7 @@ def _check_values(store: FeatureStore, output: str) -> list[VerifyFault]:
     for block in iterate_done_blocks(store, output):
         finite = np.isfinite(block.values).reshape(*block.exists.shape, -1)
         if not finite.all():
-            # With sound every value is finite; without any, none is a number.
+            # With audio every value is finite; without it every value is NaN.
             bad = (block.exists & ~finite.all(axis=-1)).any(axis=1) & block.has_sound
         else:
             bad = np.zeros(len(block.rows), bool)
@@ -89,7 +89,7 @@ class IndexDamage:
 
 @dataclass(frozen=True, slots=True)
 class RepairReport:
-    """What a repair did: how many rows it set to pending, good ones of the same shards included."""
+    """Outcome of a repair: rows set to pending (good ones of the same shards included) and their shards."""
 
     n_rows: int
     n_shards: int
@@ -135,7 +135,7 @@ def _find_absent_chunks(store: FeatureStore, damages: Sequence[IndexDamage]) -> 
 
 
 def restore_segment_ids(store: FeatureStore, segment_ids: Sequence[str]) -> None:
-    """Write the ids of all rows anew; the caller has made sure that these are the ids the rows were planned from."""
+    """Write the ids of all rows again; the caller has made sure that these are the ids the rows were planned from."""
     packed = encode_segment_ids(segment_ids, store.layout.n_id_bytes)
     if store.backend == "zarr":
         _write_whole_chunks(store, "segment_id", 0, packed)

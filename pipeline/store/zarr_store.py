@@ -146,7 +146,7 @@ class ZarrFeatureStore(FeatureStore):
         if len(longest.encode()) > layout.n_id_bytes:
             raise StoreError(
                 f"segment id {longest!r} is longer than the {layout.n_id_bytes} bytes {self.path} keeps for an id; "
-                f"delete the store and extract it anew, or shorten the id"
+                f"delete the store and extract it again, or shorten the id"
             )
         if layout.n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
             raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {layout.n_clips}")

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import tiny_store
 from tiny_store import make_spec, make_values
+from typer.testing import CliRunner
 
+from echoshift.cli import stores as store_commands
 from echoshift.pipeline.errors import StoreBusyError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, commit_report
 from echoshift.pipeline.store.failures import append_run, failures_path, read_failures
@@ -189,6 +191,8 @@ def test_a_lock_left_by_a_dead_process_is_removed_and_its_holder_writes_nothing_
     with hold_store(store.path) as hold:
         assert re.match(r"process \d+ of .* on .* since .* \(dataset ", remove_lock(store.path))
         assert remove_lock(store.path) == ""
+        run = CliRunner().invoke(store_commands.app, ["unlock", store.path])
+        assert (run.exit_code, run.output) == (0, f"{store.path} has no lock\n")
         with hold_store(store.path):
             before = list_objects(f"{s3_bucket}/taken")
             task = ShardTask(plan_shards(store.layout)[0], (store.path,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from echoshift.extract.demo.generating import write_mp4
-from echoshift.pipeline.cards import MediaLayout
+from echoshift.extract.encoders.registry import find_encoder
+from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
+from echoshift.extract.media import MediaSurvey
+from echoshift.extract.weights.load import resolve_weights
+from echoshift.pipeline.cards import MediaLayout, Shift
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.open import list_stores
 from echoshift.train.runs import RESULTS, read_runs
+from echoshift.train.stage1.inputs import find_without_frames
+from echoshift.train.stage1.run import describe_data
 
 TRUNK = ("visual.mode=trunk", "visual.n_views=2", "training.trainable_from=split")
 
@@ -136,3 +142,69 @@ def test_a_test_segment_that_sounds_otherwise_is_predicted_anew(
     assert code == 0, err
     fresh = {name.rpartition("-")[0] for name in set(tiny.list_records()) - set(before)}
     assert fresh == {"audio_predictions", "predictions", "features", "table", "scores"}, "nothing is trained anew"
+
+
+@pytest.mark.parametrize(("n_classes", "listed"), [(3, "(c0 2, c1 1, c2 0)"), (157, "(157 classes, of each 0 to 2)")])
+def test_many_classes_are_summed_up(n_classes: int, listed: str) -> None:
+    """157 classes, those of CharadesEgo, once made lines of 1,500 characters."""
+    labels = np.zeros((2, n_classes), np.float32)
+    labels[:, 0] = labels[0, 1] = 1
+    splits = SimpleNamespace(
+        source_train=Part(labels), source_val=(), target_train=(), target_labelled=(), target_test=()
+    )
+    context = SimpleNamespace(
+        splits=splits,
+        request=SimpleNamespace(shift=Shift(source=("s",), target="t")),
+        card=SimpleNamespace(classes=tuple(f"c{k}" for k in range(n_classes))),
+        inputs=SimpleNamespace(audio=SimpleNamespace(has_audio=lambda ids: np.ones(len(ids), bool)), left_out=()),
+    )
+    first, _, absent = describe_data(context)  # type: ignore[arg-type]
+    assert first == f"s-t: source s, 2 train segments {listed}, 0 for validation"
+    names = [f"c{k}" for k in range(2, min(n_classes, 22))]
+    more = " and 135 other classes" if n_classes == 157 else ""
+    assert absent == f"s-t: the source has no train segment of {', '.join(names)}{more}"
+
+
+class Part:
+    """A part with labels and nothing else."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def make_segment(video_id: str, stop_s: float) -> Segment:
+    return Segment(f"{video_id} to {stop_s}", video_id, 0.0, stop_s, ("a",), "d", "train")
+
+
+def test_only_what_a_header_casts_doubt_on_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [np.zeros((12, 64, 64, 3), np.uint8)]
+    for name in ("good", "short"):
+        write_mp4(tmp_path / f"{name}.mp4", pictures, 6, None, 16_000)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    looked_through: list[str] = []
+    probe = MediaSurvey.probe_duration_s
+    monkeypatch.setattr(
+        MediaSurvey, "probe_duration_s", lambda self, s: looked_through.append(s.video_id) or probe(self, s)
+    )
+    spec = make_feature_spec("slowfast_demo", resolve_weights("random:0", "slowfast_demo"), StoreOptions())
+    segments = [
+        *(make_segment("good", stop_s) for stop_s in (1.0, 2.0)),
+        *(make_segment("short", stop_s) for stop_s in (2.0, 2.4, 2.6)),
+        make_segment("broken", 1.0),
+        make_segment("gone", 1.0),
+    ]
+    told: list[str] = []
+    survey = MediaSurvey(tmp_path, MediaLayout())
+    assert find_encoder("slowfast_demo").modality == "rgb"
+    assert find_without_frames(survey, segments, spec, told.append) == {
+        "short to 2.6",
+        "broken to 1.0",
+        "gone to 1.0",
+    }
+    assert looked_through == ["short", "broken", "gone"]
+    assert len(told) == 1 and told[0].startswith("3 segments have no frames and are left out: short to 2.6 (it ends at")
+    assert find_without_frames(survey, segments[:2], spec, told.append) == set()
+    assert len(told) == 1

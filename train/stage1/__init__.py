@@ -1,1 +1,1 @@
-"""Trains the audio-adaptive encoder (Zhang et al., section 3.1)."""
+"""Stage 1: training of the audio-adaptive encoder (Zhang et al., section 3.1)."""
