@@ -21,7 +21,6 @@ from echoshift.extract.work import ExtractionPlan, ShardWork
 from echoshift.pipeline.errors import MediaError, MediaMemoryError, MediaTimeoutError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import AudioSpec, ClipSpec, FeatureSpec
-from echoshift.pipeline.store.interface import Failure
 
 MAX_STRETCH_BYTES = 64 * 2**20
 # Clips that a stretch touches exist at the same time: small frames must not make it long.
@@ -108,16 +107,10 @@ class RowFailure:
     """Why a row of some stores gets no features; inputs that came before are void."""
 
     store_paths: tuple[str, ...]
-    failure: Failure
+    error: MediaError
 
 
 RowInput = FrameClips | FrameStretch | AudioSpan | AudioWindow | AudioEnd | RowFailure
-
-
-def describe_failure(segment: Segment, error: MediaError) -> Failure:
-    """Put a media error into the ledger's terms: one line, and whether a retry can help."""
-    reason = " ".join(str(error).split())
-    return Failure(segment.segment_id, segment.video_id, type(error).__name__, reason, error.retryable)
 
 
 def read_row(
@@ -142,17 +135,17 @@ def read_row(
             else:
                 yield from read_audio_windows(media, segment, path, spec)
         except MediaError as error:
-            yield RowFailure(tuple(group), describe_failure(segment, error))
+            yield RowFailure(tuple(group), error)
             continue
         except MemoryError as error:
             failure = MediaMemoryError(f"video {segment.video_id}: reading it needs more memory than there is: {error}")
-            yield RowFailure(tuple(group), describe_failure(segment, failure))
+            yield RowFailure(tuple(group), failure)
             continue
         for path, spec in group.items():
             try:
                 media.check_unchanged(segment, spec, digests[path])
             except MediaError as error:
-                yield RowFailure((path,), describe_failure(segment, error))
+                yield RowFailure((path,), error)
 
 
 def read_frames(
@@ -322,7 +315,7 @@ class RowReaders:
             f"reading video {segment.video_id} gave nothing for {self._timeout_s:g} s; the decoder hangs on it, or the "
             f"disk is slow: raise --segment-timeout, or fetch the video again"
         )
-        return RowFailure(self._list_paths(row), describe_failure(segment, error))
+        return RowFailure(self._list_paths(row), error)
 
     def _start_thread(self) -> None:
         # A daemon: a decoder that hangs for ever must not keep the process from ending.

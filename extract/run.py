@@ -24,10 +24,8 @@ from echoshift.extract.media import (
     require_media_of_done,
     require_some_media,
 )
-from echoshift.extract.shard_rows import fail_shard
 from echoshift.extract.weights.load import WeightsRecord
-from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget
-from echoshift.extract.workers import compute_shard_on_worker
+from echoshift.extract.work import ExtractionPlan, RunOptions, ShardWork, StoreTarget, compute_shard_on_worker
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.dask import (
     ClusterRequest,
@@ -200,9 +198,8 @@ class ExtractionJob:
     def describe_work(self, task: ShardTask) -> ShardWork:
         """Cut a shard's part out of the rows."""
         of_shard = slice(task.shard.start_row, task.shard.stop_row)
-        digests = {work.store.path: work.rows.digests[of_shard] for work in self.works}
-        segments = tuple(self.works[0].rows.segments[of_shard])
-        return ShardWork(task, segments, {path: digests[path] for path in task.store_paths})
+        digests = {w.store.path: w.rows.digests[of_shard] for w in self.works if w.store.path in task.store_paths}
+        return ShardWork(task, tuple(self.works[0].rows.segments[of_shard]), digests)
 
     def compute(self, task: ShardTask, notify: Callable[[int], None]) -> ShardReport:
         """Compute a shard in this process; `notify` is told of every row of the shard."""
@@ -226,6 +223,8 @@ class ExtractionJob:
 
     def give_up(self, task: ShardTask, reason: str) -> ShardReport:
         """Make the report of a shard whose workers die: its rows have failed, and a retry may help."""
+        from echoshift.extract.shard import fail_shard
+
         work, stores = self.describe_work(task), self.stores
         return ShardReport(task, {path: fail_shard(stores[path], work, reason) for path in task.store_paths})
 

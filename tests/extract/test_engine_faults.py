@@ -38,7 +38,7 @@ INTERRUPTED = "interrupted; what is committed is kept, the same command goes on 
 # Kills the worker that is given rows 8 to 12, as the kernel does when memory runs out; workers import this by its name.
 DEADLY = """
 import os, signal
-import echoshift.extract.run, echoshift.extract.workers
+import echoshift.extract.run, echoshift.extract.work
 from pathlib import Path
 
 def compute(topic, plan, work):
@@ -46,7 +46,7 @@ def compute(topic, plan, work):
         with Path(os.environ["DEATHS"]).open("a") as file:
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
-    return echoshift.extract.workers.compute_shard_on_worker(topic, plan, work)
+    return echoshift.extract.work.compute_shard_on_worker(topic, plan, work)
 
 echoshift.extract.run.compute_shard_on_worker = compute
 """
@@ -325,10 +325,10 @@ def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
 def test_workers_that_cannot_see_the_store_are_one_error(start: Start, tmp_path: Path) -> None:
     blind = "import echoshift.pipeline.store.open as o, deadly2"
     (tmp_path / "deadly2.py").write_text(
-        "import multiprocessing, echoshift.extract.workers\nfrom echoshift.pipeline.errors import StoreError\n"
+        "import multiprocessing, echoshift.extract.work\nfrom echoshift.pipeline.errors import StoreError\n"
         "def refuse(path):\n    raise StoreError(f'no feature store at {path}')\n"
-        "def compute(topic, plan, work):\n    echoshift.extract.workers.open_store = refuse\n"
-        "    return echoshift.extract.workers.compute_shard_on_worker(topic, plan, work)\n"
+        "def compute(topic, plan, work):\n    echoshift.extract.work.open_store = refuse\n"
+        "    return echoshift.extract.work.compute_shard_on_worker(topic, plan, work)\n"
         "import echoshift.extract.run\nechoshift.extract.run.compute_shard_on_worker = compute\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import echoshift.pipeline.store.layout as layout_module
-from echoshift.extract.shard_rows import OutputWriter, ShardRows, fail_shard
+from echoshift.extract.shard import OutputWriter, ShardRows, fail_shard
 from echoshift.extract.work import ShardWork
 from echoshift.pipeline.errors import MediaError, StoreError
 from echoshift.pipeline.execution import ShardReport, ShardTask, begin_task, commit_report, plan_tasks
@@ -99,7 +99,7 @@ def test_kept_rows_stay_done_while_their_shard_is_computed_and_after_a_kill(tiny
     tiny.write_manifest(tiny_dataset.make_segments(["u"]))
     # The process kills itself where the shard's outputs are written and its index isn't.
     command = (
-        "import os, signal, echoshift.extract.shard_rows as module\n"
+        "import os, signal, echoshift.extract.shard as module\n"
         "module.ShardRows.finish = lambda self: (self._writer.wait(), os.kill(os.getpid(), signal.SIGKILL))\n"
         "from echoshift.cli.app import main; main()"
     )
@@ -154,9 +154,7 @@ def compute(store, task: ShardTask, version: int, n_entries, gone=(), failing=()
     with OutputWriter() as writer:
         rows = ShardRows(store, work, writer)
         for row, segment in enumerate(segments):
-            if segment is None:
-                rows.skip(row)
-            elif row not in task.kept_rows.get(store.path, ()):
+            if segment is not None and row not in task.kept_rows.get(store.path, ()):
                 n = n_entries(row)
                 rows.start_row(row, np.tile([row, row + 1.0], (n, 1)), np.full((n, 2), row))
                 for entry in range(n):
