@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.cards import write_card
 from echoshift.pipeline.errors import EchoshiftError
 from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
@@ -27,9 +27,6 @@ from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.store.verify import verify_store
 
-CARD = DatasetCard(
-    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
-)
 N_VIDEOS, N_EACH, N_ROWS_PER_SHARD = 3, 28, 4
 N_ROWS = N_VIDEOS * N_EACH
 COMMAND = "from echoshift.cli.app import main; main()"
@@ -116,7 +113,7 @@ def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
         for i in range(N_VIDEOS)
         for j in range(N_EACH)
     ]
-    write_card(root / "tiny.toml", CARD)
+    write_card(root / "tiny.toml", tiny_dataset.CARD)
     write_manifest(root / "tiny.csv", segments)
     return root
 
@@ -196,9 +193,7 @@ def test_a_killed_worker_costs_nothing_but_time(media: Path, start: Start) -> No
 
 
 @pytest.mark.slow
-def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(
-    media: Path, start: Start, tmp_path: Path
-) -> None:
+def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(media, start, tmp_path):
     (tmp_path / "deadly.py").write_text(DEADLY)
     run = start(
         *("--workers", "2"),
@@ -225,22 +220,8 @@ def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(
     assert read_failures(path) == {}
 
 
-def test_ctrl_c_with_workers_leaves_no_process_behind(start: Start) -> None:
-    run = start("--workers", "2")
-    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
-    children = run.children()
-    os.killpg(run.process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the workers too
-    code, errors = run.finish()
-    assert (code, errors.strip()) == (130, INTERRUPTED)
-    assert_all_gone(children)
-    assert run.count() >= 2 * N_ROWS_PER_SHARD
-    assert verify_all(run.cache) == []
-
-
 @pytest.mark.slow
-def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_same_bytes(
-    media: Path, start: Start
-) -> None:
+def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_same_bytes(media, start):
     run = start("--workers", "2")
     run.wait_for_rows(2 * N_ROWS_PER_SHARD)
     children = run.children()
@@ -255,16 +236,24 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_sa
     assert_whole(media, run.cache)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "signal_number"), [((), "SIGINT"), (("--workers", "2"), "SIGTERM")])
-def test_interrupts_end_in_one_line(start: Start, options: tuple[str, ...], signal_number: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "send"),
+    [
+        # A terminal's Ctrl-C reaches the workers too.
+        (("--workers", "2"), lambda process: os.killpg(process.pid, signal.SIGINT)),
+        pytest.param((), lambda process: process.send_signal(signal.SIGINT), marks=pytest.mark.slow),
+        pytest.param(("--workers", "2"), lambda process: process.send_signal(signal.SIGTERM), marks=pytest.mark.slow),
+    ],
+)
+def test_interrupts_end_in_one_line_and_leave_no_process_behind(start: Start, options, send) -> None:
     run = start(*options)
-    run.wait_for_rows(N_ROWS_PER_SHARD)
+    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
     children = run.children()
-    run.process.send_signal(getattr(signal, signal_number))
+    send(run.process)
     code, errors = run.finish()
     assert (code, errors.strip()) == (130, INTERRUPTED)
     assert_all_gone(children)
+    assert run.count() >= 2 * N_ROWS_PER_SHARD
     assert verify_all(run.cache) == []
 
 
@@ -293,9 +282,7 @@ def scheduler(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 @pytest.mark.slow
-def test_a_killed_scheduler_ends_the_run_in_one_line(
-    media: Path, start: Start, scheduler: tuple[str, subprocess.Popen[bytes]]
-) -> None:
+def test_a_killed_scheduler_ends_the_run_in_one_line(media, start, scheduler):
     run = start("--scheduler", scheduler[0])
     run.wait_for_rows(2 * N_ROWS_PER_SHARD)
     scheduler[1].kill()
@@ -312,13 +299,11 @@ def test_a_killed_scheduler_ends_the_run_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
-    media: Path, start: Start, scheduler: tuple[str, subprocess.Popen[bytes]]
-) -> None:
+def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(media, start, scheduler):
     run = start("--scheduler", scheduler[0])
     assert run.finish() == (0, "")
     assert_whole(media, run.cache)
-    assert scheduler[1].poll() is None
+    assert scheduler[1].poll() is None, "it was left running"
 
 
 @pytest.mark.slow

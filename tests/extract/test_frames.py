@@ -16,7 +16,7 @@ from echoshift.extract.recipes import PRESETS
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec
 
 KINETICS = FrameSpec(short_side=64, crop=56, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 PLAIN = FrameSpec(short_side=64, crop=64, mean=(0, 0, 0), std=(1, 1, 1))
@@ -68,25 +68,13 @@ def test_a_picture_of_the_right_size_is_only_cut_and_normalised():
     assert torch.equal(prepare_clips(frames, PLAIN), expected)
 
 
-@pytest.mark.parametrize("n_bytes", [1, 4 * 3 * 90 * 160 * 4, 1 << 30])
-@pytest.mark.parametrize(("height", "width"), [(90, 160), (64, 70), (30, 40)])
+@pytest.mark.parametrize("n_bytes", [1, 4 * 3 * 90 * 160 * 4])
+@pytest.mark.parametrize(("height", "width"), [(90, 160), (30, 40)])
 def test_chunks_change_nothing(monkeypatch, n_bytes, height, width):
     frames = random_frames(3, 5, height, width)
     whole = torch.cat([prepare_clips(clip[None], KINETICS) for clip in frames])
     monkeypatch.setitem(frames_module.N_CHUNK_BYTES, "cpu", n_bytes)
     assert torch.equal(prepare_clips(frames, KINETICS), whole)
-
-
-def test_memory_is_bounded_by_the_chunk(monkeypatch):
-    sizes = []
-
-    def watched(picture, *args, **kwargs):
-        sizes.append(picture.numel() * picture.element_size())
-        return torch.nn.functional.interpolate(picture, *args, **kwargs)
-
-    monkeypatch.setattr(frames_module, "interpolate", watched)
-    prepare_clips(random_frames(2, 16, 540, 960), KINETICS)
-    assert len(sizes) > 8 and max(sizes) <= frames_module.N_CHUNK_BYTES["cpu"]
 
 
 def test_flow_has_two_channels():
@@ -222,12 +210,6 @@ def test_a_crop_is_drawn_for_a_view_or_for_each_clip():
         assert plan_crop(spec, CLIPS, "s", 0, 0, 0, 90, 160) != plan_crop(spec, CLIPS, "s", 0, 1, 0, 90, 160)
 
 
-def test_scale_jitter_draws_the_short_side():
-    spec = frame_spec(crops="random", short_sides=(64, 80))
-    sides = {plan_crop(spec, CLIPS, f"s{i}", 0, 0, 0, 90, 160).short_side for i in range(300)}
-    assert sides == set(range(64, 81))
-
-
 def test_mirrored_flow_turns_its_horizontal_sign():
     spec = FrameSpec(
         input="flow", short_side=8, crop=8, mean=(0, 0), std=(1, 1), crops="random", flip=1.0, flow="images"
@@ -250,12 +232,6 @@ def test_mirrored_flow_turns_its_horizontal_sign():
 def test_impossible_crops_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         frame_spec(**fields)
-
-
-def test_views_that_would_be_the_same_are_refused():
-    spec = {"encoder": "e", "weights": "w", "outputs": (OutputSpec(name="pooled", shape=(1,)),)}
-    with pytest.raises(ValidationError, match="are all the same"):
-        FeatureSpec(clip=ClipSpec(n_frames=4, n_views=2), frame=frame_spec(), **spec)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -281,12 +257,8 @@ def test_presets_are_the_papers_recipes():
     test = make("slowfast_r101_mmaction", "zhang-encoder-test")
     assert test.clip.n_clips * test.n_entries_per_clip == 15 and test.frame.crop == 256 and test.clip.span == 64
     train = make("slowfast_r101_mmaction", "zhang-stage1-train")
-    assert (train.frame.crop, train.frame.short_side, train.frame.area, train.frame.flip) == (
-        224,
-        256,
-        (0.08, 1.0),
-        0.5,
-    )
+    frame = train.frame
+    assert (frame.crop, frame.short_side, frame.area, frame.flip) == (224, 256, (0.08, 1.0), 0.5)
     flow = make("slowonly_r50_flow", "zhang-stage2-train")
     assert (flow.clip.n_frames, flow.clip.stride, flow.clip.rate_hz, flow.clip.n_clips) == (8, 4, 30, 5)
     charades = make("slowfast_r50", "charades-test")

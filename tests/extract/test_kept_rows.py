@@ -199,9 +199,7 @@ def assert_values(store, versions: dict[int, int], n_entries) -> None:
     ("backend", "n_chunk_bytes"),
     [*((backend, n) for backend in ("zarr", "hdf5") for n in (2**20, 100, 20)), ("remote", 100)],  # shards, rows, clips
 )
-def test_kept_rows_stay_however_a_shard_is_cut(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, n_chunk_bytes: int
-) -> None:
+def test_kept_rows_stay_however_a_shard_is_cut(request, tmp_path, monkeypatch, backend, n_chunk_bytes):
     monkeypatch.setattr(layout_module, "MAX_CHUNK_BYTES", n_chunk_bytes)
     cache = request.getfixturevalue("s3_bucket") if backend == "remote" else tmp_path
     store = make_toy_store(cache, "zarr" if backend == "remote" else backend)
@@ -280,11 +278,3 @@ def test_damage_to_a_kept_row_is_an_error_and_not_written_again_as_right(tmp_pat
     with pytest.raises(StoreError, match=r"outputs/trunk rows 0 to 6: .*`echoshift store verify` lists every fault"):
         begin_and_compute()
     assert [fault.array for fault in verify_store(open_store(store.path))] == ["outputs/trunk"]
-
-
-@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
-def test_a_row_that_is_not_done_cannot_be_kept(tmp_path: Path, backend: str) -> None:
-    store = make_toy_store(tmp_path, backend)
-    (task,) = plan_tasks({store.path: np.ones(6, bool)}, store.layout, {store.path: np.arange(6) == 4})
-    with pytest.raises(StoreError, match="row 4 is to be kept, and isn't done"):
-        begin_task({store.path: store}, task)

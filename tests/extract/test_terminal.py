@@ -61,14 +61,7 @@ def test_a_terminal_that_wants_none_gets_plain_text(environment: dict[str, str])
     assert text.splitlines() == PLAIN
 
 
-def test_elsewhere_a_table_is_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_table("title", ("name", "n"), [["[bold]x[/bold]", 3], ["y", 12]])
-    assert capsys.readouterr().out.splitlines() == PLAIN
-
-
-def test_plain_progress_is_a_line_now_and_then_and_ever_more_seldom_while_no_step_ends(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_progress_is_a_line_now_and_then_and_ever_more_seldom_while_no_step_ends(capsys, monkeypatch):
     now = 0
     monkeypatch.setattr(time, "monotonic", lambda: float(now))
     progress = terminal.PlainProgress("steps")
@@ -99,9 +92,7 @@ def test_plain_progress_is_a_line_now_and_then_and_ever_more_seldom_while_no_ste
     assert wait_until(6) == ["measuring: 5 steps, 1.0/s"], "without a known end none is foretold"
 
 
-def test_the_thread_of_progress_ends_with_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_thread_of_progress_ends_with_it(capsys, monkeypatch):
     monkeypatch.setattr(terminal, "BEGUN_S", 0.05)
     with terminal.show_progress("steps") as progress:
         progress.start("encoder", 3)
