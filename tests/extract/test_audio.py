@@ -297,7 +297,6 @@ def test_views_that_make_no_sense_are_refused(fields, message):
 
 
 def read_outputs(cache):
-    """Read all that a store of sound holds, by array."""
     (path,) = [path for path in list_stores(cache) if "resnet_demo" in path.name]
     store = open_store(path)
     names = ["outputs/map", "outputs/pooled", "times", "frames", "n_valid", "has_audio", "loudness_dbfs"]

@@ -45,7 +45,6 @@ def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_track(path: Path) -> tuple[float, np.ndarray]:
-    """Read when the track begins and its samples, mono."""
     import av
 
     with av.open(str(path)) as container:

@@ -100,7 +100,7 @@ def test_i3ds_convolution_pads_more_at_the_end() -> None:
         assert conv(x)[0, 0, :, 0, 0].tolist() == [321.0, 43.0]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("n", [1, 4, 7])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (2, 2)])
 def test_i3ds_pooling_without_a_padded_copy_is_exact(n: int, kernel: int, stride: int) -> None:
     with torch.device("meta"):

@@ -196,16 +196,22 @@ def test_the_split_stage_begins_the_head_and_the_classifier_sees_what_is_said(na
 
 
 def test_messages() -> None:
-    with pytest.raises(SpecError, match=r"no encoder 'slowfast_r_101'; did you mean 'slowfast_r101'\?"):
-        find_encoder("slowfast_r_101")
-    with pytest.raises(SpecError, match=r"no encoder 'zzz'; there are .*slowfast_r50, "):
-        find_encoder("zzz")
-    network = find_encoder("slowfast_demo").build()
-    with pytest.raises(SpecError, match="SlowFast has no output 'feature'; it has trunk_slow, trunk_fast, pooled"):
-        network(torch.zeros(1, 3, 8, 32, 32), ["feature"])
-    with pytest.raises(SpecError, match="divisible by 4, not 6"):
-        network(torch.zeros(1, 3, 6, 32, 32), ["pooled"])
-    with pytest.raises(SpecError, match=r"takes \[B, 3, T, H, W\], not \[1, 2, 8, 32, 32\]"):
-        network(torch.zeros(1, 2, 8, 32, 32), ["pooled"])
-    with pytest.raises(SpecError, match=r"takes \[B, 1, F, N\], not \[1, 2, 32, 32\]"):
-        find_encoder("resnet_demo").build()(torch.zeros(1, 2, 32, 32), ["pooled"])
+    for name, message in (
+        ("slowfast_r_101", r"no encoder 'slowfast_r_101'; did you mean 'slowfast_r101'\?"),
+        ("zzz", r"no encoder 'zzz'; there are .*slowfast_r50, "),
+    ):
+        with pytest.raises(SpecError, match=message):
+            find_encoder(name)
+    for name, shape, output, message in (
+        (
+            "slowfast_demo",
+            (1, 3, 8, 32, 32),
+            "feature",
+            "SlowFast has no output 'feature'; it has trunk_slow, trunk_fast",
+        ),
+        ("slowfast_demo", (1, 3, 6, 32, 32), "pooled", "divisible by 4, not 6"),
+        ("slowfast_demo", (1, 2, 8, 32, 32), "pooled", r"takes \[B, 3, T, H, W\], not \[1, 2, 8, 32, 32\]"),
+        ("resnet_demo", (1, 2, 32, 32), "pooled", r"takes \[B, 1, F, N\], not \[1, 2, 32, 32\]"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            find_encoder(name).build()(torch.zeros(shape), [output])

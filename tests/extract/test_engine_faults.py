@@ -51,8 +51,6 @@ echoshift.extract.run.compute_shard_on_worker = compute
 
 @dataclass
 class Run:
-    """One `echoshift extract` under way, in a process group of its own."""
-
     process: subprocess.Popen[str]
     cache: Path
 
@@ -60,7 +58,6 @@ class Run:
         return sum(int((open_store(path).read_array("state") == state).sum()) for path in list_stores(self.cache))
 
     def wait_for_rows(self, n_rows: int) -> None:
-        """Wait until so many rows are done, while the run goes on."""
         deadline = time.monotonic() + 150
         while self.count() < n_rows:
             assert self.process.poll() is None, self.process.communicate()
@@ -77,7 +74,6 @@ class Run:
             self.process.send_signal(signal.SIGCONT)
 
     def wait_for_words(self, words: str) -> None:
-        """Wait until the run says something as an error or a note."""
         assert self.process.stderr is not None
         said = ""
         while words not in said:
@@ -104,7 +100,6 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write videos, card and manifest once."""
     root = tmp_path_factory.mktemp("engine")
     for i in range(N_VIDEOS):
         tiny_dataset.write_video(root / f"media/v{i}.mp4", seed=i, sound="none")
@@ -120,7 +115,6 @@ def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def media(folder: Path) -> Path:
-    """Return the same folder, with the features of an unbroken run in one process."""
     assert start_run(folder, folder / "unbroken").finish()[0] == 0
     return folder
 
@@ -164,7 +158,6 @@ def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def assert_whole(media: Path, cache: Path) -> None:
-    """Check that a cache verifies and holds the bytes of the unbroken run."""
     (expected_path,) = list_stores(media / "unbroken")
     (path,) = list_stores(cache)
     expected, store = open_store(expected_path), open_store(path)

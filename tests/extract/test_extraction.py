@@ -35,8 +35,6 @@ def make_segments(video_ids: list[str], n_each: int = 4) -> tuple[Segment, ...]:
 
 
 class Silent:
-    """A progress display that shows nothing."""
-
     def start(self, what: str, n_total: int) -> None: ...
 
     def advance(self, n: int = 1) -> None: ...
@@ -47,8 +45,6 @@ Extract = Callable[..., ExtractionSummary]
 
 @pytest.fixture
 def extract(tmp_path: Path) -> Extract:
-    """Extract segments with the demo networks into a cache of this test's own."""
-
     def run(
         segments: tuple[Segment, ...],
         *,
@@ -113,15 +109,6 @@ def test_both_backends_hold_equal_values(tmp_path: Path, extract: Extract) -> No
     for a, b in zip(zarr.stores, hdf5.stores, strict=True):
         assert read_every_array(a.path) == read_every_array(b.path)
         assert verify_store(open_store(Path(b.path))) == []
-
-
-def test_a_row_does_not_depend_on_what_else_ran(tmp_path: Path, extract: Extract) -> None:
-    write_video(tmp_path / "media/v.mp4")
-    alone = open_store(Path(extract(make_segments(["v"], 1)).stores[0].path)).read(["v-0"], "pooled")
-    (tmp_path / "cache").rename(tmp_path / "first")
-    write_video(tmp_path / "media/a.mp4", seed=3)
-    among = open_store(Path(extract(make_segments(["a", "v"])).stores[0].path)).read(["v-0"], "pooled")
-    assert alone.tobytes() == among.tobytes()
 
 
 def test_new_segments_are_appended_and_changed_ones_redone(tmp_path: Path, extract: Extract) -> None:

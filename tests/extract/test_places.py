@@ -28,7 +28,6 @@ SEGMENTS = tuple(Segment(f"v-{i}", "v", 0.05 * i, 0.05 * i + 0.6, ("a",), "d", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dataset) -> Path:
-    """Make a card, a manifest and one video."""
     root = tmp_path_factory.mktemp("places")
     write_card(root / "tiny.toml", tiny_dataset.CARD)
     write_manifest(root / "tiny.csv", SEGMENTS)
@@ -38,7 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dataset) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(folder: Path) -> dict[str, bytes]:
-    """Return the arrays of a run that nothing disturbs."""
     done = run("extract", folder, folder / "unbroken")
     assert done.returncode == 0, done.stderr
     return read_every_array(folder / "unbroken")

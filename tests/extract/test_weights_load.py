@@ -306,18 +306,14 @@ def test_file_without_a_header_is_taken_by_its_tensors(tmp_path: Path) -> None:
 
 
 def test_messages(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"kinetics400 isn't installed in .*; run `echoshift weights get i3d-"):
-        resolve_weights("i3d-rgb-kinetics400", "i3d_rgb", tmp_path)
-    with pytest.raises(WeightsError, match="no weights 'i3d-rgb-kinetics4000'; did you mean"):
-        resolve_weights("i3d-rgb-kinetics4000", "i3d_rgb", tmp_path)
-    with pytest.raises(WeightsError, match=r"no weights '\.\./x'"):
-        resolve_weights("../x", "i3d_rgb", tmp_path)
-    for ref in ("random:", "random:-1", "random:x", "random:9223372036854775808"):
-        with pytest.raises(WeightsError, match="isn't random:SEED with a whole number"):
-            resolve_weights(ref, "resnet_demo")
-    with pytest.raises(WeightsError, match=r"there is no weights file .*absent\.safetensors"):
-        resolve_weights(str(tmp_path / "absent.safetensors"), "resnet_demo")
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"\x05\0\0\0\0\0\0\0hello")
-    with pytest.raises(WeightsError, match=r"broken\.safetensors isn't a safetensors file"):
-        resolve_weights(str(broken), "resnet_demo")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0hello")
+    for ref, message in (
+        ("i3d-rgb-kinetics400", r"kinetics400 isn't installed in .*; run `echoshift weights get i3d-"),
+        ("i3d-rgb-kinetics4000", "no weights 'i3d-rgb-kinetics4000'; did you mean"),
+        ("../x", r"no weights '\.\./x'"),
+        *((f"random:{seed}", "isn't random:SEED with a whole number") for seed in ("", "-1", "x", 2**63)),
+        (str(tmp_path / "absent.safetensors"), r"there is no weights file .*absent\.safetensors"),
+        (str(tmp_path / "broken.safetensors"), r"broken\.safetensors isn't a safetensors file"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            resolve_weights(ref, "i3d_rgb", tmp_path)

@@ -71,7 +71,6 @@ class TinyDataset:
         write_card(root / "tiny.toml", CARD)
 
     def write_manifest(self, segments):
-        """Replace the manifest."""
         (self.root / "tiny.csv").unlink(missing_ok=True)
         write_manifest(self.root / "tiny.csv", segments)
 
@@ -102,10 +101,8 @@ class TinyDataset:
         return ["--media", self.media, "--cache", self.cache, "--manifests", self.root]
 
     def extract(self, *arguments):
-        """Run `echoshift extract tiny`."""
         return self.run("extract", "tiny", *self.places, "--device", "cpu", *arguments)
 
     def verify(self, store, *arguments):
-        """Run `echoshift store verify`."""
         places = ["--media", self.media, "--manifests", self.root, "--device", "cpu"]
         return self.run("store", "verify", store, *places, *arguments)
