@@ -1,12 +1,11 @@
-"""What a researcher looks at: `echoshift report`, `echoshift show` and `echoshift plot`."""
+"""`echoshift report`, `show` and `plot`: a page of all that is known, one segment, and figures of features."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,34 +25,14 @@ from echoshift.cli.options import (
     open_places,
     resolve_choices,
 )
-from echoshift.cli.terminal import JsonOption, QuietOption, make_notifier, print_json, print_table, show_progress
-from echoshift.pipeline.errors import RunError
+from echoshift.cli.terminal import JsonOption, QuietOption, make_notifier, print_json, show_progress
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from echoshift.train.grids import Stage
+    from echoshift.train.look.segment import SegmentView
 
 DEFAULT_REPORTS = Path("reports")
-SegmentArgument = Annotated[str, typer.Argument(help="A segment's id, as in the manifest.", show_default=False)]
-
-
-class PlotKind(StrEnum):
-    """What can be drawn."""
-
-    norms = "norms"
-    shares = "shares"
-    embedding = "embedding"
-    cam = "cam"
-
-
-KindArgument = Annotated[
-    PlotKind,
-    typer.Argument(
-        help="norms: feature norms before and after alignment; shares: what each modality weighs; embedding: features "
-        "before and after adaptation in the plane; cam: where in a clip a network sees a class.",
-        show_default=False,
-    ),
-]
 
 
 def report(
@@ -104,6 +83,9 @@ def report(
     typer.echo(f"{outcome.path}: {outcome.n_bytes / 1e6:.1f} MB, {outcome.n_runs} runs, {outcome.n_stores} stores")
 
 
+SegmentArgument = Annotated[str, typer.Argument(help="A segment's id, as in the manifest.", show_default=False)]
+
+
 def show(
     segment: SegmentArgument,
     dataset: DatasetChoice = "",
@@ -119,12 +101,12 @@ def show(
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
-    """Show a segment: its frames and audio, the gates that its audio makes, and what every finished run takes it for.
+    """Show a segment: its frames and sound, the gates that its sound makes, and what every finished run takes it for.
 
-    What isn't there (media, a checkpoint, a sound track) is reported, and nothing is put in its place.
+    What isn't there (media, a checkpoint, a sound track) is said, and nothing is put in its place.
     """
     from echoshift.train.look.segment import ViewOptions, read_segment_view
-    from echoshift.train.look.show import describe_view, list_facts, list_gates, list_predictions
+    from echoshift.train.look.show import describe_view
     from echoshift.train.splits import find_shift
 
     places = open_places(RunChoices(dataset, media, cache, manifest, manifests, "cpu", "paper", None, None))
@@ -140,16 +122,34 @@ def show(
     if as_json:
         print_json(describe_view(view))
     else:
-        for line in (*list_facts(view), "", *list_gates(view), ""):
-            typer.echo(line)
-        if view.predictions:
-            print_table("predictions, percent; * is the label", *list_predictions(view, top))
-        if "predictions" in view.missing:
-            typer.echo(view.missing["predictions"])
-        if view.synthetic:
-            typer.echo(f"{view.dataset} is synthetic: nothing here was filmed")
+        _print(view, top)
     if to is not None:
         typer.echo(f"figure: {to}", err=True)
+
+
+def _print(view: SegmentView, n_top: int) -> None:
+    from echoshift.cli.terminal import print_table
+    from echoshift.train.look.show import list_facts, list_gates, list_predictions
+
+    for line in (*list_facts(view), "", *list_gates(view), ""):
+        typer.echo(line)
+    if view.predictions:
+        print_table("predictions, percent; * is the label", *list_predictions(view, n_top))
+    if "predictions" in view.missing:
+        typer.echo(view.missing["predictions"])
+    if view.synthetic:
+        typer.echo(f"{view.dataset} is synthetic: nothing here was filmed")
+
+
+PlotKind = Literal["norms", "shares", "embedding", "cam"]
+KindArgument = Annotated[
+    PlotKind,
+    typer.Argument(
+        help="norms: feature norms before and after alignment; shares: what each modality weighs; embedding: features "
+        "before and after adaptation in the plane; cam: where in a clip a network sees a class.",
+        show_default=False,
+    ),
+]
 
 
 def plot(
@@ -178,33 +178,34 @@ def plot(
     manifest: ManifestOption = None,
     manifests: ManifestsOption = MANIFESTS_DIR,
 ) -> None:
-    """Draw a figure of features or of a network from what is extracted and trained; nothing is trained for it.
+    """Plot features or a network from what is extracted and trained; nothing is computed for it.
 
     norms and shares are Figures 6 and 7 of Planamente et al. 2021. With --json the numbers behind it are printed.
     """
+    from echoshift.pipeline.errors import RunError
     from echoshift.train.look import figures
     from echoshift.train.look.run_choice import RunChoice
 
     rows = row or []
-    if len(rows) > 1 and kind is not PlotKind.cam:
-        raise RunError(f"{kind.value} is of one run; name one --row")
+    if len(rows) > 1 and kind != "cam":
+        raise RunError(f"{kind} is of one run; name one --row")
     places = open_places(RunChoices(dataset, media, cache, manifest, manifests, "cpu", "paper", None, None))
     runs_dir = runs / places.card.name
     choice = RunChoice(shift, seed, rows[0] if rows else None, method)
-    if kind is PlotKind.norms:
+    if kind == "norms":
         made = figures.make_norms(places, runs_dir, choice)
-    elif kind is PlotKind.shares:
+    elif kind == "shares":
         made = figures.make_shares(places, runs_dir, choice)
-    elif kind is PlotKind.embedding:
+    elif kind == "embedding":
         made = figures.make_embedding(places, runs_dir, choice, tsne_seed=tsne_seed, max_points=points)
     else:
         from echoshift.train.look.activation import make_activation_maps
 
         made = make_activation_maps(places, runs_dir, choice, segment, rows, class_)
-    path = to or DEFAULT_REPORTS / places.card.name / f"{kind.value}.png"
+    path = to or DEFAULT_REPORTS / places.card.name / f"{kind}.png"
     figures.write_figure(made.figure, path)
     if as_json:
-        print_json({"kind": kind.value, "path": path, "description": made.description, "numbers": made.numbers})
+        print_json({"kind": kind, "path": path, "description": made.description, "numbers": made.numbers})
     else:
         typer.echo(made.description)
     typer.echo(f"figure: {path}", err=True)
