@@ -253,7 +253,7 @@ def find_without_frames(
             ends_s[key] = _read_declared_end_s(survey, segment)
     # Only what a header casts doubt on is looked through: that takes seconds for an hour of video.
     doubtful = [s for s in segments if s.stop_s > ends_s[s.video_id, s.domain, s.split] + END_TOLERANCE_S / 2]
-    faults = find_media_faults(number_rows(doubtful), survey, Path())
+    faults = find_media_faults(number_rows(doubtful), survey.probe_duration_s, Path())
     if faults:
         first = faults[0]
         notify(
