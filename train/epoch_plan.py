@@ -84,7 +84,7 @@ def plan_epoch(
     """Plan an epoch: every batch has n_source segments of the source, in a new order; what fills no batch is left out.
 
     The target's segments come from an endless row of shuffles, in which an epoch goes on where the one before stopped,
-    so that all of them are seen equally often (the released code begins anew each epoch and never sees most of them;
+    so that all of them are seen equally often (the released code begins again each epoch and never sees most of them;
     METHODS 9). A source smaller than a batch is one batch. `order` takes the place of `shuffle`.
     """
     order = order or shuffle

@@ -191,7 +191,7 @@ N_CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class StoreSummary:
+class StoreListing:
     """One store in numbers; `outputs` are the shapes of one clip by name, `n_bytes` is what it takes on disk."""
 
     store: str
@@ -207,14 +207,14 @@ class StoreSummary:
     n_bytes: int
 
 
-def summarise_stores(cache: Place) -> list[StoreSummary]:
+def summarise_stores(cache: Place) -> list[StoreListing]:
     """Sum up every store below a cache, by path; raises StoreError naming one that can't be opened."""
     summaries = []
     for path in list_stores(cache):
         store = open_store(path)
         state = store.read_array("state")
         summaries.append(
-            StoreSummary(
+            StoreListing(
                 store=str(path),
                 dataset=str(store.attributes["dataset"]),
                 encoder=store.spec.encoder,

@@ -146,7 +146,7 @@ def test_a_video_replaced_during_a_run_fails_its_rows_and_the_next_run_computes_
     assert (open_pictures(tiny).read_array("state") == DONE).all()
     code, out, _ = tiny.verify(open_pictures(tiny).path, "--sample", "100")
     assert code == 0
-    assert "8 rows extracted anew: 8 equal" in out
+    assert "8 rows extracted again: 8 equal" in out
 
 
 def test_the_watch_notices_replacing_and_passes_touching(tiny, tiny_dataset) -> None:

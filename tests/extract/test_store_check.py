@@ -105,7 +105,7 @@ def test_a_stale_row_is_no_fault(tiny, tiny_dataset) -> None:
     code, out, _ = tiny.verify(find_store(tiny), "--sample", "100")
     assert code == 0
     assert "4 rows are stale, their media or times have changed since: w-0, w-1, w-2, w-3" in out
-    assert "4 rows extracted anew: 4 equal" in out
+    assert "4 rows extracted again: 4 equal" in out
     (tiny.media / "v.mp4").unlink()
     code, out, _ = tiny.verify(find_store(tiny), "--sample", "100")
     assert code == 0

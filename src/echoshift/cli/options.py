@@ -217,7 +217,7 @@ OverrideChoice = Annotated[
     ),
 ]
 RerunChoice = Annotated[
-    list[str] | None, typer.Option(help="A step to do anew, such as clusters, whatever is done already.")
+    list[str] | None, typer.Option(help="A step to do again, such as clusters, whatever is done already.")
 ]
 RunsOption = Annotated[Path, typer.Option(help="Where runs lie.", envvar="ECHOSHIFT_RUNS")]
 DEFAULT_RUNS = Path("runs")

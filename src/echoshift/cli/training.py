@@ -181,7 +181,7 @@ def run_networks(
 ) -> None:
     """Train and scores what isn't done yet, shift by shift; run Stage 1 first where it is read and isn't done.
 
-    Raises RunError for an unknown step to do anew, and whatever resolving and running raise.
+    Raises RunError for an unknown step to do again, and whatever resolving and running raise.
     """
     from echoshift.cli.options import end_on_sigterm
     from echoshift.cli.terminal import make_notifier, show_progress
