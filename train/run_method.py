@@ -20,7 +20,6 @@ from echoshift.pipeline.devices import describe_device
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Manifest
 from echoshift.pipeline.tensor_files import check_tensors, read_tensors, write_tensors
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureRows
 from echoshift.train.loop import Domain, TrainedRun, TrainingJob, predict_rows, train_run
 from echoshift.train.runs import (
@@ -33,7 +32,7 @@ from echoshift.train.runs import (
     read_runs,
 )
 from echoshift.train.scores import Scores, TestSplit, compute_scores, make_scores, open_test_split, plan_scores_step
-from echoshift.train.splits import LabelledSegments, ShiftSplits
+from echoshift.train.splits import DataPlaces, LabelledSegments, ShiftSplits
 from echoshift.train.stage2.config import SelectionRule
 from echoshift.train.stage2.inputs import StreamInputs, find_inputs, open_stream
 from echoshift.train.steps import Step, StepResult, StepRunner, hash_json

@@ -20,7 +20,6 @@ from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.look.run_choice import describe_run, find_checkpoint
 from echoshift.train.look.segment_media import (
     SegmentAudio,
@@ -34,7 +33,7 @@ from echoshift.train.look.segment_media import (
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from echoshift.train.scores import read_hits
-from echoshift.train.splits import TEST, find_shift
+from echoshift.train.splits import TEST, DataPlaces, find_shift
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.encoder import AudioAttention, CheckpointFacts

@@ -17,10 +17,10 @@ from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.specs import fingerprint
 from echoshift.pipeline.store.location import Place
 from echoshift.pipeline.store.open import list_stores, open_store
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureRows, Sound, read_rows, read_sound
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
+from echoshift.train.splits import DataPlaces
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage2.config import StreamConfig
 from echoshift.train.steps import RECORD, hash_json
