@@ -211,6 +211,12 @@ def read_means(store: FeatureStore, segments: list[Segment]) -> np.ndarray:
     return np.concatenate([values.float().flatten(1, -2).mean(dim=1).numpy() for values in found.values()], axis=1)
 
 
+def open_stores(places: DataPlaces) -> list[FeatureStore]:
+    """Open the stores of a dataset that lie in the cache, by path."""
+    stores = [open_store(path) for path in list_stores(places.cache_dir)]
+    return [store for store in stores if store.attributes["dataset"] == places.card.name]
+
+
 def open_adapted_store(runs_dir: Path, record: RunRecord) -> FeatureStore:
     """Open the features that a run of Stage 1 exported; raises RunError where it has none."""
     folder = runs_dir / "steps" / f"features-{record.steps.get('features', 'none')}"
@@ -229,9 +235,8 @@ def find_cached_store(places: DataPlaces, record: RunRecord, adapted: FeatureSto
     encoder = str(record.config["visual"]["encoder"])
     found = [
         store
-        for store in map(open_store, list_stores(places.cache_dir))
-        if (store.attributes["dataset"], store.spec.encoder) == (places.card.name, encoder)
-        and [output.name for output in store.spec.outputs] == ["pooled"]
+        for store in open_stores(places)
+        if store.spec.encoder == encoder and [output.name for output in store.spec.outputs] == ["pooled"]
     ]
     if not found:
         raise RunError(

@@ -20,10 +20,9 @@ from echoshift.pipeline.errors import EchoshiftError, RunError
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.grids import list_grids
 from echoshift.train.look.activation import make_activation_maps
-from echoshift.train.look.features import find_cached_store, open_adapted_store
+from echoshift.train.look.features import find_cached_store, open_adapted_store, open_stores
 from echoshift.train.look.figures import (
     Plot,
     draw_histogram,
@@ -97,8 +96,7 @@ def make_report(request: ReportRequest, path: Path) -> ReportOutcome:
     """
     places, card, manifest = request.places, request.places.card, request.places.manifest
     segments = choose_segments(manifest, request.n_segments, request.segment_ids)
-    opened = [open_store(path) for path in list_stores(places.cache_dir)]
-    stores = [store for store in opened if store.attributes["dataset"] == card.name]
+    stores = open_stores(places)
     records = [record for record in read_runs(request.runs_dir / RESULTS) if record.dataset == card.name]
     latest = list(keep_latest(records).values())
     request.watcher.start("grids", len(list_grids()) + len(request.grids))

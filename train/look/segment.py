@@ -18,8 +18,8 @@ from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError, W
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
+from echoshift.train.look.features import open_stores
 from echoshift.train.look.run_choice import describe_run, find_checkpoint
 from echoshift.train.look.segment_media import (
     SegmentAudio,
@@ -217,9 +217,7 @@ class SegmentReader:
     @cached_property
     def _stores(self) -> dict[str, FeatureStore]:
         """The stores of the dataset that lie in the cache, by fingerprint."""
-        stores = [open_store(path) for path in list_stores(self._places.cache_dir)]
-        own = [store for store in stores if store.attributes["dataset"] == self._places.card.name]
-        return {fingerprint(store.spec): store for store in own}
+        return {fingerprint(store.spec): store for store in open_stores(self._places)}
 
     @cached_property
     def _audio_spec(self) -> tuple[FeatureSpec, bool]:
