@@ -82,7 +82,7 @@ class SegmentGate:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassScore:
+class ShownScore:
     """One class with its probability, and whether the manifest has it in the segment."""
 
     name: str
@@ -91,7 +91,7 @@ class ClassScore:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SegmentPrediction:
+class ShownPrediction:
     """What one run takes the segment for.
 
     Attributes:
@@ -114,7 +114,7 @@ class SegmentPrediction:
     speaker: Speaker
     role: str
     probabilities: np.ndarray
-    top: tuple[ClassScore, ...]
+    top: tuple[ShownScore, ...]
     is_right: bool | None
     pseudo_label: str = ""
 
@@ -131,7 +131,7 @@ class SegmentView:
     audio: SegmentAudio | None
     spectrogram: Spectrogram | None
     gate: SegmentGate | None
-    predictions: tuple[SegmentPrediction, ...]
+    predictions: tuple[ShownPrediction, ...]
     missing: dict[Part, str]
 
 
@@ -271,7 +271,7 @@ class SegmentReader:
             )
         return CheckpointGates(path, self._stores[name])
 
-    def _read_predictions(self, segment: Segment) -> tuple[list[SegmentPrediction], str]:
+    def _read_predictions(self, segment: Segment) -> tuple[list[ShownPrediction], str]:
         """Read what each run takes a segment for, and say what is left out."""
         card, predictions = self._places.card, []
         shifts = {shift.name for shift in card.shifts}
@@ -287,7 +287,7 @@ class SegmentReader:
                 top = rank_classes(part.probabilities[row], card.classes, segment.labels, self._options.n_top)
                 guess = -1 if part.pseudo_labels is None else int(part.pseudo_labels[row])
                 predictions.append(
-                    SegmentPrediction(
+                    ShownPrediction(
                         run=describe_run(record),
                         stage=record.stage,
                         shift=record.shift,
@@ -407,10 +407,10 @@ def find_segment(manifest: Manifest, segment_id: str) -> Segment:
 
 def rank_classes(
     probabilities: np.ndarray, classes: tuple[str, ...], labels: tuple[str, ...], n_top: int
-) -> tuple[ClassScore, ...]:
+) -> tuple[ShownScore, ...]:
     """Rank the `n_top` classes of highest probability, float [K]; of equal ones the first of the card comes first."""
     order = np.argsort(-probabilities, kind="stable")[:n_top]
-    return tuple(ClassScore(classes[i], float(probabilities[i]), classes[i] in labels) for i in order.tolist())
+    return tuple(ShownScore(classes[i], float(probabilities[i]), classes[i] in labels) for i in order.tolist())
 
 
 def make_sentence(reason: str) -> str:
