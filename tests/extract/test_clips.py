@@ -41,11 +41,6 @@ def test_a_short_segment_wraps_and_covers_itself_once():
     np.testing.assert_allclose(plan.times_s, [[4.0, 4.0 + 40 / 60]] * 5)
 
 
-def test_a_segment_as_long_as_the_span_has_one_place_for_every_clip():
-    plan = plan_clips(EPIC, 0, 64 / 60, *steady_times(600, 60))
-    assert frames_taken(plan, 0, 60) == [list(range(0, 64, 2))] * 5
-
-
 def test_windows_keep_whole_windows_and_wrap_when_none_fits():
     spec = ClipSpec(n_frames=8, stride=2, rate_hz=10, sampling="windows", step=5)
     video = steady_times(1000, 25)

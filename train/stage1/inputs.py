@@ -33,8 +33,7 @@ from echoshift.pipeline.store.interface import FeatureStore, RowFinder
 from echoshift.pipeline.store.layout import DONE, compute_digests
 from echoshift.pipeline.store.location import Place
 from echoshift.pipeline.store.open import has_store, name_store, open_store
-from echoshift.train.data_places import DataPlaces
-from echoshift.train.splits import ShiftSplits, keep_segments
+from echoshift.train.splits import DataPlaces, ShiftSplits, keep_segments
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.clips import ClipSource, TrunkClips
 from echoshift.train.stage1.config import SoundConfig, Stage1Config, VisualConfig
