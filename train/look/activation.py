@@ -19,7 +19,6 @@ from echoshift.pipeline.errors import ManifestError, MediaNotFoundError, RunErro
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
 from echoshift.train.alignment.two_streams import TwoStreams
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureBatch
 from echoshift.train.look.features import open_stores
 from echoshift.train.look.figures import QUIET_COLOUR, Plot, make_figure, plot_style
@@ -29,7 +28,7 @@ from echoshift.train.look.segment_media import SegmentAudio, read_segment_audio
 from echoshift.train.look.show import draw_waveform
 from echoshift.train.loop import Dropouts
 from echoshift.train.runs import RunRecord
-from echoshift.train.splits import TRAIN, find_shift
+from echoshift.train.splits import TRAIN, DataPlaces, find_shift
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.encoder import CLIP, build_encoder, read_checkpoint

@@ -19,13 +19,12 @@ from echoshift.pipeline.tensor_files import check_tensors, read_header, read_ten
 from echoshift.train.alignment.config import AlignmentStageConfig
 from echoshift.train.alignment.method import find_method
 from echoshift.train.alignment.two_streams import TwoStreams
-from echoshift.train.data_places import DataPlaces
-from echoshift.train.features import FeatureBatch, FeatureRows, read_visual
+from echoshift.train.features import FeatureBatch, FeatureRows, StreamInputs, open_stream, read_visual
 from echoshift.train.look.run_choice import describe_run, get_method
 from echoshift.train.loop import Domain
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
-from echoshift.train.splits import TEST, find_shift
-from echoshift.train.stage2.inputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
+from echoshift.train.splits import TEST, DataPlaces, find_shift
+from echoshift.train.stage2.inputs import find_cached, find_stage1_outputs
 from echoshift.train.steps import RECORD
 
 _CHECKPOINT = "trained.safetensors"

@@ -52,9 +52,9 @@ from echoshift.train.look.report_tables import (
 )
 from echoshift.train.look.run_choice import SOURCE_ONLY, RunChoice, choose_stage1_run, get_method
 from echoshift.train.look.segment import (
-    SegmentPrediction,
     SegmentReader,
     SegmentView,
+    ShownPrediction,
     ViewOptions,
     find_segment,
     make_sentence,
@@ -316,7 +316,7 @@ def choose_segments(manifest: Manifest, n_per_split: int, named: Sequence[str] =
 
 def _read_segments(
     segments: Sequence[Segment], request: ReportRequest
-) -> list[tuple[SegmentView, list[SegmentPrediction]]]:
+) -> list[tuple[SegmentView, list[ShownPrediction]]]:
     """Read the views of segments, each with the predictions that are shown."""
     request.watcher.start("segments", len(segments))
     views = []
@@ -329,9 +329,9 @@ def _read_segments(
     return views
 
 
-def choose_predictions(predictions: Sequence[SegmentPrediction]) -> list[SegmentPrediction]:
+def choose_predictions(predictions: Sequence[ShownPrediction]) -> list[ShownPrediction]:
     """Keep the first seed of each variant, and no more than MAX_PREDICTIONS."""
-    first: dict[tuple[str, ...], SegmentPrediction] = {}
+    first: dict[tuple[str, ...], ShownPrediction] = {}
     for said in sorted(predictions, key=lambda said: said.seed):
         first.setdefault((said.stage, said.row, said.shift, said.speaker, said.selection), said)
     kept = {id(said) for said in first.values()}

@@ -19,8 +19,8 @@ from echoshift.pipeline.errors import ManifestError, WeightsError
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.look.segment import (
     CheckpointGates,
-    SegmentPrediction,
     SegmentReader,
+    ShownPrediction,
     ViewOptions,
     rank_classes,
     read_segment_view,
@@ -37,7 +37,7 @@ def find_sound(tiny: Any) -> Any:
     )
 
 
-def select(predictions: tuple[SegmentPrediction, ...], speaker: str, selection: str = "last") -> SegmentPrediction:
+def select(predictions: tuple[ShownPrediction, ...], speaker: str, selection: str = "last") -> ShownPrediction:
     (found,) = [p for p in predictions if (p.speaker, p.selection) == (speaker, selection)]
     return found
 
