@@ -63,7 +63,7 @@ class _Sealed(type):
 
 
 class _DType:
-    """A stand-in for numpy.dtype(code, align, copy); the state gives the byte order, anything beyond that is refused."""
+    """A stand-in for numpy.dtype(code, align, copy); the state gives the byte order, anything more is refused."""
 
     def __init__(self, code: object) -> None:
         plain = np.dtype(code) if isinstance(code, str) else None

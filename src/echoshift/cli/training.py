@@ -35,10 +35,10 @@ from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from echoshift.pipeline.cards import DatasetCard, Shift
-    from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Stage
     from echoshift.train.runs import RunRecord
     from echoshift.train.settings import RunSettings
+    from echoshift.train.splits import DataPlaces
     from echoshift.train.stage1.run import Stage1Outcome
     from echoshift.train.watching import EpochWatcher
 
