@@ -36,11 +36,11 @@ from benchmarks.plain_recogniser import (
     train_by_index,
     train_plainly,
 )
+from echoshift.train.features import StreamInputs, open_stream
 from echoshift.train.loop import Schedule, TrainingData, TrainingJob, train_run
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.settings import resolve_config
 from echoshift.train.stage2.config import Stage2Config
-from echoshift.train.stage2.inputs import StreamInputs, open_stream
 from echoshift.train.stage2.recogniser import build_recogniser
 
 SOURCE, TARGET = "D1", "D2"

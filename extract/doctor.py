@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ LEAST_MEMORY_GIB = 4.0
 GB = 1e9
 LEAST_FREE_GB = 10.0
 # Of the clips on which decoders are tried.
-N_FRAMES = 12
+GREYS = range(40, 217, 16)  # of the frames: far enough apart to tell them by after any coding
 RATE_HZ = 12
 AUDIO_HZ = 48000
 SIDE_PX = 64
@@ -274,40 +274,34 @@ def check_weights(weights_dir: Path | None) -> Iterator[Finding]:
 
 def check_datasets(manifests: Path) -> Iterator[Finding]:
     """Look at every card and manifest: can they be read, and are the videos where commands look first?"""
+    from echoshift.pipeline.cards import read_dataset_card
+    from echoshift.pipeline.manifest import locate_manifest, read_manifest
+
     names = list_cards(manifests)
     without = []
     for name in names:
         try:
-            finding = _check_dataset(name, manifests)
+            card = read_dataset_card(name, manifests)
+            path = locate_manifest(name, manifests)
+            if not path.is_file():
+                without.append(name)
+                continue
+            n_segments = len(read_manifest(path, card))
         except CardError as error:
-            finding = Finding("fail", "datasets", _in_one_line(error), "correct the card")
+            yield Finding("fail", "datasets", _in_one_line(error), "correct the card")
+            continue
         except ManifestError as error:
             remedy = f"`echoshift manifest check {name}` names every fault"
-            finding = Finding("fail", "datasets", _in_one_line(error), remedy)
-        if finding is None:
-            without.append(name)
-        else:
-            yield finding
+            yield Finding("fail", "datasets", _in_one_line(error), remedy)
+            continue
+        media = manifests.parent / name
+        where = f"videos in {media}" if media.is_dir() else f"no folder {media}: name that of the videos with --media"
+        yield Finding("ok", "datasets", f"{name}: {n_segments:,} segments; {where}")
     if without:
-        level_fine = len(without) < len(names)
         remedy = "`echoshift manifest import --help`, `echoshift demo generate`, or --manifests (ECHOSHIFT_MANIFESTS)"
         message = f"{', '.join(without)}: card, but no manifest"
-        yield Finding("ok", "datasets", message) if level_fine else Finding("warn", "datasets", message, remedy)
-
-
-def _check_dataset(name: str, manifests: Path) -> Finding | None:
-    """Look at one dataset; None where it has a card alone."""
-    from echoshift.pipeline.cards import read_dataset_card
-    from echoshift.pipeline.manifest import locate_manifest, read_manifest
-
-    card = read_dataset_card(name, manifests)
-    path = locate_manifest(name, manifests)
-    if not path.is_file():
-        return None
-    n_segments = len(read_manifest(path, card))
-    media = manifests.parent / name
-    where = f"videos in {media}" if media.is_dir() else f"no folder {media}: name that of the videos with --media"
-    return Finding("ok", "datasets", f"{name}: {n_segments:,} segments; {where}")
+        is_fine = len(without) < len(names)
+        yield Finding("ok", "datasets", message) if is_fine else Finding("warn", "datasets", message, remedy)
 
 
 def _in_one_line(error: EchoshiftError) -> str:
@@ -337,11 +331,6 @@ FORMATS = (
 )
 
 
-def grey_of_frame(number: int) -> int:
-    """Return the grey of a clip's frame, 40 to 216, 16 apart: far enough to tell frames by after any coding."""
-    return 40 + 16 * number
-
-
 def can_write(form: ClipFormat) -> bool:
     """Return whether the FFmpeg in PyAV has the encoders of a format."""
     import av
@@ -365,23 +354,16 @@ def write_clip(form: ClipFormat, folder: Path) -> Path:
         video.width = video.height = SIDE_PX
         video.pix_fmt = form.pixels
         audio: Any = container.add_stream(form.audio, rate=AUDIO_HZ, layout="mono")
-        for number in range(N_FRAMES):
-            grey = np.full((SIDE_PX, SIDE_PX, 3), grey_of_frame(number), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+        for number, grey in enumerate(GREYS):
+            frame = av.VideoFrame.from_ndarray(np.full((SIDE_PX, SIDE_PX, 3), grey, dtype=np.uint8), format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, RATE_HZ)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         times_s = np.arange(AUDIO_HZ) / AUDIO_HZ
         tone = (TONE * np.sin(2 * np.pi * TONE_HZ * times_s)).astype(np.float32)
-        convert = av.AudioResampler(format=audio.codec_context.format.name, layout="mono", rate=AUDIO_HZ)
         whole = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
         whole.sample_rate, whole.pts, whole.time_base = AUDIO_HZ, 0, Fraction(1, AUDIO_HZ)
-        fifo = av.AudioFifo()
-        for converted in convert.resample(whole):
-            fifo.write(converted)
-        n_samples = audio.codec_context.frame_size or 1024
-        while (block := fifo.read(n_samples, partial=True)) is not None:
-            container.mux(audio.encode(block))
+        container.mux(audio.encode(whole))
         container.mux(audio.encode(None))
     return path
 
@@ -407,32 +389,32 @@ def check_decoders() -> Iterator[Finding]:
         from echoshift.extract.readers.decord_video import DecordReader
         from echoshift.extract.readers.video import VideoReader
 
-        yield _try_each("pyav", clips, lambda path: find_frame_fault(path, VideoReader), "fail", "av")
-        yield _try_each("pyav audio", clips, find_audio_fault, "fail", "av")
+        remedy = INSTALL.format("av")
+        yield _try_each("pyav", clips, lambda path: find_frame_fault(path, VideoReader), "fail", remedy)
+        yield _try_each("pyav audio", clips, find_audio_fault, "fail", remedy)
         try:
-            import decord
+            import_module("decord")
         except (ImportError, OSError) as error:
             yield Finding("warn", "decord", " ".join(str(error).split()), INSTALL.format("decord"))
             return
-        del decord
         tried = {name: path for name, path in clips.items() if name not in NEVER_OF_DECORD}
-        yield _try_each("decord", tried, lambda path: find_frame_fault(path, DecordReader), "warn", "decord")
+        remedy = "leave out --decoder decord for such files"
+        yield _try_each("decord", tried, lambda path: find_frame_fault(path, DecordReader), "warn", remedy)
 
 
 def find_frame_fault(path: Path, open_reader: Callable[[Path], FrameReader]) -> str:
     """Describe what is wrong with the frames that a decoder returns of a trial clip; "" where they are right."""
     try:
         with open_reader(path) as reader:
-            if reader.info.n_frames != N_FRAMES:
-                return f"{reader.info.n_frames} frames of {N_FRAMES}"
-            order = np.random.default_rng(0).permutation(N_FRAMES)  # so that it must seek
-            frames = reader.read_frames((np.sort(order[:5]) + 0.5) / RATE_HZ)
-            wanted = [grey_of_frame(int(number)) for number in np.sort(order[:5])]
+            if reader.info.n_frames != len(GREYS):
+                return f"{reader.info.n_frames} frames of {len(GREYS)}"
+            numbers = np.sort(np.random.default_rng(0).permutation(len(GREYS))[:5])  # so that it must seek
+            frames = reader.read_frames((numbers + 0.5) / RATE_HZ)
     except MediaError as error:
         return " ".join(str(error).removeprefix(f"{path}: ").split())
     greys = frames.reshape(len(frames), -1).mean(axis=1)
-    wrong = np.abs(greys - wanted) > TOLERATED_GREY
-    return f"{int(wrong.sum())} of {len(wanted)} frames are others" if wrong.any() else ""
+    wrong = np.abs(greys - np.take(GREYS, numbers)) > TOLERATED_GREY
+    return f"{int(wrong.sum())} of {len(numbers)} frames are others" if wrong.any() else ""
 
 
 def find_audio_fault(path: Path) -> str:
@@ -455,14 +437,13 @@ def check_flow() -> Iterator[Finding]:
     from echoshift.extract.flow import FlowComputer, FlowMethod
 
     frame = np.random.default_rng(0).integers(0, 256, (FLOW_SIDE_PX, FLOW_SIDE_PX, 3), dtype=np.uint8)
-    names: tuple[Literal["tvl1", "dis"], ...] = ("tvl1", "dis")
-    for name in names:
-        computer = FlowComputer(FlowMethod(name, FLOW_SIDE_PX, 20.0))
+    methods = (FlowMethod("tvl1", FLOW_SIDE_PX, 20.0), FlowMethod("dis", FLOW_SIDE_PX, 20.0))
+    for method in methods:
+        computer = FlowComputer(method)
         gray = computer.shrink(frame)
-        still = computer.compute(gray, gray)
-        if not np.array_equal(still, np.full_like(still, 128)):
+        if (computer.compute(gray, gray) != 128).any():
             remedy = INSTALL.format("opencv-contrib-python-headless")
-            yield Finding("fail", "opencv", f"{name} finds motion between equal frames", remedy)
+            yield Finding("fail", "opencv", f"{method.name} finds motion between equal frames", remedy)
             return
     yield Finding("ok", "opencv", "computes flow (TV-L1 and DIS); decodes nothing here")
 
@@ -481,21 +462,16 @@ def check_networks() -> Iterator[Finding]:
         yield Finding("fail", "torchaudio", "its mel filters aren't numbers", INSTALL.format("torchaudio"))
     else:
         yield Finding("ok", "torchaudio", "makes mel filters; decodes nothing here")
-    import pytorchvideo.models.slowfast
-    import timm
-
-    yield Finding("ok", "networks", f"timm {timm.__version__} and pytorchvideo import")
-    del pytorchvideo
+    import_module("pytorchvideo.models.slowfast")
+    yield Finding("ok", "networks", f"timm {import_module('timm').__version__} and pytorchvideo import")
 
 
 def _try_each(
-    part: str, clips: Mapping[str, Path], find_fault: Callable[[Path], str], level: str, package: str
+    part: str, clips: Mapping[str, Path], find_fault: Callable[[Path], str], level: Level, remedy: str
 ) -> Finding:
     faults = {name: fault for name, path in clips.items() if (fault := find_fault(path))}
     fine = ", ".join(name for name in clips if name not in faults) or "nothing"
     if not faults:
         return Finding("ok", part, f"opens {fine}")
     named = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
-    if level == "warn":
-        return Finding("warn", part, f"opens {fine}; not {named}", "leave out --decoder decord for such files")
-    return Finding("fail", part, f"opens {fine}; not {named}", INSTALL.format(package))
+    return Finding(level, part, f"opens {fine}; not {named}", remedy)

@@ -431,7 +431,7 @@ def find_unchecked_rows(
 
 @dataclass(slots=True)
 class NeededMediaProbe:
-    """The lengths of videos by the media that are needed (`MediaProbe`), and which videos are there.
+    """The lengths of videos by the media that are needed, and which videos are there.
 
     Attributes:
         modalities: tried in order; the first whose media are there says how long the video is.

@@ -1,1 +1,1 @@
-"""Holds what a segment is, where its features live and who runs the work."""
+"""What a segment is, where its features live and who runs the work."""

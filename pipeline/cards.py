@@ -10,19 +10,14 @@ from string import Formatter
 from typing import Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from echoshift.pipeline.errors import CardError, suggest
 from echoshift.pipeline.places import MANIFESTS_DIR, list_cards, locate_card
+from echoshift.pipeline.specs import SpecModel
 
 
-class CardModel(BaseModel):
-    """Base of every part of a card: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Shift(CardModel):
+class Shift(SpecModel):
     """One adaptation problem: from which domains, to which."""
 
     source: tuple[str, ...] = Field(min_length=1)
@@ -34,7 +29,7 @@ class Shift(CardModel):
         return f"{'+'.join(self.source)}-{self.target}"
 
 
-class ExpectedCount(CardModel):
+class ExpectedCount(SpecModel):
     """Expected number of segments of a domain's split, of each class and of videos."""
 
     domain: str
@@ -44,7 +39,7 @@ class ExpectedCount(CardModel):
     n_videos: int | None = None
 
 
-class OfficialSource(CardModel):
+class OfficialSource(SpecModel):
     """Where a dataset's annotation or media files officially come from."""
 
     what: str
@@ -53,7 +48,7 @@ class OfficialSource(CardModel):
     licence: str = ""
 
 
-class PublishedNumber(CardModel):
+class PublishedNumber(SpecModel):
     """One row of a published table; `scores` maps a shift's name, or `mean`, to percent."""
 
     paper: str
@@ -64,7 +59,7 @@ class PublishedNumber(CardModel):
     note: str = ""
 
 
-class MediaLayout(CardModel):
+class MediaLayout(SpecModel):
     """Where a segment's media lie below the media root, and the clock of frames that lie loose.
 
     `rgb`, `flow` and `audio` are path templates tried in order, with the fields {video_id}, {domain}, {split} and
@@ -105,7 +100,7 @@ class MediaLayout(CardModel):
         return pattern
 
 
-class DatasetCard(CardModel):
+class DatasetCard(SpecModel):
     """Everything that is fixed about a dataset before any of its files are there.
 
     `encoders` are those that `echoshift extract` runs when none are named.

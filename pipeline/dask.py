@@ -268,65 +268,40 @@ def run_with_dask(
         run.commit(job.give_up(task, reason))
 
 
-class _RowCounter:
-    """Counts rows read, from events that may come twice or never, and from shards that are done."""
-
-    def __init__(self, notify: Callable[[int], None]) -> None:
-        self._notify = notify
-        self._n_seen: dict[int, int] = {}
-        self._finished: set[int] = set()
-
-    def see(self, event: tuple[float, tuple[int, int]]) -> None:
-        """Take an event: so many rows of a shard have been read; fewer than before when it was started again."""
-        shard_index, n_rows = event[1]
-        if shard_index not in self._finished:
-            self._raise(shard_index, n_rows)
-
-    def finish(self, task: ShardTask) -> None:
-        """Count the rest of a shard."""
-        self._raise(task.shard.index, task.shard.n_rows)
-        del self._n_seen[task.shard.index]
-        self._finished.add(task.shard.index)
-
-    def _raise(self, shard_index: int, n_rows: int) -> None:
-        before = self._n_seen.get(shard_index, 0)
-        self._n_seen[shard_index] = max(before, n_rows)
-        if n_rows > before:
-            self._notify(n_rows - before)
-
-
+@dataclass(slots=True)
 class _DaskRun:
     """State shared by submitting, waiting and committing."""
 
-    def __init__(
-        self,
-        client: Client,
-        job: ShardJob,
-        stores: Mapping[str, FeatureStore],
-        notify: Callable[[int], None],
-        committed: Callable[[ShardReport], None],
-        holds: Mapping[str, StoreLock] | None,
-    ) -> None:
-        self._client = client
-        self._job = job
-        self._stores = stores
-        self._committed = committed
-        self._holds = holds
-        self._rows = _RowCounter(notify)
-        self._topic = f"echoshift-{uuid4().hex}"
-        self._n_workers, self._counted = 0, -COUNT_WORKERS_EVERY_S
-        self._n_runs = 0
+    client: Client
+    job: ShardJob
+    stores: Mapping[str, FeatureStore]
+    notify: Callable[[int], None]
+    committed: Callable[[ShardReport], None]
+    holds: Mapping[str, StoreLock] | None
+    topic: str = field(default_factory=lambda: f"echoshift-{uuid4().hex}")
+    n_seen: dict[int, int] = field(default_factory=dict)  # rows read of each shard
+    n_workers: int = 0
+    counted: float = -COUNT_WORKERS_EVERY_S
+    n_runs: int = 0
+
+    def _see(self, event: tuple[float, tuple[int, int]]) -> None:
+        """Count rows read of a shard; events may come twice or never, and begin at 0 where a shard starts again."""
+        shard_index, n_rows = event[1]
+        before = self.n_seen.get(shard_index, 0)
+        if n_rows > before:
+            self.n_seen[shard_index] = n_rows
+            self.notify(n_rows - before)
 
     def run(self, tasks: Iterable[ShardTask], n_at_once: int | None) -> list[ShardTask]:
         """Run and commit tasks; return those whose workers died too often."""
         from distributed import as_completed
 
-        self._n_runs += 1
+        self.n_runs += 1
         waiting = iter(tasks)
         under_way: dict[str, tuple[Future, ShardTask]] = {}
         suspects: list[ShardTask] = []
-        self._client.subscribe_topic(self._topic, self._rows.see)
-        finished = as_completed(loop=self._client.loop)
+        self.client.subscribe_topic(self.topic, self._see)
+        finished = as_completed(loop=self.client.loop)
         try:
             while True:
                 n_free = (n_at_once or N_TASKS_PER_WORKER * self._count_workers()) - len(under_way)
@@ -350,19 +325,20 @@ class _DaskRun:
         finally:
             for future, _ in under_way.values():
                 future.release()  # which cancels it; nothing is waited for, the scheduler may be gone
-            self._client.unsubscribe_topic(self._topic)
+            self.client.unsubscribe_topic(self.topic)
 
     def commit(self, report: ShardReport) -> None:
         """Make a shard's rows count."""
-        commit_report(self._stores, report, self._holds)
-        self._rows.finish(report.task)
-        self._committed(report)
+        commit_report(self.stores, report, self.holds)
+        shard = report.task.shard
+        self._see((0.0, (shard.index, shard.n_rows)))
+        self.committed(report)
 
     def _submit(self, task: ShardTask) -> Future:
-        begin_task(self._stores, task, self._holds)
-        function, arguments = self._job.describe_call(task, self._topic)
-        key = (f"shard-{self._topic}", self._n_runs, task.shard.index)
-        return self._client.submit(function, *arguments, key=key, pure=False)
+        begin_task(self.stores, task, self.holds)
+        function, arguments = self.job.describe_call(task, self.topic)
+        key = (f"shard-{self.topic}", self.n_runs, task.shard.index)
+        return self.client.submit(function, *arguments, key=key, pure=False)
 
     def _receive(self, future: Future) -> ShardReport | None:
         """Return a finished call's report, None when its workers died; raises whatever the call raised."""
@@ -390,10 +366,10 @@ class _DaskRun:
 
     def _count_workers(self) -> int:
         """Count workers now and then: they may come and go, and asking takes a message there and back."""
-        if time.monotonic() - self._counted >= COUNT_WORKERS_EVERY_S:
+        if time.monotonic() - self.counted >= COUNT_WORKERS_EVERY_S:
             try:
-                self._n_workers = len(self._client.nthreads())
+                self.n_workers = len(self.client.nthreads())
             except (OSError, TimeoutError) as error:
                 raise self._explain_loss() from error
-            self._counted = time.monotonic()
-        return max(1, self._n_workers)
+            self.counted = time.monotonic()
+        return max(1, self.n_workers)

@@ -7,12 +7,11 @@ import hashlib
 import io
 import math
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import ManifestError, MediaError, MediaNotFoundError, suggest
@@ -24,6 +23,9 @@ OPTIONAL_COLUMNS = ("noun", "pair_id", "tags", "timed_labels")
 COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
 _JOINED = ("label", "tag", "timed label")
 _N_LISTED = 50
+
+ProbeDuration = Callable[[Segment], float]
+"""Length in seconds of a segment's video; raises MediaError. From extract, because pipeline opens no video."""
 
 
 def locate_manifest(dataset: str, manifests_dir: Path = MANIFESTS_DIR) -> Path:
@@ -46,17 +48,12 @@ def write_manifest(path: Path, segments: Iterable[Segment]) -> str:
         writer.writerow(_format_segment(segment))
     content = text.getvalue().encode("utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -96,7 +93,7 @@ def read_manifest(path: Path, card: DatasetCard) -> Manifest:
     Raises ManifestError with one `file:line: ...` a fault (the first 50). In a Parquet file a line is a row, from 1.
     """
     rows, faults, sha256 = _read_rows(path)
-    faults = _sort_faults([*faults, *find_segment_faults(rows, card, path)])
+    faults = sorted([*faults, *find_segment_faults(rows, card, path)], key=lambda fault: fault.line)
     if faults:
         listed = [str(fault) for fault in faults[:_N_LISTED]]
         if len(faults) > _N_LISTED:
@@ -109,28 +106,24 @@ def read_unchecked_segments(path: Path) -> tuple[Segment, ...]:
     """Read a manifest without a card to check it against; raises ManifestError where a cell can't be read."""
     rows, faults, _ = _read_rows(path)
     if faults:
-        raise ManifestError("\n".join(str(fault) for fault in _sort_faults(faults)[:_N_LISTED]))
+        raise ManifestError("\n".join(str(fault) for fault in sorted(faults, key=lambda fault: fault.line)[:_N_LISTED]))
     return tuple(row.segment for row in rows)
 
 
-def check_manifest(path: Path, card: DatasetCard, probe: MediaProbe | None = None) -> list[Fault]:
+def check_manifest(path: Path, card: DatasetCard, probe_duration_s: ProbeDuration | None = None) -> list[Fault]:
     """Read a manifest and find all of its faults by line, then the warnings; with a probe, those of its media too.
 
     Raises ManifestError only where there is no table to check: no such file, an unknown or a missing column.
     """
     rows, faults, _ = _read_rows(path)
     faults = [*faults, *find_segment_faults(rows, card, path)]
-    if probe is not None:
-        faults += find_media_faults(rows, probe, path)
+    if probe_duration_s is not None:
+        faults += find_media_faults(rows, probe_duration_s, path)
     return [
-        *_sort_faults(faults),
+        *sorted(faults, key=lambda fault: fault.line),
         *find_leak_warnings(rows, path),
         *find_count_warnings((row.segment for row in rows), card, path),
     ]
-
-
-def _sort_faults(faults: list[Fault]) -> list[Fault]:
-    return sorted(faults, key=lambda fault: fault.line)
 
 
 def _read_rows(path: Path) -> tuple[list[ManifestRow], list[Fault], str]:
@@ -254,14 +247,6 @@ def _parse_row(line: int, values: Mapping[str, Any]) -> tuple[ManifestRow, list[
     return ManifestRow(line, segment, start_s is not None and stop_s is not None), found
 
 
-class MediaProbe(Protocol):
-    """Tells facts of media; extract implements it, because pipeline opens no video."""
-
-    def probe_duration_s(self, segment: Segment) -> float:
-        """Return the length in seconds of the segment's video; raises MediaNotFoundError, or another MediaError."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing wrong with a manifest; `line` 0 means the file as a whole.
@@ -368,7 +353,7 @@ def _find_timed_label_faults(segment: Segment, card: DatasetCard, times_known: b
             yield f"{span} is outside the segment, {segment.start_s} to {segment.stop_s} s", "correct either"
 
 
-def find_media_faults(rows: Sequence[ManifestRow], probe: MediaProbe, path: Path) -> list[Fault]:
+def find_media_faults(rows: Sequence[ManifestRow], probe_duration_s: ProbeDuration, path: Path) -> list[Fault]:
     """Find missing and unreadable media, and segments that end more than END_TOLERANCE_S after their video.
 
     Asks once a video (video_id, domain and split together: a media layout may use all three).
@@ -380,7 +365,7 @@ def find_media_faults(rows: Sequence[ManifestRow], probe: MediaProbe, path: Path
         key = (segment.video_id, segment.domain, segment.split)
         if key not in durations:
             try:
-                durations[key] = probe.probe_duration_s(segment)
+                durations[key] = probe_duration_s(segment)
             except MediaError as error:
                 durations[key] = error
         duration_s = durations[key]
@@ -450,10 +435,6 @@ def require_counts(segments: Iterable[Segment], card: DatasetCard, place: Path, 
         raise ManifestError(f"{place}: {listed}; get the official files again, or allow other counts for a subset")
 
 
-FRAME_RATE_HZ = 60
-N_SPAN_FRAMES = 64
-
-
 @dataclass(frozen=True, slots=True)
 class SplitSummary:
     """One row of METHODS 1's table: a domain's split with its counts."""
@@ -474,30 +455,17 @@ def summarise_manifest(segments: Iterable[Segment], card: DatasetCard) -> list[S
     members: dict[tuple[str, str], list[Segment]] = {(d, s): [] for s in card.splits for d in card.domains}
     for segment in segments:
         members[segment.domain, segment.split].append(segment)
-    return [
-        SplitSummary(
-            domain=domain,
-            split=split,
-            n_segments=len(group),
-            n_per_class=_count_classes(group, card),
-            n_videos=len({segment.video_id for segment in group}),
-            n_short=sum(_count_frames(segment) < N_SPAN_FRAMES for segment in group),
-        )
-        for (domain, split), group in members.items()
-    ]
-
-
-def _count_classes(segments: list[Segment], card: DatasetCard) -> tuple[int, ...]:
-    counts = Counter(label for segment in segments for label in segment.labels)
-    return tuple(counts[name] for name in card.classes)
-
-
-def _count_frames(segment: Segment) -> int:
-    return math.floor(segment.stop_s * FRAME_RATE_HZ) - math.floor(segment.start_s * FRAME_RATE_HZ)
+    summaries = []
+    for (domain, split), group in members.items():
+        counts = Counter(label for segment in group for label in segment.labels)
+        n_per_class = tuple(counts[name] for name in card.classes)
+        n_videos = len({segment.video_id for segment in group})
+        n_short = sum(math.floor(s.stop_s * 60) - math.floor(s.start_s * 60) < 64 for s in group)
+        summaries.append(SplitSummary(domain, split, len(group), n_per_class, n_videos, n_short))
+    return summaries
 
 
 N_LISTED_VIDEOS = 20
-_KINDS = ("missing", "unreadable")
 
 
 def list_fault_lines(faults: Sequence[Fault]) -> list[str]:
@@ -512,7 +480,7 @@ def list_fault_lines(faults: Sequence[Fault]) -> list[str]:
             videos.setdefault((fault.media, fault.message), []).append(fault)
     of_videos: dict[int, str] = {}  # by the fault that stands for its video
     more = []
-    for kind in _KINDS:
+    for kind in ("missing", "unreadable"):
         of_kind = [members for (media, _), members in videos.items() if media == kind]
         of_videos.update((id(members[0]), _describe_video(members)) for members in of_kind[:N_LISTED_VIDEOS])
         if hidden := of_kind[N_LISTED_VIDEOS:]:

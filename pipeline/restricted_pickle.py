@@ -37,7 +37,7 @@ class PickledFrame:
 
 
 class _Callable:
-    """Stands in for a function: may be called, but can't be given state or attributes by the pickle."""
+    """A stand-in for a function: may be called, but can't be given state or attributes by the pickle."""
 
     __slots__ = ("_function",)
     _function: Callable[..., Any]
@@ -63,7 +63,7 @@ class _Sealed(type):
 
 
 class _DType:
-    """Stands in for numpy.dtype(code, align, copy); the state gives the byte order, anything beyond that is refused."""
+    """A stand-in for numpy.dtype(code, align, copy); the state gives the byte order, anything more is refused."""
 
     def __init__(self, code: object) -> None:
         plain = np.dtype(code) if isinstance(code, str) else None
@@ -82,7 +82,7 @@ class _DType:
 
 
 class _Array(metaclass=_Sealed):
-    """Stands in for numpy.ndarray: made empty, filled by its state (version, shape, dtype, fortran, data)."""
+    """A stand-in for numpy.ndarray: made empty, filled by its state (version, shape, dtype, fortran, data)."""
 
     def __init__(self) -> None:
         self.value: npt.NDArray[Any] | None = None
@@ -94,7 +94,7 @@ class _Array(metaclass=_Sealed):
 
 
 class _BlockManager(metaclass=_Sealed):
-    """Stands in for pandas' BlockManager; keeps the axes and blocks that its state gives."""
+    """A stand-in for pandas' BlockManager; keeps the axes and blocks that its state gives."""
 
     axes: list[Any]
     blocks: list[Any]
@@ -108,7 +108,7 @@ class _BlockManager(metaclass=_Sealed):
 
 
 class _Frame(metaclass=_Sealed):
-    """Stands in for pandas.DataFrame; keeps the block manager that its state gives."""
+    """A stand-in for pandas.DataFrame; keeps the block manager that its state gives."""
 
     manager: _BlockManager
 
@@ -120,14 +120,14 @@ class _Frame(metaclass=_Sealed):
 
 
 class _Index(metaclass=_Sealed):
-    """Stands in for pandas.Index."""
+    """A stand-in for pandas.Index."""
 
     def __init__(self, data: object) -> None:
         self.data = data
 
 
 class _RangeIndex(_Index):
-    """Stands in for pandas.RangeIndex."""
+    """A stand-in for pandas.RangeIndex."""
 
 
 def _make_dtype(code: object, _align: object = False, _copy: object = False) -> _DType:

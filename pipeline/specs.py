@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 
 class SpecModel(BaseModel):
-    """Base of every specification: frozen, unknown keys are errors."""
+    """Base of every specification and card: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from echoshift.pipeline.dask import ClusterRequest, connect_cluster
 from echoshift.pipeline.errors import EchoshiftError
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.grids import PlannedRun, Stage
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
-from echoshift.train.splits import find_shift
+from echoshift.train.splits import DataPlaces, find_shift
 from echoshift.train.stage2.inputs import NeededStage1, list_needed
 from echoshift.train.watching import EpochWatcher, SilentWatcher
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.store.interface import FeatureStore, RowFinder, require_done
+from echoshift.pipeline.store.open import open_store
+from echoshift.train.predictions import read_prediction_table
 
 
 class FeatureBatch(NamedTuple):
@@ -244,6 +247,61 @@ def read_sound(store: FeatureStore, segment_ids: Sequence[str], n_clips: int = 1
     _repeat_clips(values, store.read_array("n_valid")[rows] // n_views)
     of_clips = torch.from_numpy(values) if values.shape[1] == n_clips > 1 else None
     return Sound(torch.from_numpy(values.mean(axis=1)), torch.from_numpy(has_audio), of_clips)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInputs:
+    """The files that one stream reads.
+
+    Attributes:
+        key: names what is in those that are trained on.
+        without_sound_key: names what is in `features_without_sound`.
+        features: a store of all segments.
+        table: Stage 1's table; None where the features come from elsewhere and have none.
+        sound: a store of audio, where nothing made a table.
+        train_features: a store of augmented views of the train splits; None: training takes those of `features`.
+        features_without_sound: a store of the target's test split, made as if there were no sound.
+    """
+
+    key: str
+    features: Path
+    table: Path | None = None
+    sound: Path | None = None
+    train_features: Path | None = None
+    features_without_sound: Path | None = None
+    without_sound_key: str = ""
+
+
+def hears_clips(inputs: StreamInputs) -> bool:
+    """Return whether the store of audio holds the sound around each clip of frames (recipe B), not a segment's."""
+    if inputs.table is not None or inputs.sound is None:
+        return False
+    seen, heard = open_store(inputs.features), open_store(inputs.sound)
+    return heard.layout.n_clips // heard.spec.n_sound_views == seen.layout.n_clips // seen.spec.n_entries_per_clip > 1
+
+
+def open_stream(
+    inputs: StreamInputs, segment_ids: Sequence[str], max_bytes: int, *, of_training: bool = False
+) -> FeatureRows:
+    """Read a stream's features of segments, `of_training` those of the augmented views where it has any.
+
+    What would take more than `max_bytes` (half of it where there are augmented views) stays in its store. Raises
+    StoreError or RunError naming the first segment that isn't there.
+    """
+    if inputs.train_features is not None:
+        max_bytes //= 2
+    store = open_store(inputs.train_features if of_training and inputs.train_features else inputs.features)
+    if inputs.table is not None:
+        table = read_prediction_table(inputs.table)
+        rows = table.find(segment_ids)
+        has_audio = table.has_audio[rows]
+        audio = np.where(has_audio[:, None], table.audio_features[rows], np.float32(0))
+        sound = Sound(torch.from_numpy(audio), torch.from_numpy(has_audio))
+    else:
+        assert inputs.sound is not None, "name_files looked"
+        n_clips = store.layout.n_clips // store.spec.n_entries_per_clip
+        sound = read_sound(open_store(inputs.sound), segment_ids, n_clips)
+    return read_rows(store, segment_ids, sound, max_bytes)
 
 
 def _count_row_bytes(store: FeatureStore) -> int:

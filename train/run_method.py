@@ -20,8 +20,7 @@ from echoshift.pipeline.devices import describe_device
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Manifest
 from echoshift.pipeline.tensor_files import check_tensors, read_tensors, write_tensors
-from echoshift.train.data_places import DataPlaces
-from echoshift.train.features import FeatureRows
+from echoshift.train.features import FeatureRows, StreamInputs, open_stream
 from echoshift.train.loop import Domain, TrainedRun, TrainingJob, predict_rows, train_run
 from echoshift.train.runs import (
     RESULTS,
@@ -33,9 +32,9 @@ from echoshift.train.runs import (
     read_runs,
 )
 from echoshift.train.scores import Scores, TestSplit, compute_scores, make_scores, open_test_split, plan_scores_step
-from echoshift.train.splits import LabelledSegments, ShiftSplits
+from echoshift.train.splits import DataPlaces, LabelledSegments, ShiftSplits
 from echoshift.train.stage2.config import SelectionRule
-from echoshift.train.stage2.inputs import StreamInputs, find_inputs, open_stream
+from echoshift.train.stage2.inputs import find_inputs
 from echoshift.train.steps import Step, StepResult, StepRunner, hash_json
 from echoshift.train.watching import EpochWatcher
 
@@ -58,6 +57,7 @@ class MethodRequest:
         runs_dir: where steps and results lie, `runs/DATASET`.
         row: the grid's row that asks for it.
         rerun: names of steps that are done again.
+        described: the settings as JSON, as records keep them.
     """
 
     card: DatasetCard
@@ -67,6 +67,7 @@ class MethodRequest:
     settings: RunSettings
     inputs: Mapping[str, StreamInputs]
     runs_dir: Path
+    described: dict[str, Any]
     row: str = ""
     rerun: frozenset[str] = frozenset()
 
@@ -202,7 +203,9 @@ def plan_network_run(
 ) -> PlannedTraining:
     """Plan a run of Stage 2 or of alignment whose features are there; raises RunError naming what is missing."""
     inputs = find_inputs(places, settings, shift, seed, runs_dir)
-    request = MethodRequest(places.card, places.manifest, shift, seed, settings, inputs, runs_dir, row, rerun)
+    request = MethodRequest(
+        places.card, places.manifest, shift, seed, settings, inputs, runs_dir, settings.describe(), row, rerun
+    )
     if settings.stage == "stage2":
         from echoshift.train.stage2.run import plan_stage2
 
@@ -230,7 +233,6 @@ def run_training(planned: PlannedTraining, watcher: EpochWatcher, device: torch.
         warnings.extend(found)
     tested = [segment.segment_id for segment in planned.splits.target_test]
     split = open_test_split(request.manifest, request.card, request.shift, tested, planned.splits.source_train)
-    described = request.settings.describe()
     records = []
     for rule in planned.rules:
         predicted = {
@@ -247,8 +249,8 @@ def run_training(planned: PlannedTraining, watcher: EpochWatcher, device: torch.
                 shift=request.shift.name,
                 seed=request.seed,
                 row=request.row,
-                config=described,
-                config_hash=hash_config(described),
+                config=request.described,
+                config_hash=hash_config(request.described),
                 steps={**steps, "scores": scored.key},
                 fingerprints={name: inputs.features.stem for name, inputs in request.inputs.items()},
                 manifest_sha256=request.manifest.sha256,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,22 @@ from echoshift.pipeline.cards import DatasetCard, Shift
 from echoshift.pipeline.errors import ManifestError, suggest
 from echoshift.pipeline.importers.charades_ego import tag_labelled, thin_pairs
 from echoshift.pipeline.segments import Manifest, Segment
+from echoshift.pipeline.store.location import Place
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlaces:
+    """A dataset's card, manifest, media and cache, and the device to compute on.
+
+    `media_root` need not exist if everything that is read is cached.
+    """
+
+    card: DatasetCard
+    manifest: Manifest
+    media_root: Path
+    cache_dir: Place
+    device: str = "auto"
+
 
 TRAIN, TEST = "train", "test"
 

@@ -15,17 +15,18 @@ import numpy as np
 from echoshift.pipeline.cards import DatasetCard, PublishedNumber
 from echoshift.pipeline.errors import RunError
 from echoshift.train.grids import ColumnGroup, Grid, PlannedRun, list_shifts
-from echoshift.train.intervals import (
+from echoshift.train.runs import RunRecord, keep_latest
+from echoshift.train.scores import (
     MeanInterval,
     PairedTest,
     PairKey,
+    Score,
     SegmentTest,
     compare_pairs,
     compare_segments,
     compute_interval,
+    read_hits,
 )
-from echoshift.train.runs import RunRecord, keep_latest
-from echoshift.train.scores import Score, read_hits
 from echoshift.train.stage2.config import SelectionRule
 
 MEAN = "mean"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from echoshift.extract.readers.container import get_container_start_s, open_container, pick_video_stream
-from echoshift.extract.readers.interface import VideoInfo, check_times, find_shown_frames
+from echoshift.extract.readers.interface import FrameReader, VideoInfo, check_times, find_shown_frames
 from echoshift.extract.readers.video import compute_rotation_deg, get_orientation
 from echoshift.pipeline.errors import DecodeError, SpecError
 
@@ -34,8 +34,8 @@ def ensure_decord() -> None:
         raise SpecError(NO_DECORD)
 
 
-class DecordReader:
-    """A FrameReader of one video file by decord: full size, RGB, upright.
+class DecordReader(FrameReader):
+    """The frames of one video file by decord: full size, RGB, upright.
 
     Times are decord's own time stamps, less the container's start time; they are float32, so within 0.25 ms in the
     first hour. Frames are found by those times; which images come back is decord's doing (see above).
@@ -64,26 +64,16 @@ class DecordReader:
             raise self._explain(error) from error
         if n_frames == 0:
             raise DecodeError(f"{path}: decord finds no frame; use the PyAV reader")
-        self._times_s = np.asarray(stamps[:, 0], dtype=np.float64) - start_s
+        self.frame_times_s = np.asarray(stamps[:, 0], dtype=np.float64) - start_s
         duration_s = float(stamps[:, 1].max()) - start_s
-        self._info = VideoInfo(
+        self.info = VideoInfo(
             n_frames=n_frames,
             duration_s=duration_s,
-            rate_hz=n_frames / max(duration_s - float(self._times_s[0]), 1e-6),
+            rate_hz=n_frames / max(duration_s - float(self.frame_times_s[0]), 1e-6),
             height=height,
             width=width,
             rotation_deg=compute_rotation_deg(orientation),
         )
-
-    @property
-    def info(self) -> VideoInfo:
-        """The video's facts: counts and times by decord, shape and rotation by the container."""
-        return self._info
-
-    @property
-    def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """When each frame is first shown by decord's account, float64 [n_frames]."""
-        return self._times_s
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         """Read the frames that decord gives for the times, uint8 [T, H, W, 3].
@@ -91,10 +81,10 @@ class DecordReader:
         Raises DecodeError where decord fails or gives another shape than the video has (it does for widths of 1 to 8,
         12, 16, 24, 48 and 72), SegmentOutsideVideoError past the end.
         """
-        times = check_times(times_s, self._info.duration_s, self._path)
-        shape = (self._info.height, self._info.width, 3)
+        times = check_times(times_s, self.info.duration_s, self._path)
+        shape = (self.info.height, self.info.width, 3)
         frames = np.empty((times.size, *shape), dtype=np.uint8)
-        positions, inverse = np.unique(find_shown_frames(self._times_s, times), return_inverse=True)
+        positions, inverse = np.unique(find_shown_frames(self.frame_times_s, times), return_inverse=True)
         for begin in range(0, len(positions), _N_BATCH):
             batch = positions[begin : begin + _N_BATCH]
             try:
@@ -114,12 +104,6 @@ class DecordReader:
     def close(self) -> None:
         """Close decord's reader with its threads and its queue of decoded frames."""
         self._reader = None
-
-    def __enter__(self) -> DecordReader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _explain(self, error: Exception) -> DecodeError:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

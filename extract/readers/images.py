@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from echoshift.extract.readers.interface import VideoInfo, check_times, find_shown_frames
+from echoshift.extract.readers.interface import FrameReader, VideoInfo, check_times, find_shown_frames
 from echoshift.pipeline.errors import DecodeError, MediaNotFoundError
 
 FRAME_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
@@ -163,8 +164,8 @@ def _open(files: tuple[FolderFiles | TarFiles, ...], path: Path, rate_hz: float,
         raise
 
 
-class NumberedFrameReader:
-    """A FrameReader of numbered image files; frame n is shown from (n - n_first) / rate_hz on.
+class NumberedFrameReader(FrameReader):
+    """The frames of numbered image files; frame n is shown from (n - n_first) / rate_hz on.
 
     One set of files gives RGB, two give one gray channel each (flow: u, v). Frames between the lowest and the highest
     number count as shown even where a file is missing; asking for such a frame is a DecodeError. n_first may lie
@@ -181,15 +182,12 @@ class NumberedFrameReader:
         self.frame_times_s = (np.arange(self._first, last + 1) - n_first).astype(np.float64) / rate_hz
         self._duration_s = (last + 1 - n_first) / rate_hz
         self._rate_hz = rate_hz
-        self._info: VideoInfo | None = None
 
-    @property
+    @cached_property
     def info(self) -> VideoInfo:
         """The frames' facts; opens one file the first time."""
-        if self._info is None:
-            height, width = self._decode(self._first).shape[:2]
-            self._info = VideoInfo(len(self.frame_times_s), self._duration_s, self._rate_hz, height, width)
-        return self._info
+        height, width = self._decode(self._first).shape[:2]
+        return VideoInfo(len(self.frame_times_s), self._duration_s, self._rate_hz, height, width)
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         """Read the frames shown at the given times, uint8 [T, H, W, C] (C: 3, or 2 for flow).
@@ -224,12 +222,6 @@ class NumberedFrameReader:
         """Close the files."""
         for files in self._files:
             files.close()
-
-    def __enter__(self) -> NumberedFrameReader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _decode(self, number: int) -> npt.NDArray[np.uint8]:
         if len(self._files) == 1:

@@ -8,8 +8,9 @@ frames that lie loose start at zero by their number. The frame at time t is the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,18 +40,18 @@ class VideoInfo:
     rotation_deg: int = 0
 
 
-class FrameReader(Protocol):
-    """The frames of one video by time; is used by one thread, and closed by `close` or a `with` block."""
+class FrameReader:
+    """The frames of one video by time; is used by one thread, and closed by `close` or a `with` block.
 
-    @property
+    `frame_times_s` is when each frame is first shown, ascending, float64 [n_frames].
+    """
+
+    frame_times_s: npt.NDArray[np.float64]
+
+    @cached_property
     def info(self) -> VideoInfo:
         """The video's facts."""
-        ...
-
-    @property
-    def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """When each frame is first shown, ascending, float64 [n_frames]."""
-        ...
+        raise NotImplementedError
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         """Read the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, C].
@@ -58,15 +59,16 @@ class FrameReader(Protocol):
         C is 3 (RGB), or 2 for flow (u, v). Raises DecodeError if a frame can't be decoded whole, and
         SegmentOutsideVideoError for a time more than 1 ms past the last frame's end.
         """
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close the file and the decoder."""
-        ...
 
-    def __enter__(self) -> FrameReader: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def find_shown_frames(frame_times_s: npt.NDArray[np.float64], times_s: npt.ArrayLike) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from echoshift.extract.readers.container import (
     open_container,
     pick_video_stream,
 )
-from echoshift.extract.readers.interface import VideoInfo, check_times, find_shown_frames
+from echoshift.extract.readers.interface import FrameReader, VideoInfo, check_times, find_shown_frames
 from echoshift.pipeline.errors import DecodeError
 
 Matrix = tuple[int, int, int, int]
@@ -216,8 +217,8 @@ class _ThreadedDecodeError(Exception):
     """Ends a walk with several threads, in which an error can't be laid to one packet."""
 
 
-class VideoReader:
-    """A FrameReader of one video file: full size, RGB, upright.
+class VideoReader(FrameReader):
+    """The frames of one video file: full size, RGB, upright.
 
     Frames are bit for bit those of a sequential decode converted by `to_ndarray(format="rgb24")`, then turned by the
     display matrix. The pixel aspect ratio is not applied. Of several streams it takes FFmpeg's best.
@@ -235,7 +236,7 @@ class VideoReader:
             self._index = index_shown_frames(self._container, self._stream, path)
             self._stream.thread_type = "AUTO"
             self._keys = self._index.keys
-            self._times_s = self._index.times_s
+            self.frame_times_s = self._index.times_s
             self._starts = self._index.keyframe_pts  # where decoding can start
             self._start_positions = np.searchsorted(self._keys, self._starts)
             self._walk: Iterator[tuple[int, av.VideoFrame, bool]] | None = None
@@ -243,34 +244,26 @@ class VideoReader:
             self._held: tuple[int, av.VideoFrame] | None = None
             self._fault: av.FFmpegError | None = None
             self._reformatter = VideoReformatter()
-            self._info: VideoInfo | None = None
             self._drop_frames_without_start()
         except BaseException:
             self.close()
             raise
 
-    @property
+    @cached_property
     def info(self) -> VideoInfo:
         """The video's facts; decodes one frame the first time, for its shape and orientation."""
-        if self._info is None:
-            frame = self._held[1] if self._held is not None else self._find_any_frame()
-            orientation = get_orientation(frame)
-            height, width = (frame.height, frame.width) if orientation[1] == 0 else (frame.width, frame.height)
-            shown_ticks = int(self._keys[-1] - self._keys[0]) + self._index.last_ticks
-            self._info = VideoInfo(
-                n_frames=len(self._keys),
-                duration_s=self._index.duration_s,
-                rate_hz=len(self._keys) / (shown_ticks * self._index.tick_s),
-                height=height,
-                width=width,
-                rotation_deg=compute_rotation_deg(orientation),
-            )
-        return self._info
-
-    @property
-    def frame_times_s(self) -> npt.NDArray[np.float64]:
-        """When each frame is first shown, ascending, float64 [n_frames]."""
-        return self._times_s
+        frame = self._held[1] if self._held is not None else self._find_any_frame()
+        orientation = get_orientation(frame)
+        height, width = (frame.height, frame.width) if orientation[1] == 0 else (frame.width, frame.height)
+        shown_ticks = int(self._keys[-1] - self._keys[0]) + self._index.last_ticks
+        return VideoInfo(
+            n_frames=len(self._keys),
+            duration_s=self._index.duration_s,
+            rate_hz=len(self._keys) / (shown_ticks * self._index.tick_s),
+            height=height,
+            width=width,
+            rotation_deg=compute_rotation_deg(orientation),
+        )
 
     def read_frames(self, times_s: npt.ArrayLike) -> npt.NDArray[np.uint8]:
         """Read the frames shown at the given times (any order, repeats allowed), uint8 [T, H, W, 3].
@@ -281,7 +274,7 @@ class VideoReader:
         times = check_times(times_s, self._index.duration_s, self._path)
         if times.size == 0:
             return np.empty((0, self.info.height, self.info.width, 3), dtype=np.uint8)
-        positions, inverse = np.unique(find_shown_frames(self._times_s, times), return_inverse=True)
+        positions, inverse = np.unique(find_shown_frames(self.frame_times_s, times), return_inverse=True)
         frames: npt.NDArray[np.uint8] | None = None
         for nth, position in enumerate(positions):
             image = self._convert(self._find_frame(int(position)))
@@ -289,7 +282,7 @@ class VideoReader:
                 frames = np.empty((times.size, *image.shape), dtype=np.uint8)
             elif image.shape != frames.shape[1:]:
                 raise DecodeError(
-                    f"{self._path}: the frame at {self._times_s[position]:.3f} s is {image.shape[1]}x"
+                    f"{self._path}: the frame at {self.frame_times_s[position]:.3f} s is {image.shape[1]}x"
                     f"{image.shape[0]}, others are {frames.shape[2]}x{frames.shape[1]}; encode the video at one size"
                 )
             for place in np.flatnonzero(inverse == nth):  # a boolean index would copy at half the speed
@@ -301,12 +294,6 @@ class VideoReader:
         """Close the file and the decoder."""
         self._walk = self._held = None
         self._container.close()
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _convert(self, frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
         image = cast("npt.NDArray[np.uint8]", self._reformatter.reformat(frame, format="rgb24").to_ndarray())
@@ -332,7 +319,7 @@ class VideoReader:
                     return self._get_held()
         what = "" if self._fault is None else f" ({explain_av_error(self._fault)})"
         raise DecodeError(
-            f"{self._path}: the frame at {self._times_s[position]:.3f} s can't be decoded whole{what}; "
+            f"{self._path}: the frame at {self.frame_times_s[position]:.3f} s can't be decoded whole{what}; "
             "the file is damaged there"
         ) from self._fault
 
@@ -444,7 +431,7 @@ class VideoReader:
                 self._is_careful = True
                 whole.clear()
         keep = (self._keys >= first) | np.isin(self._keys, sorted(whole))
-        self._keys, self._times_s = self._keys[keep], self._times_s[keep]
+        self._keys, self.frame_times_s = self._keys[keep], self.frame_times_s[keep]
         self._start_positions = np.searchsorted(self._keys, self._starts)
 
     def _find_any_frame(self) -> av.VideoFrame:

@@ -19,8 +19,6 @@ from echoshift.pipeline.restricted_pickle import (
 from echoshift.pipeline.segments import Segment
 
 COLUMNS = ("uid", "video_id", "start_timestamp", "stop_timestamp", "verb_class")
-FRAME_RATE_HZ = 60
-N_SPAN_FRAMES = 64
 
 
 def import_epic(
@@ -32,7 +30,11 @@ def import_epic(
     EPIC-55's EPIC_train_action_labels.csv, joined on uid; it covers the train files, the nouns of the others stay "".
     Raises ManifestError naming file and row for a fault, or domain and split where a count is not the card's.
     """
-    nouns = {} if nouns_csv is None else _read_nouns(nouns_csv)
+    nouns = (
+        {}
+        if nouns_csv is None
+        else {cells["uid"]: cells["noun"] for _, cells in read_annotation_rows(nouns_csv, ("uid", "noun"))}
+    )
     segments: list[Segment] = []
     first_places: dict[str, str] = {}
     for split in card.splits:
@@ -68,10 +70,6 @@ def _read_split(folder: Path, stem: str) -> list[tuple[str, dict[str, str]]]:
         (f"{pickle_path}:row {i}", dict(zip(COLUMNS, map(str, row), strict=True)))
         for i, row in enumerate(rows, start=1)
     ]
-
-
-def _read_nouns(path: Path) -> dict[str, str]:
-    return {cells["uid"]: cells["noun"] for _, cells in read_annotation_rows(path, ("uid", "noun"))}
 
 
 def _make_segment(

@@ -10,7 +10,7 @@ from echoshift.pipeline.cards import DatasetCard
 from echoshift.pipeline.errors import ManifestError, MediaError, suggest
 from echoshift.pipeline.importers.annotation_csv import read_annotation_rows
 from echoshift.pipeline.importers.own import make_card_from_names
-from echoshift.pipeline.manifest import MediaProbe, require_counts
+from echoshift.pipeline.manifest import ProbeDuration, require_counts
 from echoshift.pipeline.segments import Segment
 
 VIDEO_ENDINGS = (
@@ -100,20 +100,22 @@ def _list_videos(root: Path) -> list[tuple[str, str, str, Path]]:
     return found
 
 
-def import_hac(folder: Path, card: DatasetCard, probe: MediaProbe, allow_counts: bool = False) -> tuple[Segment, ...]:
+def import_hac(
+    folder: Path, card: DatasetCard, probe_duration_s: ProbeDuration, allow_counts: bool = False
+) -> tuple[Segment, ...]:
     """Read `HAC_{train,test}_only_{human,animal,cartoon}.csv`, rows `file,label` without a header.
 
-    A segment is a whole video; the lists give no lengths, so the probe reads them from the media. video_id is
+    A segment is a whole video; the lists give no lengths, so `probe_duration_s` reads them from the media. video_id is
     `<domain>/videos/<file without its ending>`, SimMMDG's place for it: names repeat between animal and cartoon.
     segment_id is `<domain>/<split>/<name>`: 24 human videos are listed in train and in test.
-    Raises ManifestError naming file and line, and the probe's MediaError for a video that is missing or unreadable.
+    Raises ManifestError naming file and line, and MediaError for a video that is missing or unreadable.
     """
     segments: list[Segment] = []
     for split in card.splits:
         for domain in card.domains:
             segments += _read_list(folder / f"HAC_{split}_only_{domain}.csv", card, domain, split)
     require_counts(segments, card, folder, allow_counts)
-    return tuple(replace(segment, stop_s=probe.probe_duration_s(segment)) for segment in segments)
+    return tuple(replace(segment, stop_s=probe_duration_s(segment)) for segment in segments)
 
 
 def _read_list(path: Path, card: DatasetCard, domain: str, split: str) -> list[Segment]:

@@ -163,15 +163,8 @@ class Hdf5FeatureStore(FeatureStore):
 
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
         """Append rows by writing a larger file beside this one and replacing it."""
-        if n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
-            raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {n_clips}")
         ids = [*self.segment_ids, *segment_ids]
-        layout = StoreLayout(
-            n_rows=len(ids),
-            n_clips=max(n_clips, self.layout.n_clips),
-            n_rows_per_shard=self.layout.n_rows_per_shard,
-            n_id_bytes=max(self.layout.n_id_bytes, measure_id_bytes(ids)),
-        )
+        layout = self._plan_extended(ids, n_clips, max(self.layout.n_id_bytes, measure_id_bytes(ids)))
         attributes = {**self.attributes, **{f: getattr(layout, f) for f in ("n_rows", "n_clips", "n_id_bytes")}}
         larger = Path(f"{self.path}.creating-{os.getpid()}")
         create_hdf5_store(larger, self.spec, layout, ids, attributes)

@@ -33,7 +33,8 @@ from echoshift.pipeline.store.location import Location, Place
 from echoshift.pipeline.store.open import create_store, has_store, hold_store, name_store, open_store
 
 ExportForm = Literal["npz", "h5", "parquet", "epic100"]
-EPIC100_NAMES = {"rgb": "RGB", "flow": "Flow", "audio": "Audio"}
+Modality = Literal["rgb", "flow", "audio"]
+EPIC100_NAMES: dict[Modality, str] = {"rgb": "RGB", "flow": "Flow", "audio": "Audio"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,7 @@ def export_store(store: FeatureStore, output: str, target: Path, form: ExportFor
     source = _Source(store, output, rows, store.read_array("times")[rows], store.read_array("n_valid")[rows])
     fresh = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
-    writers: dict[ExportForm, Callable[[Path, _Source], None]] = {
-        "npz": _write_npz,
-        "h5": _write_h5,
-        "parquet": _write_parquet,
-        "epic100": _write_epic100,
-    }
+    writers = {"npz": _write_npz, "h5": _write_h5, "parquet": _write_parquet, "epic100": _write_epic100}
     writers[form](fresh, source)
     fresh.replace(target)
     return len(rows)
@@ -95,7 +91,7 @@ def _write_npz(path: Path, source: _Source) -> None:
             np.lib.format.write_array_header_1_0(file, header)
             for block in iterate_done_blocks(source.store, source.output):
                 file.write(np.ascontiguousarray(block.values).data)
-        arrays: dict[str, np.ndarray] = {"segment_ids": source.ids, "times": source.times, "n_valid": source.n_valid}
+        arrays = {"segment_ids": source.ids, "times": source.times, "n_valid": source.n_valid}
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, values, allow_pickle=False)
@@ -119,15 +115,9 @@ def _write_parquet(path: Path, source: _Source) -> None:
     import pyarrow.parquet as pq
 
     n_values = int(np.prod(source.shape[2:], dtype=np.int64))
-    schema = pa.schema(
-        [
-            ("segment_id", pa.string()),
-            ("clip", pa.int32()),
-            ("start_s", pa.float64()),
-            ("stop_s", pa.float64()),
-            ("features", pa.list_(pa.float32(), n_values)),
-        ]
-    )
+    times_s = [("start_s", pa.float64()), ("stop_s", pa.float64())]
+    features = ("features", pa.list_(pa.float32(), n_values))
+    schema = pa.schema([("segment_id", pa.string()), ("clip", pa.int32()), *times_s, features])
     with pq.ParquetWriter(path, schema) as writer:
         first = 0
         for block in iterate_done_blocks(source.store, source.output):
@@ -148,53 +138,30 @@ def _write_parquet(path: Path, source: _Source) -> None:
 def _write_epic100(path: Path, source: _Source) -> None:
     if len(source.shape) != 3:
         raise StoreError(f"EPIC-100's pickle holds vectors, {source.output} has the shape {source.shape[2:]} a clip")
+    spec = source.store.spec
+    modality = spec.frame.input if spec.frame else spec.imported.modality if spec.imported else "audio"
+    if modality is None:
+        raise StoreError(f"{source.store.path} was imported without --modality; EPIC-100's pickle names one")
     values = np.empty(source.shape, np.float32)
     first = 0
     for block in iterate_done_blocks(source.store, source.output):
         values[first : first + len(block.rows)] = block.values
         first += len(block.rows)
-    features = {_name_modality(source.store): values}
     with path.open("wb") as file:
-        pickle.dump({"features": features, "narration_ids": source.ids}, file)
-
-
-def _name_modality(store: FeatureStore) -> str:
-    if store.spec.frame is not None:
-        return EPIC100_NAMES[store.spec.frame.input]
-    if store.spec.audio is not None:
-        return "Audio"
-    imported = store.spec.imported
-    if imported is None or imported.modality is None:
-        raise StoreError(f"{store.path} was imported without --modality; EPIC-100's pickle names one")
-    return EPIC100_NAMES[imported.modality]
+        pickle.dump({"features": {EPIC100_NAMES[modality]: values}, "narration_ids": source.ids}, file)
 
 
 ImportForm = Literal["npz", "epic100"]
-Modality = Literal["rgb", "flow", "audio"]
-EPIC100_MODALITIES: dict[str, Modality] = {"RGB": "rgb", "Flow": "flow", "Audio": "audio"}
 _DAMAGE = (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile)
 
 
-@dataclass(frozen=True, slots=True)
-class ImportedSegment:
-    """One segment's features [clip, …] and the seconds its clips cover, [clip, 2], NaN where nothing is known."""
-
-    features: np.ndarray
-    times: np.ndarray
+ImportedSegment = tuple[np.ndarray, np.ndarray]
+"""One segment's features [clip, …] and the seconds its clips cover, [clip, 2], NaN where nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
-    """Segments of a source, in its order, and a way to read each.
-
-    Attributes:
-        spec: form, content and modality.
-        segment_ids: unique.
-        n_clips: the most clips of a segment.
-        clip_shape: of one clip's features, the same for all segments.
-        dtype: of the store: float16 stays, float32 stays, float64 becomes float32.
-        read: reads one segment by id.
-    """
+    """Segments of a source, unique and in its order, and a way to read each; `n_clips` is the most of a segment."""
 
     place: str
     spec: ImportSpec
@@ -224,10 +191,10 @@ def open_import_source(path: Path, form: ImportForm, modality: str | None = None
 
 
 def _find_modality(path: Path, modality: str) -> Modality:
-    known = {name.lower(): value for name, value in EPIC100_MODALITIES.items()}
-    if modality.lower() not in known:
-        raise StoreError(f"{path}: no modality {modality!r}; {suggest(modality, EPIC100_MODALITIES)}")
-    return known[modality.lower()]
+    found = next((known for known in EPIC100_NAMES if known == modality.lower()), None)
+    if found is None:
+        raise StoreError(f"{path}: no modality {modality!r}; {suggest(modality, EPIC100_NAMES.values())}")
+    return found
 
 
 def _open_folder(folder: Path, modality: Modality | None) -> ImportSource:
@@ -243,7 +210,7 @@ def _open_folder(folder: Path, modality: Modality | None) -> ImportSource:
     n_clips, first = 0, None
     for segment_id, path in files.items():
         content.update(f"{segment_id}{path.suffix}\n{_hash_file(path)}\n".encode())
-        features = _read_file(path).features
+        features = _read_file(path)[0]
         n_clips = max(n_clips, len(features))
         first = first or (path, features.shape[1:], features.dtype)
         if features.shape[1:] != first[1]:
@@ -278,7 +245,7 @@ def _read_file(path: Path) -> ImportedSegment:
         raise StoreError(f"{path}: features of shape {features.shape}; they are [clip, …] or [D]")
     if times is not None and times.shape != (len(features), 2):
         raise StoreError(f"{path}: times of shape {times.shape} for {len(features)} clips; they are [clip, 2]")
-    return ImportedSegment(features, _unknown_times(len(features)) if times is None else times.astype(np.float64))
+    return features, np.full((len(features), 2), np.nan) if times is None else times.astype(np.float64)
 
 
 def _open_export(path: Path, modality: Modality | None) -> ImportSource:
@@ -297,7 +264,7 @@ def _open_export(path: Path, modality: Modality | None) -> ImportSource:
 
     def read(segment_id: str) -> ImportedSegment:
         row = row_of[segment_id]
-        return ImportedSegment(np.asarray(features[row, : n_valid[row]]), times[row, : n_valid[row]])
+        return np.asarray(features[row, : n_valid[row]]), times[row, : n_valid[row]]
 
     spec = ImportSpec(form="npz", source_sha256=_hash_file(path), modality=modality)
     shape, dtype = tuple(features.shape[2:]), _choose_dtype(path, features.dtype)
@@ -349,7 +316,7 @@ def _open_epic100(path: Path, modality: str | None) -> ImportSource:
         n_clips=n_clips,
         clip_shape=tuple(array.shape[2:]),
         dtype=_choose_dtype(path, array.dtype),
-        read=lambda segment_id: ImportedSegment(array[row_of[segment_id]], _unknown_times(n_clips)),
+        read=lambda segment_id: (array[row_of[segment_id]], np.full((n_clips, 2), np.nan)),
     )
 
 
@@ -370,10 +337,6 @@ def _choose_dtype(path: Path, dtype: np.dtype[Any]) -> Literal["float16", "float
     if dtype.kind != "f" or dtype.itemsize > 8:
         raise StoreError(f"{path}: features of type {dtype}; they are float16, float32 or float64")
     return "float16" if dtype.itemsize == 2 else "float32"
-
-
-def _unknown_times(n_clips: int) -> np.ndarray:
-    return np.full((n_clips, 2), np.nan)
 
 
 def _hash_file(path: Path) -> str:
@@ -499,12 +462,12 @@ def _write_shard(
     times, n_valid = np.full((n, k, 2), np.nan), np.zeros(n, np.int32)
     has_audio = np.zeros(n, np.uint8)
     for i in np.flatnonzero(here).tolist():
-        segment = source.read(store.segment_ids[shard.start_row + i])
-        n_valid[i] = len(segment.features)
+        features, of_clips = source.read(store.segment_ids[shard.start_row + i])
+        n_valid[i] = len(features)
         with np.errstate(over="ignore"):
-            values[i, : n_valid[i]] = segment.features
-        times[i, : n_valid[i]] = segment.times
-        has_audio[i] = not np.isnan(segment.features).all()
+            values[i, : n_valid[i]] = features
+        times[i, : n_valid[i]] = of_clips
+        has_audio[i] = not np.isnan(features).all()
     store.write_outputs(output.name, shard.start_row, values)
     sound = store.spec.holds_sound
     return ShardIndex(

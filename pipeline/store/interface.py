@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -146,6 +146,12 @@ class FeatureStore(ABC):
     @abstractmethod
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
         """Append rows for new segments, pending."""
+
+    def _plan_extended(self, segment_ids: Sequence[str], n_clips: int, n_id_bytes: int) -> StoreLayout:
+        if n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
+            raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {n_clips}")
+        n_rows, n_clips = len(segment_ids), max(n_clips, self.layout.n_clips)
+        return replace(self.layout, n_rows=n_rows, n_clips=n_clips, n_id_bytes=n_id_bytes)
 
     @abstractmethod
     def get_output_chunks(self, name: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import math
 import platform
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -193,17 +193,8 @@ def measure_id_bytes(segment_ids: Iterable[str]) -> int:
 
 
 RECORDED_PACKAGES = (
-    "echoshift",
-    "torch",
-    "torchaudio",
-    "timm",
-    "pytorchvideo",
-    "av",
-    "decord",
-    "numpy",
-    "zarr",
-    "h5py",
-)
+    "echoshift", "torch", "torchaudio", "timm", "pytorchvideo", "av", "decord", "numpy", "zarr", "h5py",
+)  # fmt: skip
 
 
 def describe_versions() -> dict[str, str]:
@@ -239,10 +230,7 @@ def make_attributes(
         "weights_source": weights_source,
         **({"encoder_source": encoder_source} if encoder_source else {}),
         "manifest_sha256": manifest_sha256,
-        "n_rows": layout.n_rows,
-        "n_clips": layout.n_clips,
-        "n_rows_per_shard": layout.n_rows_per_shard,
-        "n_id_bytes": layout.n_id_bytes,
+        **asdict(layout),
         "created": describe_writer(),
         "versions": describe_versions(),
     }
@@ -259,12 +247,7 @@ def parse_attributes(path: str, attributes: Mapping[str, Any]) -> tuple[FeatureS
         )
     try:
         spec = FeatureSpec.model_validate(attributes["spec"])
-        layout = StoreLayout(
-            n_rows=int(attributes["n_rows"]),
-            n_clips=int(attributes["n_clips"]),
-            n_rows_per_shard=int(attributes["n_rows_per_shard"]),
-            n_id_bytes=int(attributes["n_id_bytes"]),
-        )
+        layout = StoreLayout(**{one.name: int(attributes[one.name]) for one in fields(StoreLayout)})
     except (KeyError, ValidationError) as error:
         raise StoreError(f"{path}: the store's attributes are damaged: {error}") from error
     if attributes.get("fingerprint") != fingerprint(spec):

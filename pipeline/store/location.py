@@ -19,14 +19,8 @@ from echoshift.pipeline.errors import EchoshiftError, StoreError, StoreFullError
 # Another process's writes must be seen at once.
 STORAGE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 DRIVERS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "az": "adlfs",
-    "sftp": "paramiko",
-}
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "sftp": "paramiko",
+}  # fmt: skip
 WITH_EXTRA = {"s3fs": "pip install 'echoshift[s3]' (in the checkout: pip install -e '.[s3]')"}
 
 T = TypeVar("T")
@@ -268,10 +262,15 @@ def find_errno(error: Exception) -> int | None:
 
 def count_free_bytes(place: str) -> int:
     """Count the bytes free for us on the local disk that a place is on, existing or not."""
+    return shutil.disk_usage(find_existing(place)).free
+
+
+def find_existing(place: Place) -> Path:
+    """Find the nearest folder above a local place, or the place itself, that exists."""
     folder = Path(place).absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 @contextmanager

@@ -28,7 +28,15 @@ from echoshift.pipeline.store.layout import (
     plan_shards,
     unpack_attributes,
 )
-from echoshift.pipeline.store.location import STORAGE_OPTIONS, Location, Place, count_free_bytes, locate, telling_faults
+from echoshift.pipeline.store.location import (
+    STORAGE_OPTIONS,
+    Location,
+    Place,
+    count_free_bytes,
+    find_existing,
+    locate,
+    telling_faults,
+)
 from echoshift.pipeline.store.lock import hold_store
 
 __all__ = ["create_store", "has_store", "hold_store", "list_stores", "name_store", "open_store"]
@@ -124,12 +132,7 @@ def create_store(
     _refuse_remote_hdf5(path)
     if has_store(path):
         raise StoreError(f"{path} exists already")
-    layout = StoreLayout(
-        n_rows=len(segment_ids),
-        n_clips=n_clips,
-        n_rows_per_shard=n_rows_per_shard,
-        n_id_bytes=measure_id_bytes(segment_ids),
-    )
+    layout = StoreLayout(len(segment_ids), n_clips, n_rows_per_shard, measure_id_bytes(segment_ids))
     attributes = make_attributes(dataset, spec, layout, manifest_sha256, weights_source, encoder_source)
     if path.is_remote:
         with tempfile.TemporaryDirectory(prefix="echoshift-") as folder:
@@ -139,7 +142,8 @@ def create_store(
             path.upload(fresh, last=ROOT_METADATA)
         return open_store(path)
     if path.suffix == ENDINGS["hdf5"]:  # which allocates everything now, and would write zeros until the disk is full
-        check_space([(path, plan_store_bytes(spec, layout))])
+        n_bytes = sum(_count_bytes(array, layout.n_rows) for array in plan_arrays(spec, layout))
+        check_space([(path, n_bytes)])
     path.make_parent()
     local = Path(path)
     with telling_faults(path):
@@ -187,7 +191,7 @@ N_CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class StoreSummary:
+class StoreListing:
     """One store in numbers; `outputs` are the shapes of one clip by name, `n_bytes` is what it takes on disk."""
 
     store: str
@@ -203,14 +207,14 @@ class StoreSummary:
     n_bytes: int
 
 
-def summarise_stores(cache: Place) -> list[StoreSummary]:
+def summarise_stores(cache: Place) -> list[StoreListing]:
     """Sum up every store below a cache, by path; raises StoreError naming one that can't be opened."""
     summaries = []
     for path in list_stores(cache):
         store = open_store(path)
         state = store.read_array("state")
         summaries.append(
-            StoreSummary(
+            StoreListing(
                 store=str(path),
                 dataset=str(store.attributes["dataset"]),
                 encoder=store.spec.encoder,
@@ -225,13 +229,6 @@ def summarise_stores(cache: Place) -> list[StoreSummary]:
             )
         )
     return summaries
-
-
-def plan_store_bytes(spec: FeatureSpec, layout: StoreLayout) -> int:
-    """Count the bytes of all arrays of a store, chunks whole."""
-    return sum(
-        _count_chunk_bytes(array) * math.ceil(layout.n_rows / array.chunks[0]) for array in plan_arrays(spec, layout)
-    )
 
 
 def count_needed_bytes(store: FeatureStore, wanted: np.ndarray) -> int:
@@ -251,9 +248,9 @@ def count_needed_bytes(store: FeatureStore, wanted: np.ndarray) -> int:
                 if wanted[shard.start_row : shard.stop_row].any()
                 and not committed[shard.start_row : shard.stop_row].any()
             ]
-            n_bytes += sum(math.ceil(shard.n_rows / array.chunks[0]) for shard in new) * _count_chunk_bytes(array)
+            n_bytes += sum(_count_bytes(array, shard.n_rows) for shard in new)
         elif not committed.any() and wanted.any():
-            n_bytes += math.ceil(store.layout.n_rows / array.chunks[0]) * _count_chunk_bytes(array)
+            n_bytes += _count_bytes(array, store.layout.n_rows)
     return n_bytes
 
 
@@ -263,7 +260,7 @@ def check_space(needs: Iterable[tuple[Place, int]]) -> None:
     for place, n_bytes in needs:
         path = locate(place)
         if not path.is_remote and n_bytes:
-            by_disk.setdefault(_find_disk(Path(path)), []).append((str(path), n_bytes))
+            by_disk.setdefault(find_existing(path).stat().st_dev, []).append((str(path), n_bytes))
     for stores in by_disk.values():
         needed, free = sum(n for _, n in stores), count_free_bytes(stores[0][0])
         if needed > free:
@@ -274,14 +271,7 @@ def check_space(needs: Iterable[tuple[Place, int]]) -> None:
             )
 
 
-def _count_chunk_bytes(array: ArrayLayout) -> int:
-    """Count one row of chunks: a chunk's rows, over all of the other axes, each chunk with its checksum."""
-    n_chunks = math.prod(math.ceil(n / c) for n, c in zip(array.shape[1:], array.chunks[1:], strict=True))
+def _count_bytes(array: ArrayLayout, n_rows: int) -> int:
+    """Count the bytes of some rows of an array: chunks whole, each with its checksum."""
+    n_chunks = math.prod(math.ceil(n / c) for n, c in zip((n_rows, *array.shape[1:]), array.chunks, strict=True))
     return n_chunks * (math.prod(array.chunks) * np.dtype(array.dtype).itemsize + N_CHECKSUM_BYTES)
-
-
-def _find_disk(path: Path) -> int:
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder.stat().st_dev

@@ -25,7 +25,6 @@ from echoshift.pipeline.store.interface import (
 from echoshift.pipeline.store.layout import (
     DONE,
     ROW_ARRAYS,
-    ArrayLayout,
     Shard,
     StoreLayout,
     encode_segment_ids,
@@ -41,20 +40,16 @@ def create_zarr_store(
     """Create an empty store at a path that must not exist; the caller renames it into place."""
     group = zarr.create_group(str(path), zarr_format=3, attributes=dict(attributes))
     for array in plan_arrays(spec, layout):
-        _create_array(group, array)
+        group.create_array(
+            array.name,
+            shape=array.shape,
+            chunks=array.chunks,
+            dtype=array.dtype,
+            fill_value=0,
+            compressors=[Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
     _array(group, "segment_id")[:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
-
-
-def _create_array(group: zarr.Group, array: ArrayLayout) -> None:
-    group.create_array(
-        array.name,
-        shape=array.shape,
-        chunks=array.chunks,
-        dtype=array.dtype,
-        fill_value=0,
-        compressors=[Crc32cCodec()],
-        config={"write_empty_chunks": True},
-    )
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -92,11 +87,13 @@ class ZarrFeatureStore(FeatureStore):
 
     def read_array(self, name: str, start_row: int = 0, stop_row: int | None = None) -> np.ndarray:
         """Read rows of any array; raises StoreError if a chunk's checksum is wrong."""
-        stop = self.layout.n_rows if stop_row is None else stop_row
+        return self._read_part(name, start_row, self.layout.n_rows if stop_row is None else stop_row)
+
+    def _read_part(self, name: str, start_row: int, stop_row: int, *clips: slice) -> np.ndarray:
         try:
-            return np.asarray(self._open_array(name)[start_row:stop])
+            return np.asarray(self._open_array(name)[(slice(start_row, stop_row), *clips)])
         except ValueError as error:
-            raise self._make_read_error(name, start_row, stop, error) from error
+            raise self._make_read_error(name, start_row, stop_row, error) from error
 
     def _make_read_error(self, name: str, start_row: int, stop_row: int, error: ValueError) -> StoreError:
         return StoreError(
@@ -136,20 +133,13 @@ class ZarrFeatureStore(FeatureStore):
     def extend(self, segment_ids: Sequence[str], n_clips: int) -> None:
         """Append rows; a kill in between leaves longer arrays that the next call puts right."""
         old_rows, ids = self.layout.n_rows, [*self.segment_ids, *segment_ids]
-        layout = StoreLayout(
-            n_rows=len(ids),
-            n_clips=max(n_clips, self.layout.n_clips),
-            n_rows_per_shard=self.layout.n_rows_per_shard,
-            n_id_bytes=self.layout.n_id_bytes,
-        )
+        layout = self._plan_extended(ids, n_clips, self.layout.n_id_bytes)
         longest = max(ids, key=lambda s: len(s.encode()))
         if len(longest.encode()) > layout.n_id_bytes:
             raise StoreError(
                 f"segment id {longest!r} is longer than the {layout.n_id_bytes} bytes {self.path} keeps for an id; "
                 f"delete the store and extract it again, or shorten the id"
             )
-        if layout.n_clips > self.layout.n_clips and self.spec.clip.sampling == "uniform":
-            raise StoreError(f"{self.path} holds {self.layout.n_clips} clips a segment, not {layout.n_clips}")
         for array in plan_arrays(self.spec, layout):
             self._open_array(array.name).resize(array.shape)
         self._open_array("segment_id")[old_rows:] = encode_segment_ids(segment_ids, layout.n_id_bytes)
@@ -162,10 +152,7 @@ class ZarrFeatureStore(FeatureStore):
         self, name: str, start_row: int, stop_row: int, start_clip: int = 0, stop_clip: int | None = None
     ) -> np.ndarray:
         """Read some clips of some rows of one output; raises StoreError if a chunk's checksum is wrong."""
-        try:
-            return np.asarray(self._open_array(f"outputs/{name}")[start_row:stop_row, start_clip:stop_clip])
-        except ValueError as error:
-            raise self._make_read_error(f"outputs/{name}", start_row, stop_row, error) from error
+        return self._read_part(f"outputs/{name}", start_row, stop_row, slice(start_clip, stop_clip))
 
     def get_output_chunks(self, name: str) -> tuple[int, int]:
         """Return how many rows and clips one chunk of an output holds."""

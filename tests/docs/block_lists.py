@@ -1,4 +1,4 @@
-"""Lists how each fenced block of shell is checked: run by default, run on the demo, or only parsed, and why."""
+"""How each fenced block of shell is checked: run by default, run on the demo, or only parsed, and why."""
 
 from __future__ import annotations
 
@@ -24,42 +24,21 @@ ON_THE_DEMO = (
     "docs/adding-a-method.md#adding-a-method",
 )
 
-_NO_EPIC = "needs EPIC's videos"
-_NO_CHARADES = "needs the videos of CharadesEgo"
-_OWN = "needs the reader's own videos"
-
 # Every option and argument is checked against the command line, `make` by `make -n`; nothing is run.
+# A page without a heading means all of its blocks.
 PARSED = {
+    "docs/charadesego-actorshift.md": "needs the videos of CharadesEgo, ActorShift and Human-Animal-Cartoon",
+    "docs/epic.md": "downloads EPIC and weights, needs EPIC's videos",
+    "docs/extraction.md": "needs EPIC's videos",
+    "docs/published-tables.md": "needs the videos of EPIC and CharadesEgo",
     "README.md#echoshift": "the slow tests begin with `make demo`; `make test` would run these tests",
-    "README.md#echoshift-2": f"{_OWN}, and writes into the reader's shell",
-    "docs/charadesego-actorshift.md#charadesego": _NO_CHARADES,
-    "docs/charadesego-actorshift.md#actorshift": "needs ActorShift's clips",
-    "docs/charadesego-actorshift.md#actorshift-2": "needs the videos of Human-Animal-Cartoon",
-    "docs/epic.md#1-media-and-annotations": "downloads EPIC",
-    "docs/epic.md#1-media-and-annotations-2": "downloads EPIC",
-    "docs/epic.md#2-manifest-and-weights": "downloads weights",
-    "docs/epic.md#3-extraction": _NO_EPIC,
-    "docs/epic.md#4-stage-1-and-stage-2": _NO_EPIC,
-    "docs/epic.md#5-alignment": _NO_EPIC,
-    "docs/extraction.md#extraction": _NO_EPIC,
-    "docs/own-data.md#your-own-data": _OWN,
-    "docs/published-tables.md#zhang-et-al-2022-table-2": _NO_EPIC,
-    "docs/published-tables.md#zhang-et-al-2022-table-3": _NO_CHARADES,
-    "docs/published-tables.md#zhang-et-al-2022-section-5-1-no-sound-at-test": _NO_EPIC,
-    "docs/published-tables.md#zhang-et-al-2022-table-4": _NO_EPIC,
-    "docs/published-tables.md#zhang-et-al-2022-table-4-2": _NO_EPIC,
-    "docs/published-tables.md#zhang-et-al-2022-figures-4-and-5": _NO_EPIC,
-    "docs/published-tables.md#planamente-et-al-2021-the-features": _NO_EPIC,
-    "docs/published-tables.md#planamente-et-al-2021-the-features-2": _NO_EPIC,
-    "docs/published-tables.md#planamente-et-al-2021-table-1b": _NO_EPIC,
-    "docs/published-tables.md#planamente-et-al-2021-table-2": _NO_EPIC,
-    "docs/published-tables.md#planamente-et-al-2021-table-3": _NO_EPIC,
-    "docs/published-tables.md#planamente-et-al-2021-figure-5": _NO_EPIC,
+    "README.md#echoshift-2": "needs the reader's own videos, and writes into the reader's shell",
+    "docs/own-data.md#your-own-data": "needs the reader's own videos",
     "docs/report.md#the-installation-2": "writes into the reader's shell",
     "docs/scaling-out.md#a-dask-cluster": "needs several machines",
     "docs/scaling-out.md#slurm": "needs SLURM",
     "docs/scaling-out.md#slurm-2": "needs SLURM",
     "docs/scaling-out.md#stores-on-s3-and-other-urls": "needs a bucket",
     "docs/scaling-out.md#gpus": "needs GPUs",
-    "docs/stage1.md#stage-1-the-audio-adaptive-encoder": _NO_EPIC,
+    "docs/stage1.md#stage-1-the-audio-adaptive-encoder": "needs EPIC's videos",
 }

@@ -1,4 +1,4 @@
-"""Gives the tests of the pages their blocks, and a checkout in which what they say can be done."""
+"""Blocks of the pages as parameters, and what the tests of this folder share."""
 
 from __future__ import annotations
 
@@ -61,12 +61,6 @@ def blocks() -> ModuleType:
 def lists() -> ModuleType:
     """Return block_lists.py."""
     return LISTS
-
-
-@pytest.fixture(scope="session")
-def parsing() -> ModuleType:
-    """Return command_parsing.py."""
-    return load_file(HERE / "command_parsing.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Makes a folder that looks like a checkout with its .venv, in which the pages' commands can be given as they stand."""
+"""A folder that looks like a checkout with its .venv, in which the pages' commands can be given as they stand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 _SHIM = """#!/bin/sh
@@ -22,7 +24,7 @@ _RUN_MAIN = "-c 'from echoshift.cli.app import main; main()'"
 
 @dataclass(frozen=True, slots=True)
 class DocCheckout:
-    """The folder; cache, runs, data and manifests are its own, the code is that of this checkout."""
+    """A folder to run commands in; cache, runs, data and manifests are its own, the code is that of this checkout."""
 
     root: Path
 
@@ -45,26 +47,11 @@ class DocCheckout:
             "PIP_NO_INDEX": "1",
         }
 
-    def make(self) -> None:
-        """Make the folder: a Makefile and cards that are copies, and a .venv whose programs are this Python."""
-        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-            (self.root / name).write_bytes((ROOT / name).read_bytes())
-        (self.root / "data" / "manifests").mkdir(parents=True)
-        for card in (ROOT / "data" / "manifests").glob("*.toml"):
-            (self.root / "data" / "manifests" / card.name).write_bytes(card.read_bytes())
-        programs = self.root / ".venv" / "bin"
-        programs.mkdir(parents=True)
-        for name, arguments in (("echoshift", _RUN_MAIN), ("python", "")):
-            (programs / name).write_text(_SHIM.format(python=sys.executable, arguments=arguments))
-            (programs / name).chmod(0o755)
-        (programs.parent / ".installed").touch()
-
     def copy_from(self, finished: Path) -> None:
         """Take data, cache and run of a checkout in which `make demo` has been run."""
         for name in ("data/demo", "cache", "runs/demo"):
             copytree(finished / name, self.root / name)
-        manifest = Path("data") / "manifests" / "demo.csv"
-        (self.root / manifest).write_bytes((finished / manifest).read_bytes())
+        copy(finished / "data/manifests/demo.csv", self.root / "data/manifests")
 
     def run(self, text: str) -> str:
         """Run shell text; raises AssertionError with the end of what it printed where it fails."""
@@ -76,22 +63,36 @@ class DocCheckout:
         return done.stdout
 
 
+def make_checkout(root: Path) -> DocCheckout:
+    """Make the folder: a Makefile and cards that are copies, and a .venv whose programs are this Python."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        copy(ROOT / name, root / name)
+    (root / "data" / "manifests").mkdir(parents=True)
+    for card in (ROOT / "data" / "manifests").glob("*.toml"):
+        copy(card, root / "data" / "manifests" / card.name)
+    programs = root / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, arguments in (("echoshift", _RUN_MAIN), ("python", "")):
+        (programs / name).write_text(_SHIM.format(python=sys.executable, arguments=arguments))
+        (programs / name).chmod(0o755)
+    (programs.parent / ".installed").touch()
+    return DocCheckout(root)
+
+
 def run_here(words: list[str]) -> tuple[int, str]:
-    """Run `.venv/bin/echoshift …` in this process and folder, patterns first; return exit code and output."""
+    """Run `.venv/bin/echoshift …` in this process and folder, patterns expanded; return exit code and output."""
     from echoshift.cli.app import main
 
     assert words[0] == ".venv/bin/echoshift", words
     arguments = [found for word in words[1:] for found in _expand(word)]
-    before, sys.argv = sys.argv, ["echoshift", *arguments]
     out = io.StringIO()
     code: object = 0
-    try:
-        with redirect_stdout(out), redirect_stderr(out):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
+        patch.setattr(sys, "argv", ["echoshift", *arguments])
+        try:
             main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        sys.argv = before
+        except SystemExit as stop:
+            code = stop.code or 0
     assert isinstance(code, int)
     return code, out.getvalue()
 

@@ -1,4 +1,4 @@
-"""Reads the fenced blocks of README.md and docs/, and the commands in those of shell."""
+"""The fenced blocks of README.md and docs/, and the commands in those of shell."""
 
 from __future__ import annotations
 
@@ -64,10 +64,5 @@ def find_file(page: str, file: str) -> str:
 
 def split_commands(text: str) -> list[list[str]]:
     """Split shell text into commands, each its words; comments go, `\\` joins lines, `&&` ends a command."""
-    commands = []
-    for line in text.replace("\\\n", " ").splitlines():
-        for part in line.split(" && "):
-            words = shlex.split(part, comments=True)
-            if words:
-                commands.append(words)
-    return commands
+    parts = [part for line in text.replace("\\\n", " ").splitlines() for part in line.split(" && ")]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]

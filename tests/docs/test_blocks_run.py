@@ -1,4 +1,4 @@
-"""Runs blocks of the pages: the cheap ones and those of Python by default, the others on the finished demo (slow)."""
+"""Blocks of the pages run: the cheap ones and those of Python by default, the others on the finished demo (slow)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ FINISHED_DEMO = "ECHOSHIFT_FINISHED_DEMO"
 def little_demo(tiny_dataset: ModuleType, doc_checkout: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a checkout whose demo is two videos, one of them silent, with sound features."""
     root = tmp_path_factory.mktemp("checkout")
-    checkout = doc_checkout.DocCheckout(root)
-    checkout.make()
+    doc_checkout.make_checkout(root)
     segments = []
     for number, sound in ((0, "noise"), (1, "none")):
         video = f"studio-train-0{number}"
@@ -89,10 +88,8 @@ def test_the_import_of_ones_own_csv_is_what_was_written(
 
 @pytest.fixture(scope="module")
 def finished_demo(doc_checkout: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Make a checkout and return `make demo` in it, or take over one where it has been given."""
-    root = tmp_path_factory.mktemp("demo")
-    checkout = doc_checkout.DocCheckout(root)
-    checkout.make()
+    """Run `make demo` in a checkout, or copy a finished one that the environment names."""
+    checkout = doc_checkout.make_checkout(tmp_path_factory.mktemp("demo"))
     if finished := os.environ.get(FINISHED_DEMO):
         checkout.copy_from(Path(finished))
     else:

@@ -19,17 +19,14 @@ def load_beside(name: str):
 
 @pytest.fixture(scope="session")
 def media_factory():
-    """Return media_factory.py."""
     return load_beside("media_factory")
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset():
-    """Return tiny_dataset.py."""
     return load_beside("tiny_dataset")
 
 
 @pytest.fixture
 def tiny(tiny_dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Return an empty data set of this test's own."""
     return tiny_dataset.TinyDataset(tmp_path, capsys)

@@ -45,7 +45,6 @@ def write_video(
 
 
 def write_sound(path, sound, codec, rate, options=None):
-    """Write float32 sound [C, n] alone."""
     with av.open(str(path), "w") as container:
         _encode_sound(container, _add_sound(container, codec, rate, sound, options), sound, rate)
     return path

@@ -68,49 +68,26 @@ def some_sounds(rate_hz: int, n: int) -> dict[str, np.ndarray]:
     }
 
 
-def read_mono(path: Path, rate_hz: int) -> np.ndarray:
-    import av
-
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate_hz)
-    with av.open(str(path)) as container:
-        frames = [r for f in container.decode(audio=0) for r in resampler.resample(f)]
-        frames += resampler.resample(None)
-    return np.concatenate([f.to_ndarray()[0] for f in frames])
-
-
 def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
     """Compare to 1e-4 of the value, and of one (a standard deviation, a neper) where the value is near zero."""
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_shapes_are_the_papers():
-    assert plan_spectrogram_shape(ZHANG2022) == (257, 1004)
-    assert plan_spectrogram_shape(PLANAMENTE2021) == (256, 256)
-    assert ZHANG2022.n_samples == 160000 and PLANAMENTE2021.n_samples == 30696
-    assert log_spectrogram(torch.randn(2, 160000), ZHANG2022).shape == (2, 1, 257, 1004)
-    assert log_spectrogram(torch.randn(2, 30696), PLANAMENTE2021).shape == (2, 1, 256, 256)
-
-
-@pytest.mark.parametrize("name", list(some_sounds(16000, 1024)))
-def test_zhang2022_equals_scipy(name):
-    samples = some_sounds(16000, 160000)[name].astype(np.float32)
-    assert_close(log_spectrogram([torch.from_numpy(samples)], ZHANG2022)[0, 0], reference_zhang(samples))
-
-
-@pytest.mark.parametrize("name", list(some_sounds(24000, 1024)))
-def test_planamente2021_equals_librosa(name):
-    samples = some_sounds(24000, 30696)[name].astype(np.float32)
-    assert_close(log_spectrogram([torch.from_numpy(samples)], PLANAMENTE2021)[0, 0], reference_planamente(samples))
-
-
-@pytest.mark.parametrize("n", [220500, 50000, 300000])
-@pytest.mark.parametrize("name", list(some_sounds(22050, 1024)))
-def test_chen2020_equals_librosa(name, n):
-    samples = some_sounds(22050, n)[name].astype(np.float32)
-    ours = log_spectrogram([torch.from_numpy(samples)], CHEN2020)[0, 0]
-    assert ours.shape == plan_spectrogram_shape(CHEN2020) == (80, 862)
-    assert_close(ours, reference_chen(samples))
+@pytest.mark.parametrize(
+    ("spec", "reference", "shape", "n"),
+    [
+        (ZHANG2022, reference_zhang, (257, 1004), 160000),
+        (PLANAMENTE2021, reference_planamente, (256, 256), 30696),
+        *((CHEN2020, reference_chen, (80, 862), n) for n in (220500, 50000, 300000)),
+    ],
+)
+def test_spectrograms_equal_scipy_and_librosa(spec, reference, shape, n):
+    for samples in some_sounds(spec.rate_hz, n).values():
+        samples = samples.astype(np.float32)
+        ours = log_spectrogram([torch.from_numpy(samples)], spec)[0, 0]
+        assert ours.shape == plan_spectrogram_shape(spec) == shape
+        assert_close(ours, reference(samples))
 
 
 @pytest.mark.shared
@@ -144,22 +121,19 @@ def test_both_recipes_equal_their_references_on_real_sounds(shared_data):
     paths = sorted((shared_data / "esc10").glob("*/*.ogg"))[::17]
     assert len(paths) >= 5
     for path in paths:
-        samples = read_mono(path, 16000)
+        samples = read_audio(path, 0, 99, 16000)
         assert_close(log_spectrogram([torch.from_numpy(samples)], ZHANG2022)[0, 0], reference_zhang(samples))
-        middle = read_mono(path, 24000)[24000 : 24000 + 30696]
+        middle = read_audio(path, 0, 99, 24000)[24000 : 24000 + 30696]
         assert_close(log_spectrogram([torch.from_numpy(middle)], PLANAMENTE2021)[0, 0], reference_planamente(middle))
 
 
-@pytest.mark.parametrize("n", [1, 700, 53333, 159999, 160001, 300000])
+@pytest.mark.parametrize("n", [1, 53333, 159999, 300000])
 def test_zhang2022_tiles_the_short_and_cuts_the_long(n):
     samples = RNG.normal(0, 0.2, n).astype(np.float32)
     assert_close(log_spectrogram([torch.from_numpy(samples)], ZHANG2022)[0, 0], reference_zhang(samples))
 
 
-def test_zhang2022_is_standardised_and_silence_is_all_zero():
-    spectrogram = log_spectrogram(torch.randn(1, 160000), ZHANG2022).double()
-    assert abs(spectrogram.mean()) < 1e-6
-    assert spectrogram.std(unbiased=False) == pytest.approx(1, abs=1e-6)
+def test_silence_is_all_zero():
     silence = log_spectrogram(torch.zeros(1, 160000), ZHANG2022)
     assert torch.isfinite(silence).all() and silence.abs().max() < 1e-3
 
@@ -176,9 +150,7 @@ def test_planamente2021_appends_zeros_and_cuts():
 
 def test_a_row_does_not_depend_on_its_batch():
     rows = [torch.randn(n) * 0.1 for n in (160000, 4000, 90000)]
-    together = log_spectrogram(rows, ZHANG2022)
-    for row, spectrogram in zip(rows, together, strict=True):
-        assert torch.equal(log_spectrogram([row], ZHANG2022)[0], spectrogram)
+    assert torch.equal(log_spectrogram(rows, ZHANG2022), torch.cat([log_spectrogram([r], ZHANG2022) for r in rows]))
 
 
 def test_other_lengths_follow_scipy_too():
@@ -195,20 +167,21 @@ def test_other_lengths_follow_scipy_too():
 
 
 def test_what_cannot_be_computed_is_said():
-    with pytest.raises(SpecError, match="has no samples"):
-        log_spectrogram([torch.randn(100), torch.zeros(0)], ZHANG2022)
-    with pytest.raises(SpecError, match="no window of audio"):
-        log_spectrogram([], ZHANG2022)
-    with pytest.raises(SpecError, match=r"must be \[n\], has the shape \(1, 5\)"):
-        log_spectrogram(torch.zeros(2, 1, 5), ZHANG2022)
-    with pytest.raises(SpecError, match=r"full scale \+-1, are torch.int16"):
-        log_spectrogram(torch.zeros(1, 5, dtype=torch.int16), ZHANG2022)
-    with pytest.raises(SpecError, match="n_hop <= n_window <= n_fft, has 159, 512, 256"):
-        log_spectrogram(torch.randn(1, 5), ZHANG2022.model_copy(update={"n_fft": 256}))
-    with pytest.raises(SpecError, match="160 samples is shorter than n_window = 512"):
-        plan_spectrogram_shape(ZHANG2022.model_copy(update={"duration_s": 0.01}))
-    with pytest.raises(SpecError, match="n_masked_bins = 257 masks all of the 257 bands"):
-        plan_spectrogram_shape(ZHANG2022.model_copy(update={"n_views": 2, "n_masked_bins": 257}))
+    for samples, message in (
+        ([torch.randn(100), torch.zeros(0)], "has no samples"),
+        ([], "no window of audio"),
+        (torch.zeros(2, 1, 5), r"must be \[n\], has the shape \(1, 5\)"),
+        (torch.zeros(1, 5, dtype=torch.int16), r"full scale \+-1, are torch.int16"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            log_spectrogram(samples, ZHANG2022)
+    for update, message in (
+        ({"n_fft": 256}, "n_hop <= n_window <= n_fft, has 159, 512, 256"),
+        ({"duration_s": 0.01}, "160 samples is shorter than n_window = 512"),
+        ({"n_views": 2, "n_masked_bins": 257}, "n_masked_bins = 257 masks all of the 257 bands"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            plan_spectrogram_shape(ZHANG2022.model_copy(update=update))
 
 
 def test_rms_dbfs():
@@ -253,14 +226,6 @@ def test_an_augmented_view_is_noise_and_one_empty_band(n_bins, seed):
     assert torch.equal(plain, before)
     assert max(starts) <= min(246, n_bins - 9) and len(starts) > 15
     assert kstest(np.concatenate(noise)[::7], "uniform", args=(-0.05, 0.1)).pvalue > 1e-3
-
-
-def test_noise_and_band_can_be_had_alone():
-    plain = torch.full((1, 40, 5), 2.0)
-    noisy = augment_spectrogram(plain, SPEC.model_copy(update={"n_masked_bins": 0}), 0, "s", 1, 0)
-    assert (noisy - plain).abs().min() > 0 and (noisy - plain).abs().max() <= 0.05 + 1e-6
-    masked = augment_spectrogram(plain, SPEC.model_copy(update={"noise": 0.0}), 0, "s", 1, 0)
-    assert sorted(masked[0, :, 0].tolist()) == [0.0] * 9 + [2.0] * 31
 
 
 def test_arrays_are_drawn_by_name_and_evenly():
@@ -320,7 +285,6 @@ def test_views_that_make_no_sense_are_refused(fields, message):
 
 
 def read_outputs(cache):
-    """Read all that a store of sound holds, by array."""
     (path,) = [path for path in list_stores(cache) if "resnet_demo" in path.name]
     store = open_store(path)
     names = ["outputs/map", "outputs/pooled", "times", "frames", "n_valid", "has_audio", "loudness_dbfs"]

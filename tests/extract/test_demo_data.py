@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +13,10 @@ from echoshift.extract.demo.planning import (
     ACTIVITIES,
     FRAME_RATE_HZ,
     HEIGHT,
-    PROPS,
     SAMPLE_RATE_HZ,
     SILENT_ACTIVITIES,
     WIDTH,
     WORLDS,
-    count_activities,
     plan_demo,
     plan_segments,
 )
@@ -40,16 +36,7 @@ def tiny_demo(tmp_path_factory) -> tuple[Path, list[Segment]]:
     return out_dir, generate_demo(out_dir, seed=3, **TINY)
 
 
-def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import av
-
-    with av.open(str(path)) as container:
-        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return np.array([time_s for time_s, _ in frames]), np.stack([image for _, image in frames])
-
-
 def read_track(path: Path) -> tuple[float, np.ndarray]:
-    """Read when the track begins and its samples, mono."""
     import av
 
     with av.open(str(path)) as container:
@@ -81,43 +68,15 @@ def test_the_card_counts_what_is_planned():
 
 def test_segments_are_well_formed_and_lie_in_their_videos():
     assert len({s.segment_id for s in SEGMENTS}) == len(SEGMENTS)
-    n_overlapping = n_neighbours = 0
     for plan in PLANS:
-        own = plan_segments(plan)
-        assert 10 <= len(own) <= 20 or not plan.has_track
-        for shot, segment in zip(plan.shots, own, strict=True):
+        for shot, segment in zip(plan.shots, plan_segments(plan), strict=True):
             assert segment.labels == (shot.activity,) and segment.tags == tuple(sorted(segment.tags))
             assert 0 <= segment.start_s <= shot.start_s < shot.stop_s <= segment.stop_s <= plan.duration_s
-            assert 1.0 <= segment.duration_s <= 2.0
             assert ("overlap" in segment.tags) == (segment.duration_s > shot.stop_s - shot.start_s)
         for shot, following in zip(plan.shots, plan.shots[1:], strict=False):
-            n_neighbours += 1
-            n_overlapping += following.label_start_s < shot.label_stop_s
             assert 0.2 - 1e-9 <= following.start_s - shot.stop_s <= 1.0  # what happens itself never overlaps
-    assert 0.03 < n_overlapping / n_neighbours < 0.15
     assert [plan.video_id for plan in PLANS if not plan.has_track] == ["garden-test-04"]
     assert sum("no-track" in s.tags for s in SEGMENTS) == 4
-
-
-def test_domains_differ_in_balance_props_and_timbres():
-    own_prop, rarest = {}, set()
-    for world in WORLDS:
-        assert sum(world.class_shares) == pytest.approx(1)
-        counts = count_activities(world, 120)
-        assert max(counts) > 3 * min(counts) and min(counts) >= 5
-        rarest.add(int(np.argmin(counts)))
-        assert count_activities(world, 6) == [1] * 6
-        for activity in ACTIVITIES:
-            own = [s for s in SEGMENTS if s.domain == world.name and s.labels == (activity,)]
-            props = Counter(s.noun for s in own)
-            own_prop[world.name, activity], n_own = props.most_common(1)[0]
-            assert n_own / props.total() > 0.5
-            timbres = {tag for s in own for tag in s.tags if tag.startswith("timbre-") and s.split == "train"}
-            assert not timbres if activity in SILENT_ACTIVITIES else len(timbres) >= 2
-        assert {own_prop[world.name, activity] for activity in ACTIVITIES} == set(PROPS)
-    assert len(rarest) == 3
-    for activity in ACTIVITIES:  # what tells the activity in one domain misleads in the others
-        assert len({own_prop[world.name, activity] for world in WORLDS}) == 3
 
 
 def test_another_seed_is_another_plan_and_the_default_stays_what_it_was():
@@ -130,13 +89,14 @@ def test_another_seed_is_another_plan_and_the_default_stays_what_it_was():
         plan_demo(n_train=5)
 
 
-def test_files_hold_what_was_planned(tiny_demo):
+def test_files_hold_what_was_planned(tiny_demo, media_factory):
     out_dir, segments = tiny_demo
     assert len(segments) == 36 and not list(out_dir.rglob("*.partial"))
     plans = plan_demo(seed=3, **TINY)
     assert [s for plan in plans for s in plan_segments(plan)] == segments
     for plan in plans:
-        times_s, frames = read_frames(locate_demo_video(out_dir, plan))
+        times_s, frames = media_factory.decode_all(locate_demo_video(out_dir, plan))
+        frames = np.stack(frames)
         assert frames.shape == (plan.n_frames, HEIGHT, WIDTH, 3)
         np.testing.assert_allclose(times_s, np.arange(plan.n_frames) / FRAME_RATE_HZ, atol=1e-4)
         drawn = np.concatenate(list(draw_video(plan)))
@@ -184,15 +144,6 @@ def test_the_same_arguments_give_the_same_bytes_each_of_three_times(tiny_demo, t
         made = generate_demo(tmp_path / str(run), seed=3, progress=lambda n, of, s=seen: s.append((n, of)), **TINY)
         assert made == segments and seen == [(n, 6) for n in range(1, 7)]
         assert hash_files(tmp_path / str(run)) == hash_files(out_dir)
-
-
-def test_two_processes_generate_into_one_folder(tiny_demo, tmp_path):
-    out_dir, _ = tiny_demo
-    code = f"from pathlib import Path; from echoshift.extract.demo.generating import generate_demo; \
-generate_demo(Path({str(tmp_path)!r}), seed=3, n_train=6, n_test=6)"
-    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
-    assert hash_files(tmp_path) == hash_files(out_dir)
 
 
 def test_what_is_there_is_not_written_again_and_what_is_missing_is(tiny_demo):

@@ -10,7 +10,7 @@ from torch import nn
 from echoshift.extract.encoders.inception_i3d import build_i3d
 from echoshift.extract.encoders.inference_form import same_padding
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.encoders.slowfast import VARIANTS, plan_slow_indices
+from echoshift.extract.encoders.slowfast import plan_slow_indices
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.pipeline.errors import SpecError
 
@@ -81,45 +81,6 @@ def test_slow_indices_are_each_code_bases_own() -> None:
             plan_slow_indices(n_frames, "stride")
 
 
-@pytest.mark.parametrize(("name", "unseen"), [("slowfast_r50", 12), ("slowfast_r50_mmaction", 13)])
-def test_slow_path_sees_only_its_frames(name: str, unseen: int) -> None:
-    network = find_encoder(name).build().eval()
-    seen: list[torch.Tensor] = []
-    stem = network.get_submodule("blocks.0.multipathway_blocks.0")
-    stem.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    x = torch.zeros(1, 3, 32, 32, 32)
-    x += torch.arange(32.0)[:, None, None]
-    with torch.inference_mode():
-        network(x, ["trunk_slow"])
-    indices = [int(value) for value in seen[0][0, 0, :, 0, 0]]
-    assert indices == plan_slow_indices(32, VARIANTS[name].slow_sampling)
-    assert unseen not in indices
-
-
-def test_only_the_variants_of_the_papers_code_normalise_their_laterals() -> None:
-    with torch.device("meta"):
-        paper = set(find_encoder("slowfast_r50").build().state_dict())
-        mmaction2 = set(find_encoder("slowfast_r50_mmaction").build().state_dict())
-    assert mmaction2 < paper
-    extra = paper - mmaction2
-    assert {name.split(".norm.")[0] for name in extra} == {f"blocks.{i}.multipathway_fusion" for i in range(4)}
-
-
-def test_demo_networks_are_small_and_depend_on_what_they_are_given() -> None:
-    torch.manual_seed(0)
-    slowfast, resnet = find_encoder("slowfast_demo").build().eval(), find_encoder("resnet_demo").build().eval()
-    x = torch.randn(1, 3, 8, 64, 64)
-    with torch.inference_mode():
-        before = slowfast(x, ["pooled"])["pooled"]
-        slowfast.get_submodule("blocks.2.multipathway_blocks.0.res_blocks.0.branch2.conv_b").weight.zero_()
-        after = slowfast(x, ["pooled"])["pooled"]
-        pooled = resnet(torch.randn(2, 1, 257, 199), ["pooled"])["pooled"]
-    assert not torch.allclose(before, after)
-    assert pooled.shape == (2, 128) and (pooled[0] - pooled[1]).abs().max() > 1e-3
-    assert sum(parameter.numel() for parameter in slowfast.parameters()) < 1_000_000
-    assert sum(parameter.numel() for parameter in resnet.parameters()) < 500_000
-
-
 def test_same_padding_by_hand() -> None:
     # n = 7, k = 3, s = 2: 4 outputs need (4 - 1) * 2 + 3 = 9 inputs, 2 more: 1 and 1. n = 8: 4 outputs need 9: 0 and 1.
     assert same_padding((7, 8, 8), (3, 3, 2), (2, 2, 2)) == [0, 0, 0, 1, 1, 1]
@@ -139,7 +100,7 @@ def test_i3ds_convolution_pads_more_at_the_end() -> None:
         assert conv(x)[0, 0, :, 0, 0].tolist() == [321.0, 43.0]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("n", [1, 4, 7])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (2, 2)])
 def test_i3ds_pooling_without_a_padded_copy_is_exact(n: int, kernel: int, stride: int) -> None:
     with torch.device("meta"):

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.cards import write_card
 from echoshift.pipeline.errors import EchoshiftError
 from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
@@ -27,9 +27,6 @@ from echoshift.pipeline.store.layout import DONE, FAILED, PENDING
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.store.verify import verify_store
 
-CARD = DatasetCard(
-    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
-)
 N_VIDEOS, N_EACH, N_ROWS_PER_SHARD = 3, 28, 4
 N_ROWS = N_VIDEOS * N_EACH
 COMMAND = "from echoshift.cli.app import main; main()"
@@ -54,8 +51,6 @@ echoshift.extract.run.compute_shard_on_worker = compute
 
 @dataclass
 class Run:
-    """One `echoshift extract` under way, in a process group of its own."""
-
     process: subprocess.Popen[str]
     cache: Path
 
@@ -63,7 +58,6 @@ class Run:
         return sum(int((open_store(path).read_array("state") == state).sum()) for path in list_stores(self.cache))
 
     def wait_for_rows(self, n_rows: int) -> None:
-        """Wait until so many rows are done, while the run goes on."""
         deadline = time.monotonic() + 150
         while self.count() < n_rows:
             assert self.process.poll() is None, self.process.communicate()
@@ -80,7 +74,6 @@ class Run:
             self.process.send_signal(signal.SIGCONT)
 
     def wait_for_words(self, words: str) -> None:
-        """Wait until the run says something as an error or a note."""
         assert self.process.stderr is not None
         said = ""
         while words not in said:
@@ -107,7 +100,6 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write videos, card and manifest once."""
     root = tmp_path_factory.mktemp("engine")
     for i in range(N_VIDEOS):
         tiny_dataset.write_video(root / f"media/v{i}.mp4", seed=i, sound="none")
@@ -116,14 +108,13 @@ def folder(tiny_dataset: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
         for i in range(N_VIDEOS)
         for j in range(N_EACH)
     ]
-    write_card(root / "tiny.toml", CARD)
+    write_card(root / "tiny.toml", tiny_dataset.CARD)
     write_manifest(root / "tiny.csv", segments)
     return root
 
 
 @pytest.fixture(scope="module")
 def media(folder: Path) -> Path:
-    """Return the same folder, with the features of an unbroken run in one process."""
     assert start_run(folder, folder / "unbroken").finish()[0] == 0
     return folder
 
@@ -167,7 +158,6 @@ def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def assert_whole(media: Path, cache: Path) -> None:
-    """Check that a cache verifies and holds the bytes of the unbroken run."""
     (expected_path,) = list_stores(media / "unbroken")
     (path,) = list_stores(cache)
     expected, store = open_store(expected_path), open_store(path)
@@ -196,9 +186,7 @@ def test_a_killed_worker_costs_nothing_but_time(media: Path, start: Start) -> No
 
 
 @pytest.mark.slow
-def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(
-    media: Path, start: Start, tmp_path: Path
-) -> None:
+def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(media, start, tmp_path):
     (tmp_path / "deadly.py").write_text(DEADLY)
     run = start(
         *("--workers", "2"),
@@ -225,22 +213,8 @@ def test_a_shard_that_kills_its_workers_is_recorded_and_the_run_goes_on(
     assert read_failures(path) == {}
 
 
-def test_ctrl_c_with_workers_leaves_no_process_behind(start: Start) -> None:
-    run = start("--workers", "2")
-    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
-    children = run.children()
-    os.killpg(run.process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the workers too
-    code, errors = run.finish()
-    assert (code, errors.strip()) == (130, INTERRUPTED)
-    assert_all_gone(children)
-    assert run.count() >= 2 * N_ROWS_PER_SHARD
-    assert verify_all(run.cache) == []
-
-
 @pytest.mark.slow
-def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_same_bytes(
-    media: Path, start: Start
-) -> None:
+def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_same_bytes(media, start):
     run = start("--workers", "2")
     run.wait_for_rows(2 * N_ROWS_PER_SHARD)
     children = run.children()
@@ -255,16 +229,24 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_run_ends_in_the_sa
     assert_whole(media, run.cache)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("options", "signal_number"), [((), "SIGINT"), (("--workers", "2"), "SIGTERM")])
-def test_interrupts_end_in_one_line(start: Start, options: tuple[str, ...], signal_number: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "send"),
+    [
+        # A terminal's Ctrl-C reaches the workers too.
+        (("--workers", "2"), lambda process: os.killpg(process.pid, signal.SIGINT)),
+        pytest.param((), lambda process: process.send_signal(signal.SIGINT), marks=pytest.mark.slow),
+        pytest.param(("--workers", "2"), lambda process: process.send_signal(signal.SIGTERM), marks=pytest.mark.slow),
+    ],
+)
+def test_interrupts_end_in_one_line_and_leave_no_process_behind(start: Start, options, send) -> None:
     run = start(*options)
-    run.wait_for_rows(N_ROWS_PER_SHARD)
+    run.wait_for_rows(2 * N_ROWS_PER_SHARD)
     children = run.children()
-    run.process.send_signal(getattr(signal, signal_number))
+    send(run.process)
     code, errors = run.finish()
     assert (code, errors.strip()) == (130, INTERRUPTED)
     assert_all_gone(children)
+    assert run.count() >= 2 * N_ROWS_PER_SHARD
     assert verify_all(run.cache) == []
 
 
@@ -293,9 +275,7 @@ def scheduler(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 @pytest.mark.slow
-def test_a_killed_scheduler_ends_the_run_in_one_line(
-    media: Path, start: Start, scheduler: tuple[str, subprocess.Popen[bytes]]
-) -> None:
+def test_a_killed_scheduler_ends_the_run_in_one_line(media, start, scheduler):
     run = start("--scheduler", scheduler[0])
     run.wait_for_rows(2 * N_ROWS_PER_SHARD)
     scheduler[1].kill()
@@ -312,13 +292,11 @@ def test_a_killed_scheduler_ends_the_run_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(
-    media: Path, start: Start, scheduler: tuple[str, subprocess.Popen[bytes]]
-) -> None:
+def test_a_run_on_a_scheduler_ends_in_the_same_bytes_and_leaves_it_running(media, start, scheduler):
     run = start("--scheduler", scheduler[0])
     assert run.finish() == (0, "")
     assert_whole(media, run.cache)
-    assert scheduler[1].poll() is None
+    assert scheduler[1].poll() is None, "it was left running"
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.store.verify import verify_store
 
 CHOICES = ("--set", "slowfast_demo.clip.n_clips=2", "--rows-per-shard", "4")
-
-
-def read_every_array(path: Path) -> dict[str, bytes]:
-    store = open_store(path)
-    names = [f"outputs/{o.name}" for o in store.spec.outputs]
-    names += ["times", "frames", "n_valid", "digest", "state", "segment_id"]
-    names += ["has_audio", "loudness_dbfs"] if store.spec.audio is not None else []
-    return {name: store.read_array(name).tobytes() for name in names}
 
 
 def start_command(tiny: Any, cache: Path, backend: str, blocked: str = "") -> subprocess.Popen[str]:
@@ -53,9 +44,7 @@ def count_done(cache: Path) -> int:
     ("backend", "n_kills"),
     [("zarr", 2), pytest.param("zarr", 10, marks=pytest.mark.slow), pytest.param("hdf5", 10, marks=pytest.mark.slow)],
 )
-def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(
-    tiny: Any, tiny_dataset: ModuleType, backend: str, n_kills: int
-) -> None:
+def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(tiny, tiny_dataset, backend, n_kills):
     for i in range(4):
         tiny_dataset.write_video(tiny.media / f"v{i}.mp4", seed=i, sound="none" if i == 3 else "noise")
     starts = [0.04 * j for j in range(max(20, 5 * n_kills))]
@@ -85,7 +74,7 @@ def test_kills_and_a_last_run_end_in_the_bytes_of_an_unbroken_run(
     finish(start_command(tiny, broken, backend))
     for path in list_stores(unbroken):
         other = broken / Path(path).relative_to(unbroken)
-        assert read_every_array(path) == read_every_array(other)
+        assert tiny_dataset.read_every_array(path) == tiny_dataset.read_every_array(other)
         assert verify_store(open_store(other)) == []
 
 

@@ -16,7 +16,7 @@ from echoshift.extract.recipes import PRESETS
 from echoshift.extract.torchvision_import import ensure_torchvision
 from echoshift.extract.weights.load import resolve_weights
 from echoshift.pipeline.errors import SpecError
-from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
+from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec
 
 KINETICS = FrameSpec(short_side=64, crop=56, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 PLAIN = FrameSpec(short_side=64, crop=64, mean=(0, 0, 0), std=(1, 1, 1))
@@ -45,10 +45,10 @@ def test_equals_torchvision(height, width):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("height", "width"), [(90, 160), (270, 480)])
-def test_is_close_to_pil(height, width):
+def test_is_close_to_pil():
     from PIL import Image
 
+    height, width = 270, 480
     # A natural picture is smooth: noise would overstate how the filters' rounding differs.
     rows, columns = np.mgrid[:height, :width]
     waves = 127 + 60 * np.sin(rows / 9) + 60 * np.cos(columns / 7)
@@ -68,25 +68,13 @@ def test_a_picture_of_the_right_size_is_only_cut_and_normalised():
     assert torch.equal(prepare_clips(frames, PLAIN), expected)
 
 
-@pytest.mark.parametrize("n_bytes", [1, 4 * 3 * 90 * 160 * 4, 1 << 30])
-@pytest.mark.parametrize(("height", "width"), [(90, 160), (64, 70), (30, 40)])
+@pytest.mark.parametrize("n_bytes", [1, 4 * 3 * 90 * 160 * 4])
+@pytest.mark.parametrize(("height", "width"), [(90, 160), (30, 40)])
 def test_chunks_change_nothing(monkeypatch, n_bytes, height, width):
     frames = random_frames(3, 5, height, width)
     whole = torch.cat([prepare_clips(clip[None], KINETICS) for clip in frames])
     monkeypatch.setitem(frames_module.N_CHUNK_BYTES, "cpu", n_bytes)
     assert torch.equal(prepare_clips(frames, KINETICS), whole)
-
-
-def test_memory_is_bounded_by_the_chunk(monkeypatch):
-    sizes = []
-
-    def watched(picture, *args, **kwargs):
-        sizes.append(picture.numel() * picture.element_size())
-        return torch.nn.functional.interpolate(picture, *args, **kwargs)
-
-    monkeypatch.setattr(frames_module, "interpolate", watched)
-    prepare_clips(random_frames(2, 16, 540, 960), KINETICS)
-    assert len(sizes) > 8 and max(sizes) <= frames_module.N_CHUNK_BYTES["cpu"]
 
 
 def test_flow_has_two_channels():
@@ -99,21 +87,14 @@ def test_flow_has_two_channels():
         prepare_clips(random_frames(1, 8, 40, 50), spec)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((720, 1280), (256, 455)), ((1280, 720), (455, 256)), ((1080, 1920), (256, 455)), ((72, 96), (256, 341))],
-)
-def test_resized_shapes(size, expected):
-    assert plan_resized_shape(*size, 256) == expected
-
-
 def test_wrong_frames_are_refused():
-    with pytest.raises(SpecError, match=r"must be uint8 \[N, H, W, C\], are torch.float32 \[2, 8, 8, 3\]"):
-        prepare_clips(torch.zeros(1, 2, 8, 8, 3), KINETICS)
-    with pytest.raises(SpecError, match="must be uint8"):
-        prepare_clips(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), KINETICS)
-    with pytest.raises(SpecError, match=r"no frame in \[0, 8, 8, 3\]"):
-        prepare_clips(torch.zeros(1, 0, 8, 8, 3, dtype=torch.uint8), KINETICS)
+    for shape, dtype, message in (
+        ((1, 2, 8, 8, 3), torch.float32, r"must be uint8 \[N, H, W, C\], are torch.float32 \[2, 8, 8, 3\]"),
+        ((2, 8, 8, 3), torch.uint8, "must be uint8"),
+        ((1, 0, 8, 8, 3), torch.uint8, r"no frame in \[0, 8, 8, 3\]"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            prepare_clips(torch.zeros(shape, dtype=dtype), KINETICS)
 
 
 @pytest.mark.gpu
@@ -137,11 +118,6 @@ def place(frames: torch.Tensor, spec: FrameSpec, crop: Crop) -> torch.Tensor:
     clip = torch.empty((frames.shape[-1], len(frames), spec.crop, spec.crop))
     place_frames(frames, spec, {crop: [Placement(clip, [(i, i) for i in range(len(frames))])]})
     return clip
-
-
-def make_frames(n: int, height: int, width: int, n_channels: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randint(0, 256, (n, height, width, n_channels), dtype=torch.uint8, generator=generator)
 
 
 def test_draws_are_even_and_named():
@@ -177,7 +153,7 @@ def test_three_crops_are_the_slices_of_the_resized_picture(height, width):
     ensure_torchvision()
     from torchvision.transforms.v2 import functional
 
-    frames = make_frames(2, height, width)
+    frames = random_frames(1, 2, height, width)[0]
     resized = functional.resize(frames.permute(0, 3, 1, 2).float(), [64], antialias=True)
     long = max(resized.shape[-2:])
     across = (64 - 56) // 2
@@ -193,7 +169,7 @@ def test_random_resized_crops_equal_torchvisions_resized_crop():
     from torchvision.transforms.v2 import functional
 
     spec = frame_spec(crops="random-resized", flip=0.5)
-    frames = make_frames(3, 90, 160)
+    frames = random_frames(1, 3, 90, 160)[0]
     resized = functional.resize(frames.permute(0, 3, 1, 2).float(), [64], antialias=True)
     areas, aspects, n_mirrored = [], [], 0
     for i in range(300):
@@ -222,17 +198,11 @@ def test_a_crop_is_drawn_for_a_view_or_for_each_clip():
         assert plan_crop(spec, CLIPS, "s", 0, 0, 0, 90, 160) != plan_crop(spec, CLIPS, "s", 0, 1, 0, 90, 160)
 
 
-def test_scale_jitter_draws_the_short_side():
-    spec = frame_spec(crops="random", short_sides=(64, 80))
-    sides = {plan_crop(spec, CLIPS, f"s{i}", 0, 0, 0, 90, 160).short_side for i in range(300)}
-    assert sides == set(range(64, 81))
-
-
 def test_mirrored_flow_turns_its_horizontal_sign():
     spec = FrameSpec(
         input="flow", short_side=8, crop=8, mean=(0, 0), std=(1, 1), crops="random", flip=1.0, flow="images"
     )
-    frames = make_frames(1, 8, 8, 2)
+    frames = random_frames(1, 1, 8, 8, 2)[0]
     clip = place(frames, spec, plan_crop(spec, CLIPS, "s", 0, 0, 0, 8, 8))[:, 0]
     expected = frames[0].permute(2, 0, 1).float().flip(-1)
     assert torch.equal(clip[0], 255 - expected[0]) and torch.equal(clip[1], expected[1])
@@ -250,12 +220,6 @@ def test_mirrored_flow_turns_its_horizontal_sign():
 def test_impossible_crops_are_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
         frame_spec(**fields)
-
-
-def test_views_that_would_be_the_same_are_refused():
-    spec = {"encoder": "e", "weights": "w", "outputs": (OutputSpec(name="pooled", shape=(1,)),)}
-    with pytest.raises(ValidationError, match="are all the same"):
-        FeatureSpec(clip=ClipSpec(n_frames=4, n_views=2), frame=frame_spec(), **spec)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -281,12 +245,8 @@ def test_presets_are_the_papers_recipes():
     test = make("slowfast_r101_mmaction", "zhang-encoder-test")
     assert test.clip.n_clips * test.n_entries_per_clip == 15 and test.frame.crop == 256 and test.clip.span == 64
     train = make("slowfast_r101_mmaction", "zhang-stage1-train")
-    assert (train.frame.crop, train.frame.short_side, train.frame.area, train.frame.flip) == (
-        224,
-        256,
-        (0.08, 1.0),
-        0.5,
-    )
+    frame = train.frame
+    assert (frame.crop, frame.short_side, frame.area, frame.flip) == (224, 256, (0.08, 1.0), 0.5)
     flow = make("slowonly_r50_flow", "zhang-stage2-train")
     assert (flow.clip.n_frames, flow.clip.stride, flow.clip.rate_hz, flow.clip.n_clips) == (8, 4, 30, 5)
     charades = make("slowfast_r50", "charades-test")

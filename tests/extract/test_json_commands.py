@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import BaseModel
 
+from echoshift.cli.terminal import print_json
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.open import list_stores, open_store
 
@@ -21,11 +29,10 @@ def ask(tiny, *arguments: object, code: int = 0) -> Any:
     return json.loads(line)
 
 
-def test_from_manifest_to_store(tiny, tmp_path) -> None:
+def test_from_manifest_to_store(tiny, tiny_dataset, tmp_path) -> None:
     tiny.add_videos("v", n_each=2)
     (tiny.media / "w.mp4").write_text("no video")
-    segments = [s for name in ("v", "w") for s in make(tiny, name)]
-    tiny.write_manifest(segments)
+    tiny.write_manifest(tiny_dataset.make_segments(["v", "w"], 2))
     manifests = ["--manifests", tiny.root]
 
     shown = ask(tiny, "manifest", "show", "tiny", *manifests)
@@ -88,8 +95,46 @@ def test_the_weights_are_listed_with_their_sources(tiny) -> None:
     assert rows["i3d-rgb-kinetics400"]["encoder"] == "i3d_rgb"
 
 
-def make(tiny, name: str) -> list[Any]:
-    """Make two segments of a video."""
-    from echoshift.pipeline.segments import Segment
+class Form(StrEnum):
+    npz = "npz"
 
-    return [Segment(f"{name}-{i}", name, 0.5 * i, 0.5 * i + 1.2, ("a",), "d", "train") for i in range(2)]
+
+class Inner(BaseModel):
+    value: float
+    when: datetime
+
+
+@dataclass(frozen=True)
+class Report:
+    path: Path
+    inner: Inner
+    form: Form
+    counts: dict[str, np.int64]
+    values: np.ndarray
+    names: frozenset[str]
+
+
+def test_a_report_of_every_kind_is_one_document_with_all_its_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    share = float(np.nextafter(0.1, 1))  # differs from 0.1 in the last digit alone
+    report = Report(
+        Path("a/b"),
+        Inner(value=share, when=datetime(2026, 11, 26, 14, tzinfo=UTC)),
+        Form.npz,
+        {"n": np.int64(2**53 + 1)},
+        np.array([1.5, math.nan]),
+        frozenset({"y"}),
+    )
+    print_json({"report": report, "inf": math.inf, "missing": None})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {
+        "report": {
+            "path": "a/b",
+            "inner": {"value": share, "when": "2026-11-26T14:00:00Z"},
+            "form": "npz",
+            "counts": {"n": 2**53 + 1},
+            "values": [1.5, None],
+            "names": ["y"],
+        },
+        "inf": None,
+        "missing": None,
+    }

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from echoshift.extract.media import (
     MediaLocation,
     MediaSurvey,
     NeededMediaProbe,
-    OpenMedia,
     find_needed_modalities,
     identify_media,
     locate_media,
@@ -26,7 +23,7 @@ from echoshift.extract.media import (
 from echoshift.extract.readers.audio import read_audio
 from echoshift.extract.readers.decord_video import DecordReader
 from echoshift.extract.readers.video import VideoReader
-from echoshift.pipeline.cards import DatasetCard, MediaLayout, write_card
+from echoshift.pipeline.cards import MediaLayout, write_card
 from echoshift.pipeline.errors import MediaError, MediaNotFoundError
 from echoshift.pipeline.segments import Segment
 
@@ -41,7 +38,7 @@ def touch(path, content=b"x"):
     return path
 
 
-@pytest.mark.parametrize("name", ["P08_01.mp4", "P08_01.MP4", "P08_01.mkv", "P08_01.webm", "P08_01.Mov", "P08_01.avi"])
+@pytest.mark.parametrize("name", ["P08_01.MP4", "P08_01.mkv"])
 def test_a_video_is_found_by_any_known_ending(tmp_path, name):
     path = touch(tmp_path / "D1" / name)
     touch(tmp_path / "D1" / "P08_01.txt")
@@ -178,42 +175,17 @@ def test_what_is_found_opens(tmp_path, media_factory):
         open_frames(silent)
 
 
-def test_sound_stays_open_until_another_file_is_read(tmp_path, media_factory):
-    tone = 0.4 * np.sin(np.arange(8000) * 0.3, dtype=np.float32)[None]
-    paths = [media_factory.write_sound(tmp_path / f"{i}.wav", (i + 1) * tone, "pcm_f32le", 8000) for i in range(2)]
-    first, second = (MediaLocation("file", path, "audio") for path in paths)
-    with OpenMedia(tmp_path, MediaLayout()) as media:
-        reader = media.open_audio(first)
-        assert np.array_equal(reader.read(0.25, 0.5, 8000), tone[0, 2000:4000])
-        assert media.open_audio(first) is reader
-        assert media.open_audio(MediaLocation("none", tmp_path, "audio")) is None
-        other = media.open_audio(second)
-        assert np.array_equal(other.read(0.25, 0.5, 8000), 2 * tone[0, 2000:4000])
-        again = media.open_audio(first)
-        assert again is not reader and np.array_equal(again.read(0.25, 0.5, 8000), tone[0, 2000:4000])
-
-
-CARD = DatasetCard(
-    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
-)
-RATE_HZ = 8000
-
-
-def write_wav(path: Path, duration_s: float) -> None:
-    """Write silence."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE_HZ)
-        file.writeframes(bytes(2 * int(duration_s * RATE_HZ)))
-
-
 def check(tiny, media: Path, *options: str):
     return tiny.run("manifest", "check", "tiny", "--manifests", tiny.root, "--media", media, *options)
 
 
-def test_a_card_of_sound_asks_for_sound_files_and_how_long_they_are(tiny, tiny_dataset) -> None:
-    write_card(tiny.root / "tiny.toml", CARD.model_copy(update={"encoders": ("resnet_demo", "resnet18_audio")}))
+def test_a_card_of_sound_asks_for_sound_files_and_how_long_they_are(tiny, tiny_dataset, media_factory) -> None:
+    def write_wav(path: Path, duration_s: float) -> None:
+        media_factory.write_sound(path, np.zeros((1, int(8000 * duration_s)), np.float32), "pcm_s16le", 8000)
+
+    write_card(
+        tiny.root / "tiny.toml", tiny_dataset.CARD.model_copy(update={"encoders": ("resnet_demo", "resnet18_audio")})
+    )
     for name in ("v", "w"):
         write_wav(tiny.media / f"{name}.wav", 3.0)
     tiny.write_manifest(tiny_dataset.make_segments(["v", "w"]))
@@ -271,17 +243,13 @@ def test_a_wrong_folder_is_one_line_and_json_stays_whole(tiny, tiny_dataset, tmp
         (("slowonly_r50_flow", "i3d_rgb"), ("rgb",)),
     ],
 )
-def test_pictures_are_needed_where_an_encoder_reads_them(
-    encoders: tuple[str, ...], modalities: tuple[str, ...]
-) -> None:
-    assert find_needed_modalities(CARD.model_copy(update={"encoders": encoders})) == modalities
+def test_pictures_are_needed_where_an_encoder_reads_them(tiny_dataset, encoders, modalities) -> None:
+    assert find_needed_modalities(tiny_dataset.CARD.model_copy(update={"encoders": encoders})) == modalities
 
 
-def test_flow_images_alone_are_enough_for_flow_and_loose_frames_hold_no_sound(tmp_path: Path) -> None:
+def test_flow_images_alone_are_enough_for_flow_and_loose_frames_hold_no_sound(tmp_path: Path, media_factory) -> None:
     for part in ("u", "v"):
-        (tmp_path / "flow" / "x" / part).mkdir(parents=True)
-        for i in range(1, 31):
-            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "flow" / "x" / part / f"frame_{i:010}.jpg")
+        media_factory.write_images(tmp_path / "flow" / "x" / part, range(1, 31), mode="L")
     layout = MediaLayout(rgb=("rgb/{video_id}",), flow=("flow/{video_id}",), flow_rate_hz=30.0, frame_rate_hz=30.0)
     segment = Segment("s", "x", 0.0, 1.0, ("a",), "d", "train")
     survey = MediaSurvey(tmp_path, layout)

@@ -65,7 +65,7 @@ def test_files_that_make_no_dataset_are_told_in_words(tiny, tmp_path: Path, line
     assert code == 2 and words in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["../mine", "my data", "a/b", "", ".hidden"])
+@pytest.mark.parametrize("name", ["../mine", "my data", ""])
 def test_a_name_that_is_no_name_is_refused(tiny, tmp_path: Path, name: str) -> None:
     code, _, err = import_csv(tiny, tmp_path, HEAD, *GOOD, dataset=name)
     assert code == 2 and f"--dataset {name!r}" in err
@@ -87,10 +87,8 @@ def test_a_folder_names_every_file_that_is_no_video_and_what_lies_elsewhere(tiny
         (media / place).write_bytes(b"")
     arguments = ("manifest", "import", "folder", media, "--dataset", "mine", "--manifests", tmp_path, "--quiet")
     code, _, err = tiny.run(*arguments)
-    assert (
-        code == 2
-        and [name in line for name, line in zip(("empty", "text"), err.splitlines(), strict=True)] == [True] * 2
-    )
+    assert code == 2
+    assert all(name in line for name, line in zip(("empty", "text"), err.splitlines(), strict=True))
     assert not (tmp_path / "mine.toml").exists()
     for place in ("hof/test/Regen/empty.mp4", "hof/train/Regen/text.mp4"):
         (media / place).unlink()

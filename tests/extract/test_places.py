@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echoshift.pipeline.cards import DatasetCard, write_card
+from echoshift.pipeline.cards import write_card
 from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.store.layout import DONE
@@ -24,42 +23,23 @@ from echoshift.pipeline.store.location import locate
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.store.verify import verify_store
 
-CARD = DatasetCard(
-    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",), splits=("train",)
-)
 SEGMENTS = tuple(Segment(f"v-{i}", "v", 0.05 * i, 0.05 * i + 0.6, ("a",), "d", "train") for i in range(12))
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a card, a manifest and one video."""
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dataset) -> Path:
     root = tmp_path_factory.mktemp("places")
-    write_card(root / "tiny.toml", CARD)
+    write_card(root / "tiny.toml", tiny_dataset.CARD)
     write_manifest(root / "tiny.csv", SEGMENTS)
-    write_media(root / "media/v.mp4")
+    tiny_dataset.write_video(root / "media/v.mp4", sound="none")
     return root
 
 
 @pytest.fixture(scope="module")
 def unbroken(folder: Path) -> dict[str, bytes]:
-    """Return the arrays of a run that nothing disturbs."""
     done = run("extract", folder, folder / "unbroken")
     assert done.returncode == 0, done.stderr
     return read_every_array(folder / "unbroken")
-
-
-def write_media(path: Path) -> None:
-    import av
-
-    path.parent.mkdir(parents=True)
-    base = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=15, options={"threads": "1"})
-        video.width, video.height, video.pix_fmt = 96, 72, "yuv420p"
-        for i in range(30):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.roll(base, 2 * i, axis=1), format="rgb24")))
-        container.mux(video.encode(None))
 
 
 def run(command: str, folder: Path, cache: object, *options: str) -> subprocess.CompletedProcess[str]:
@@ -181,9 +161,7 @@ def count_computed(table: str) -> int:
     return int(computed)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
-    small_disk: Path, folder: Path, unbroken: dict[str, bytes]
-) -> None:
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(small_disk, folder, unbroken):
     cache = small_disk / "cache"
     n_bytes = sum(map(len, unbroken.values()))
     resize(small_disk, f"size={n_bytes // 2 // 4096 * 4096 + 2**18}")
@@ -205,9 +183,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert verify_store(open_store(place)) == []
 
 
-def test_a_read_only_cache_can_be_read_and_a_run_with_work_to_do_is_refused(
-    small_disk: Path, folder: Path, unbroken: dict[str, bytes]
-) -> None:
+def test_a_read_only_cache_can_be_read_and_a_run_with_work_to_do_is_refused(small_disk, folder, unbroken):
     resize(small_disk, "size=64m")
     cache = small_disk / "cache"
     subprocess.run(["cp", "-r", str(folder / "unbroken"), str(cache)], check=True)
@@ -242,9 +218,7 @@ def test_a_read_only_cache_can_be_read_and_a_run_with_work_to_do_is_refused(
 
 
 @pytest.mark.alone
-def test_a_clock_that_jumps_changes_nothing(
-    folder: Path, unbroken: dict[str, bytes], s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_jumps_changes_nothing(folder, unbroken, s3_bucket, monkeypatch):
     from echoshift.pipeline.errors import StoreBusyError
     from echoshift.pipeline.store.lock import hold_store
 
@@ -266,27 +240,3 @@ def test_a_clock_that_jumps_changes_nothing(
         again = run("extract", folder, folder / "unbroken")
         assert again.returncode == 0 and count_computed(again.stdout) == 0
         assert read_every_array(folder / "unbroken") == unbroken
-
-
-def test_wall_time_is_only_ever_written_down() -> None:
-    """Everything that reads the wall clock is listed here, and none of it decides anything.
-
-    Times of change of files are compared for being the same (media, local_reader), or shown (explain).
-    """
-    found = set()
-    for package in ("pipeline", "extract"):
-        for file in (CHECKOUT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Attribute) and ast.unparse(node) in {
-                    "time.time",
-                    "time.time_ns",
-                    "datetime.now",
-                    "datetime.utcnow",
-                    "datetime.today",
-                }:
-                    found.add(str(file.relative_to(CHECKOUT)))
-                if isinstance(node, ast.Attribute) and node.attr in {"st_mtime", "st_mtime_ns", "st_ctime"}:
-                    found.add(str(file.relative_to(CHECKOUT)))
-    written = {"pipeline/store/layout.py", "extract/weights/load.py"}
-    compared = {"extract/media.py", "pipeline/store/local_reader.py"}
-    assert found == written | compared | {"extract/explain.py"}

@@ -81,16 +81,6 @@ def test_a_span_read_alone_is_that_span_of_the_whole(tmp_path, media_factory, mo
             assert np.array_equal(alone, read_audio(path, start_s, start_s + 0.9, 16000)), "depends on earlier reads"
 
 
-def test_made_up_noise_does_not_depend_on_earlier_reads(tmp_path, media_factory, monkeypatch):
-    monkeypatch.setattr(audio_module, "FROM_START_S", 1.0)
-    noise = 0.3 * np.random.default_rng(0).standard_normal((2, 8 * RATE)).astype(np.float32)
-    path = media_factory.write_sound(tmp_path / "x.m4a", noise, "aac", RATE)
-    with AudioReader(path) as reader:
-        first = reader.read(5.0, 6.0, 16000)
-        reader.read(2.0, 4.0, 24000)
-        assert np.array_equal(reader.read(5.0, 6.0, 16000), first)
-
-
 @pytest.fixture
 def count_openings(monkeypatch):
     """Count, in the list it gives, the files that the reader of audio opens."""

@@ -36,19 +36,15 @@ def test_reads_closed_groups_like_a_sequential_decode(tmp_path, media_factory):
 
 
 @pytest.mark.shared
-def test_turns_pictures_as_the_other_reader_does(shared_data):
-    path = shared_data / "edge" / "decord_video_90.mov"
-    with DecordReader(path) as reader, VideoReader(path) as other:
-        assert reader.info.rotation_deg == 90
-        assert np.array_equal(reader.read_frames([0.0, 0.05]), other.read_frames([0.0, 0.05]))
-
-
-@pytest.mark.shared
-def test_variable_rate_follows_its_own_time_stamps(shared_data):
-    path = shared_data / "seek" / "ids_vfr.mp4"
-    with DecordReader(path) as reader, VideoReader(path) as other:
+@pytest.mark.parametrize(
+    ("name", "rotation_deg", "times_s"),
+    [("edge/decord_video_90.mov", 90, [0.0, 0.05]), ("seek/ids_vfr.mp4", 0, [3.3, 20.0])],
+)
+def test_turned_frames_and_variable_rates_are_the_other_readers(shared_data, name, rotation_deg, times_s):
+    with DecordReader(shared_data / name) as reader, VideoReader(shared_data / name) as other:
+        assert reader.info.rotation_deg == rotation_deg
         np.testing.assert_allclose(reader.frame_times_s, other.frame_times_s, atol=1e-5)
-        assert np.array_equal(reader.read_frames([3.3, 20.0]), other.read_frames([3.3, 20.0]))
+        assert np.array_equal(reader.read_frames(times_s), other.read_frames(times_s))
 
 
 @pytest.mark.shared

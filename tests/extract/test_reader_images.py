@@ -49,18 +49,12 @@ def test_frame_n_is_shown_from_its_time(open_images):
             reader.read_frames([0.67])
 
 
-def test_epics_files_begin_at_one_on_a_clock_that_begins_at_zero(open_images):
-    images, reader = open_images(range(1, 11), n_first=0)
+@pytest.mark.parametrize(("rate_hz", "n_first", "asked_s"), [(60.0, 0, 2 / 60), (30.0, 0.5, 0.05)])
+def test_the_first_number_may_lie_elsewhere_as_in_epic(open_images, rate_hz, n_first, asked_s):
+    images, reader = open_images(range(1, 11), rate_hz=rate_hz, n_first=n_first)
     with reader:
-        np.testing.assert_allclose(reader.frame_times_s[[0, -1]], [1 / 60, 10 / 60])
-        assert np.array_equal(reader.read_frames([0.0, 2 / 60]), [images[1], images[2]])
-
-
-def test_the_first_frames_time_may_lie_between_numbers(open_images):
-    images, reader = open_images(range(1, 5), rate_hz=30.0, n_first=0.5)
-    with reader:
-        np.testing.assert_allclose(reader.frame_times_s, (np.arange(1, 5) - 0.5) / 30)
-        assert np.array_equal(reader.read_frames([0.0, 0.05]), [images[1], images[2]])
+        np.testing.assert_allclose(reader.frame_times_s, (np.arange(1, 11) - n_first) / rate_hz)
+        assert np.array_equal(reader.read_frames([0.0, asked_s]), [images[1], images[2]])
 
 
 def test_a_missing_frame_fails_by_its_number_and_others_are_read(open_images):

@@ -6,7 +6,6 @@ import os
 import pty
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -61,14 +60,7 @@ def test_a_terminal_that_wants_none_gets_plain_text(environment: dict[str, str])
     assert text.splitlines() == PLAIN
 
 
-def test_elsewhere_a_table_is_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_table("title", ("name", "n"), [["[bold]x[/bold]", 3], ["y", 12]])
-    assert capsys.readouterr().out.splitlines() == PLAIN
-
-
-def test_plain_progress_is_a_line_now_and_then_and_ever_more_seldom_while_no_step_ends(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_progress_is_a_line_now_and_then_and_ever_more_seldom_while_no_step_ends(capsys, monkeypatch):
     now = 0
     monkeypatch.setattr(time, "monotonic", lambda: float(now))
     progress = terminal.PlainProgress("steps")
@@ -97,17 +89,6 @@ def test_plain_progress_is_a_line_now_and_then_and_ever_more_seldom_while_no_ste
     progress.start("measuring", 0)
     progress.advance(5)
     assert wait_until(6) == ["measuring: 5 steps, 1.0/s"], "without a known end none is foretold"
-
-
-def test_the_thread_of_progress_ends_with_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(terminal, "BEGUN_S", 0.05)
-    with terminal.show_progress("steps") as progress:
-        progress.start("encoder", 3)
-        time.sleep(1.3)
-    n_threads = sum(thread.name == "progress" for thread in threading.enumerate())
-    assert n_threads == 0 and capsys.readouterr().err.startswith("encoder: 0/3 steps, ")
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,9 +46,7 @@ def test_everything_imports_in_a_fresh_process_from_several_threads() -> None:
         ("ensure_torchaudio", "torchaudio", ImportError("no")),
     ],
 )
-def test_any_other_fault_is_passed_on(
-    monkeypatch: pytest.MonkeyPatch, ensure: str, module: str, error: Exception
-) -> None:
+def test_any_other_fault_is_passed_on(monkeypatch, ensure, module, error):
     def fail(_name: str) -> None:
         raise error
 

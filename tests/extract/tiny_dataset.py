@@ -12,8 +12,22 @@ import numpy as np
 from echoshift.pipeline.cards import DatasetCard, write_card
 from echoshift.pipeline.manifest import write_manifest
 from echoshift.pipeline.segments import Segment
+from echoshift.pipeline.store.open import open_store
 
 N_FRAMES, RATE_HZ, SOUND_HZ = 45, 15, 16000
+CARD = DatasetCard(
+    name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",),
+    splits=("train",), encoders=("slowfast_demo", "resnet_demo"),
+)  # fmt: skip
+
+
+def read_every_array(path) -> dict[str, bytes]:
+    """Read the bytes of all that a store holds, by array."""
+    store = open_store(path)
+    names = [f"outputs/{o.name}" for o in store.spec.outputs]
+    names += ["times", "frames", "n_valid", "digest", "state", "segment_id"]
+    names += ["has_audio", "loudness_dbfs"] if store.spec.audio is not None else []
+    return {name: store.read_array(name).tobytes() for name in names}
 
 
 def write_video(path: Path, *, seed=0, sound="noise"):
@@ -54,14 +68,9 @@ class TinyDataset:
         self.root, self.media, self.cache = root, root / "media", root / "cache"
         self._capture = capture
         self.media.mkdir(exist_ok=True)
-        card = DatasetCard(
-            name="tiny", title="Tiny", task="single-label", metric="top1", classes=("a", "b"), domains=("d",),
-            splits=("train",), encoders=("slowfast_demo", "resnet_demo"),
-        )  # fmt: skip
-        write_card(root / "tiny.toml", card)
+        write_card(root / "tiny.toml", CARD)
 
     def write_manifest(self, segments):
-        """Replace the manifest."""
         (self.root / "tiny.csv").unlink(missing_ok=True)
         write_manifest(self.root / "tiny.csv", segments)
 
@@ -92,10 +101,8 @@ class TinyDataset:
         return ["--media", self.media, "--cache", self.cache, "--manifests", self.root]
 
     def extract(self, *arguments):
-        """Run `echoshift extract tiny`."""
         return self.run("extract", "tiny", *self.places, "--device", "cpu", *arguments)
 
     def verify(self, store, *arguments):
-        """Run `echoshift store verify`."""
         places = ["--media", self.media, "--manifests", self.root, "--device", "cpu"]
         return self.run("store", "verify", store, *places, *arguments)

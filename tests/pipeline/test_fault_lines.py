@@ -11,14 +11,12 @@ from echoshift.pipeline.segments import Segment
 PATH = Path("m.csv")
 
 
-class Probe:
-    """Finds each video missing whose name begins with m, and unreadable whose name begins with u."""
-
-    def probe_duration_s(self, segment: Segment) -> float:
-        if segment.video_id[0] in "mu":
-            error: type[MediaError] = MediaNotFoundError if segment.video_id[0] == "m" else DecodeError
-            raise error(f"{segment.video_id} isn't right")
-        return 2.0
+def probe(segment: Segment) -> float:
+    """Find videos missing whose names begin with m, and unreadable whose names begin with u."""
+    if segment.video_id[0] in "mu":
+        error: type[MediaError] = MediaNotFoundError if segment.video_id[0] == "m" else DecodeError
+        raise error(f"{segment.video_id} isn't right")
+    return 2.0
 
 
 def find_faults(n_videos: int, kind: str, n_each: int = 3) -> list[Fault]:
@@ -28,7 +26,7 @@ def find_faults(n_videos: int, kind: str, n_each: int = 3) -> list[Fault]:
         for i in range(n_each)
         for v in range(n_videos)
     ]
-    return find_media_faults(number_rows(segments), Probe(), PATH)
+    return find_media_faults(number_rows(segments), probe, PATH)
 
 
 def test_a_missing_video_is_a_line_with_the_number_of_its_segments() -> None:

@@ -74,14 +74,13 @@ def test_folders_that_make_no_dataset(tmp_path):
         card_from_folder(tmp_path)
 
 
-class Probe:
-    def probe_duration_s(self, segment):
-        return 1.0 + len(segment.video_id) / 8
+def probe(segment):
+    return 1.0 + len(segment.video_id) / 8
 
 
 @pytest.mark.shared
 def test_hac_lists(shared_data, tmp_path):
-    segments = import_hac(shared_data / "annotations" / "hac", HAC, Probe())
+    segments = import_hac(shared_data / "annotations" / "hac", HAC, probe)
     assert len(segments) == 1111 + 730 + 870 + 276 + 176 + 218
     assert len({s.segment_id for s in segments}) == len(segments)
     assert Counter(s.video_id for s in segments if s.domain == "human").most_common(24)[-1][1] == 2
@@ -118,20 +117,19 @@ def write_lists(folder, **rows):
 def test_hac_faults_name_file_and_line(tmp_path, rows, message):
     write_lists(tmp_path, train_animal=rows)
     with pytest.raises(ManifestError, match=message):
-        import_hac(tmp_path, HAC, Probe(), allow_counts=True)
+        import_hac(tmp_path, HAC, probe, allow_counts=True)
 
 
 def test_hac_counts_and_missing_media(tmp_path):
     write_lists(tmp_path)
     with pytest.raises(ManifestError, match="human train has 1 segments, the card expects 1111"):
-        import_hac(tmp_path, HAC, Probe())
+        import_hac(tmp_path, HAC, probe)
 
-    class Empty:
-        def probe_duration_s(self, segment):
-            raise MediaNotFoundError(f"nothing at {segment.video_id}")
+    def find_none(segment):
+        raise MediaNotFoundError(f"nothing at {segment.video_id}")
 
     with pytest.raises(MediaNotFoundError, match="nothing at human/videos/a_1"):
-        import_hac(tmp_path, HAC, Empty(), allow_counts=True)
+        import_hac(tmp_path, HAC, find_none, allow_counts=True)
 
 
 def test_own_format_is_checked_and_copied(tmp_path):

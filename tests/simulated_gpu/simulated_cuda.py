@@ -19,7 +19,6 @@ class _Stream:
         """Have nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Wait for the device."""
         RUNNER.wait()
 
 
@@ -30,7 +29,6 @@ class _Event:
         """Mark a place, which is the end of all that was sent."""
 
     def synchronize(self) -> None:
-        """Wait for the device."""
         RUNNER.wait()
 
 

@@ -45,17 +45,14 @@ class DeviceTensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:
-        """Cuda:0."""
         return CUDA
 
     @property
     def is_cuda(self) -> bool:
-        """Yes."""
         return True
 
     @property
     def is_meta(self) -> bool:
-        """No."""
         return False
 
     def __repr__(self) -> str:
@@ -79,7 +76,6 @@ class AnyGenerator(torch._C.Generator):
 
     @property
     def device(self) -> torch.device:
-        """Where it draws."""
         return self._place
 
 
@@ -94,7 +90,6 @@ class Runner:
         self._under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation."""
         flat, _ = tree_flatten((args, kwargs))
         is_on_gpu = any(isinstance(x, DeviceTensor) for x in flat)
         wanted = kwargs.get("device")

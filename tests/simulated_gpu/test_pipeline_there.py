@@ -35,7 +35,6 @@ def tiny(tmp_path: Path) -> Any:
 
 
 def extract(tiny: Any, device: str, *arguments: object) -> dict[str, Any]:
-    """Extract everything; return the stores by encoder."""
     cache = tiny.root / f"cache-{device}"
     places = ["--media", tiny.media, "--cache", cache, "--manifests", tiny.root, "--device", device]
     code, _, err = tiny_shift.run("extract", "tiny", *places, *list_settings(SMALL), *arguments)

@@ -14,7 +14,7 @@ import torch
 
 from echoshift.pipeline.cards import read_dataset_card
 from echoshift.pipeline.manifest import read_manifest
-from echoshift.train.data_places import DataPlaces
+from echoshift.train.splits import DataPlaces
 
 
 @pytest.fixture(scope="package", autouse=True)

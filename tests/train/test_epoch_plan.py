@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echoshift.train.epoch_plan import PlannedBatch, plan_epoch
+from echoshift.train.loop import PlannedBatch, plan_epoch
 from echoshift.train.stage1.config import TrainingConfig
 
 SIZES = st.integers(min_value=1, max_value=40)

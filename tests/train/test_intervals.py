@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from echoshift.pipeline.errors import RunError
-from echoshift.train.intervals import MeanInterval, PairedTest, compare_pairs, compare_segments, compute_interval
+from echoshift.train.scores import MeanInterval, PairedTest, compare_pairs, compare_segments, compute_interval
 
 
 def test_interval_by_hand():

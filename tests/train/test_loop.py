@@ -11,7 +11,6 @@ import torch
 import toy_method as toy
 
 from echoshift.pipeline.errors import RunError
-from echoshift.train.epoch_plan import plan_epoch
 from echoshift.train.features import FeatureBatch
 from echoshift.train.loop import (
     Dropouts,
@@ -21,6 +20,7 @@ from echoshift.train.loop import (
     TrainedRun,
     TrainingJob,
     iterate_steps,
+    plan_epoch,
     predict_rows,
     train_run,
 )

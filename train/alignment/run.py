@@ -18,7 +18,7 @@ from echoshift.pipeline.store.open import open_store
 from echoshift.train.alignment.config import AlignmentScheduleConfig, AlignmentStageConfig, keep_used
 from echoshift.train.alignment.method import build_method, find_method
 from echoshift.train.alignment.two_streams import TwoStreams
-from echoshift.train.features import FeatureRows
+from echoshift.train.features import FeatureRows, StreamInputs, hears_clips
 from echoshift.train.loop import NO_LABEL, Schedule, TrainedRun, TrainingData, TrainingJob
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.run_method import (
@@ -39,7 +39,6 @@ from echoshift.train.splits import (
     select_labelled,
     split_for_shift,
 )
-from echoshift.train.stage2.inputs import StreamInputs, hears_clips
 from echoshift.train.steps import Step, StepRunner, hash_json
 
 REVISION = 1

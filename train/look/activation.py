@@ -18,11 +18,9 @@ from echoshift.extract.weights.load import load_encoder
 from echoshift.pipeline.errors import ManifestError, MediaNotFoundError, RunError
 from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, FrameSpec, fingerprint
-from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.alignment.two_streams import TwoStreams
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.features import FeatureBatch
+from echoshift.train.look.features import open_stores
 from echoshift.train.look.figures import QUIET_COLOUR, Plot, make_figure, plot_style
 from echoshift.train.look.run_choice import SOURCE_ONLY, RunChoice, choose_stage1_run, describe_run, find_checkpoint
 from echoshift.train.look.segment import find_segment, read_checkpoint_facts
@@ -30,7 +28,7 @@ from echoshift.train.look.segment_media import SegmentAudio, read_segment_audio
 from echoshift.train.look.show import draw_waveform
 from echoshift.train.loop import Dropouts
 from echoshift.train.runs import RunRecord
-from echoshift.train.splits import TRAIN, find_shift
+from echoshift.train.splits import TRAIN, DataPlaces, find_shift
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.encoder import CLIP, build_encoder, read_checkpoint
@@ -80,7 +78,12 @@ class ActivationMapper:
         config = Stage1Config.model_validate_json(facts.config)
         self._places, self._run = places, describe_run(record)
         hears = config.attention.enabled or config.objective.enabled
-        self._audio = AudioFeatures(_find_audio(places, facts.sound)) if hears else None
+        self._audio = None
+        if hears:
+            stores = {fingerprint(store.spec): store for store in open_stores(places)}
+            if facts.sound not in stores:
+                raise RunError(f"the store of audio {facts.sound}, of which {path} makes gates, isn't in the cache")
+            self._audio = AudioFeatures(stores[facts.sound])
         choice = choose_visual(config.visual, places, config.visual.test_preset)
         self._spec: FeatureSpec = choice.spec
         audio_network = None
@@ -303,10 +306,3 @@ def _draw_row(part: Any, frames: np.ndarray, title: str, names: Sequence[str]) -
         axis.imshow(frame, interpolation="bilinear")
         axis.set_title(name, fontsize=8, loc="center")
         axis.set_axis_off()
-
-
-def _find_audio(places: DataPlaces, name: str) -> FeatureStore:
-    for store in map(open_store, list_stores(places.cache_dir)):
-        if fingerprint(store.spec) == name and store.attributes["dataset"] == places.card.name:
-            return store
-    raise RunError(f"the store of audio {name}, of which gates are made, isn't in {places.cache_dir}; say --cache")

@@ -19,13 +19,12 @@ from echoshift.pipeline.tensor_files import check_tensors, read_header, read_ten
 from echoshift.train.alignment.config import AlignmentStageConfig
 from echoshift.train.alignment.method import find_method
 from echoshift.train.alignment.two_streams import TwoStreams
-from echoshift.train.data_places import DataPlaces
-from echoshift.train.features import FeatureBatch, FeatureRows, read_visual
+from echoshift.train.features import FeatureBatch, FeatureRows, StreamInputs, open_stream, read_visual
 from echoshift.train.look.run_choice import describe_run, get_method
 from echoshift.train.loop import Domain
 from echoshift.train.runs import RESULTS, RunRecord, hash_config, read_runs
-from echoshift.train.splits import TEST, find_shift
-from echoshift.train.stage2.inputs import StreamInputs, find_cached, find_stage1_outputs, open_stream
+from echoshift.train.splits import TEST, DataPlaces, find_shift
+from echoshift.train.stage2.inputs import find_cached, find_stage1_outputs
 from echoshift.train.steps import RECORD
 
 _CHECKPOINT = "trained.safetensors"
@@ -212,6 +211,12 @@ def read_means(store: FeatureStore, segments: list[Segment]) -> np.ndarray:
     return np.concatenate([values.float().flatten(1, -2).mean(dim=1).numpy() for values in found.values()], axis=1)
 
 
+def open_stores(places: DataPlaces) -> list[FeatureStore]:
+    """Open the stores of a dataset that lie in the cache, by path."""
+    stores = [open_store(path) for path in list_stores(places.cache_dir)]
+    return [store for store in stores if store.attributes["dataset"] == places.card.name]
+
+
 def open_adapted_store(runs_dir: Path, record: RunRecord) -> FeatureStore:
     """Open the features that a run of Stage 1 exported; raises RunError where it has none."""
     folder = runs_dir / "steps" / f"features-{record.steps.get('features', 'none')}"
@@ -230,9 +235,8 @@ def find_cached_store(places: DataPlaces, record: RunRecord, adapted: FeatureSto
     encoder = str(record.config["visual"]["encoder"])
     found = [
         store
-        for store in map(open_store, list_stores(places.cache_dir))
-        if (store.attributes["dataset"], store.spec.encoder) == (places.card.name, encoder)
-        and [output.name for output in store.spec.outputs] == ["pooled"]
+        for store in open_stores(places)
+        if store.spec.encoder == encoder and [output.name for output in store.spec.outputs] == ["pooled"]
     ]
     if not found:
         raise RunError(

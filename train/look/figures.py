@@ -15,7 +15,6 @@ import numpy as np
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.look.features import (
     Classifier,
     ModalityFeatures,
@@ -34,6 +33,7 @@ from echoshift.train.look.run_choice import (
     get_method,
 )
 from echoshift.train.runs import RunRecord
+from echoshift.train.splits import DataPlaces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

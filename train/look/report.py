@@ -20,10 +20,9 @@ from echoshift.pipeline.errors import EchoshiftError, RunError
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.location import locate
-from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.grids import list_grids
 from echoshift.train.look.activation import make_activation_maps
-from echoshift.train.look.features import find_cached_store, open_adapted_store
+from echoshift.train.look.features import find_cached_store, open_adapted_store, open_stores
 from echoshift.train.look.figures import (
     Plot,
     draw_histogram,
@@ -53,9 +52,9 @@ from echoshift.train.look.report_tables import (
 )
 from echoshift.train.look.run_choice import SOURCE_ONLY, RunChoice, choose_stage1_run, get_method
 from echoshift.train.look.segment import (
-    SegmentPrediction,
     SegmentReader,
     SegmentView,
+    ShownPrediction,
     ViewOptions,
     find_segment,
     make_sentence,
@@ -97,8 +96,7 @@ def make_report(request: ReportRequest, path: Path) -> ReportOutcome:
     """
     places, card, manifest = request.places, request.places.card, request.places.manifest
     segments = choose_segments(manifest, request.n_segments, request.segment_ids)
-    opened = [open_store(path) for path in list_stores(places.cache_dir)]
-    stores = [store for store in opened if store.attributes["dataset"] == card.name]
+    stores = open_stores(places)
     records = [record for record in read_runs(request.runs_dir / RESULTS) if record.dataset == card.name]
     latest = list(keep_latest(records).values())
     request.watcher.start("grids", len(list_grids()) + len(request.grids))
@@ -318,7 +316,7 @@ def choose_segments(manifest: Manifest, n_per_split: int, named: Sequence[str] =
 
 def _read_segments(
     segments: Sequence[Segment], request: ReportRequest
-) -> list[tuple[SegmentView, list[SegmentPrediction]]]:
+) -> list[tuple[SegmentView, list[ShownPrediction]]]:
     """Read the views of segments, each with the predictions that are shown."""
     request.watcher.start("segments", len(segments))
     views = []
@@ -331,9 +329,9 @@ def _read_segments(
     return views
 
 
-def choose_predictions(predictions: Sequence[SegmentPrediction]) -> list[SegmentPrediction]:
+def choose_predictions(predictions: Sequence[ShownPrediction]) -> list[ShownPrediction]:
     """Keep the first seed of each variant, and no more than MAX_PREDICTIONS."""
-    first: dict[tuple[str, ...], SegmentPrediction] = {}
+    first: dict[tuple[str, ...], ShownPrediction] = {}
     for said in sorted(predictions, key=lambda said: said.seed):
         first.setdefault((said.stage, said.row, said.shift, said.speaker, said.selection), said)
     kept = {id(said) for said in first.values()}

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from echoshift.pipeline.errors import EchoshiftError
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.grids import Grid, PlannedRun, Stage, list_grids, list_shifts, plan_runs, read_grid
-from echoshift.train.intervals import compute_interval
 from echoshift.train.look.report_tables import Cell, PageTable, percent, show
 from echoshift.train.runs import RunKey, RunRecord, keep_latest
+from echoshift.train.scores import compute_interval
+from echoshift.train.splits import DataPlaces
 from echoshift.train.stage2.config import SelectionRule
 from echoshift.train.tables import MEAN, PERCENT, Table, TableRow, average_hits, lay_out, make_table
 from echoshift.train.watching import EpochWatcher, SilentWatcher

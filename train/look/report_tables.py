@@ -20,10 +20,9 @@ from echoshift.pipeline.specs import FeatureSpec
 from echoshift.pipeline.store.failures import read_failures
 from echoshift.pipeline.store.interface import FeatureStore
 from echoshift.pipeline.store.layout import DONE, FAILED
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.look.figures import Plot, draw_histogram
 from echoshift.train.runs import RunRecord
-from echoshift.train.splits import TRAIN, find_shift, keep_segments, label_target_train, split_for_shift
+from echoshift.train.splits import TRAIN, DataPlaces, find_shift, keep_segments, label_target_train, split_for_shift
 from echoshift.train.steps import RECORD
 from echoshift.train.tables import PERCENT
 

@@ -18,9 +18,8 @@ from echoshift.pipeline.errors import EchoshiftError, ManifestError, RunError, W
 from echoshift.pipeline.segments import Manifest, Segment
 from echoshift.pipeline.specs import FeatureSpec, fingerprint
 from echoshift.pipeline.store.interface import FeatureStore
-from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.pipeline.tensor_files import check_tensors, read_header, read_tensors
-from echoshift.train.data_places import DataPlaces
+from echoshift.train.look.features import open_stores
 from echoshift.train.look.run_choice import describe_run, find_checkpoint
 from echoshift.train.look.segment_media import (
     SegmentAudio,
@@ -34,7 +33,7 @@ from echoshift.train.look.segment_media import (
 from echoshift.train.predictions import read_prediction_table
 from echoshift.train.runs import RESULTS, RunRecord, keep_latest, read_runs
 from echoshift.train.scores import read_hits
-from echoshift.train.splits import TEST, find_shift
+from echoshift.train.splits import TEST, DataPlaces, find_shift
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.encoder import AudioAttention, CheckpointFacts
@@ -83,7 +82,7 @@ class SegmentGate:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassScore:
+class ShownScore:
     """One class with its probability, and whether the manifest has it in the segment."""
 
     name: str
@@ -92,7 +91,7 @@ class ClassScore:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SegmentPrediction:
+class ShownPrediction:
     """What one run takes the segment for.
 
     Attributes:
@@ -115,7 +114,7 @@ class SegmentPrediction:
     speaker: Speaker
     role: str
     probabilities: np.ndarray
-    top: tuple[ClassScore, ...]
+    top: tuple[ShownScore, ...]
     is_right: bool | None
     pseudo_label: str = ""
 
@@ -132,7 +131,7 @@ class SegmentView:
     audio: SegmentAudio | None
     spectrogram: Spectrogram | None
     gate: SegmentGate | None
-    predictions: tuple[SegmentPrediction, ...]
+    predictions: tuple[ShownPrediction, ...]
     missing: dict[Part, str]
 
 
@@ -218,9 +217,7 @@ class SegmentReader:
     @cached_property
     def _stores(self) -> dict[str, FeatureStore]:
         """The stores of the dataset that lie in the cache, by fingerprint."""
-        stores = [open_store(path) for path in list_stores(self._places.cache_dir)]
-        own = [store for store in stores if store.attributes["dataset"] == self._places.card.name]
-        return {fingerprint(store.spec): store for store in own}
+        return {fingerprint(store.spec): store for store in open_stores(self._places)}
 
     @cached_property
     def _audio_spec(self) -> tuple[FeatureSpec, bool]:
@@ -274,7 +271,7 @@ class SegmentReader:
             )
         return CheckpointGates(path, self._stores[name])
 
-    def _read_predictions(self, segment: Segment) -> tuple[list[SegmentPrediction], str]:
+    def _read_predictions(self, segment: Segment) -> tuple[list[ShownPrediction], str]:
         """Read what each run takes a segment for, and say what is left out."""
         card, predictions = self._places.card, []
         shifts = {shift.name for shift in card.shifts}
@@ -290,7 +287,7 @@ class SegmentReader:
                 top = rank_classes(part.probabilities[row], card.classes, segment.labels, self._options.n_top)
                 guess = -1 if part.pseudo_labels is None else int(part.pseudo_labels[row])
                 predictions.append(
-                    SegmentPrediction(
+                    ShownPrediction(
                         run=describe_run(record),
                         stage=record.stage,
                         shift=record.shift,
@@ -410,10 +407,10 @@ def find_segment(manifest: Manifest, segment_id: str) -> Segment:
 
 def rank_classes(
     probabilities: np.ndarray, classes: tuple[str, ...], labels: tuple[str, ...], n_top: int
-) -> tuple[ClassScore, ...]:
+) -> tuple[ShownScore, ...]:
     """Rank the `n_top` classes of highest probability, float [K]; of equal ones the first of the card comes first."""
     order = np.argsort(-probabilities, kind="stable")[:n_top]
-    return tuple(ClassScore(classes[i], float(probabilities[i]), classes[i] in labels) for i in order.tolist())
+    return tuple(ShownScore(classes[i], float(probabilities[i]), classes[i] in labels) for i in order.tolist())
 
 
 def make_sentence(reason: str) -> str:

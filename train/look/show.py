@@ -19,7 +19,7 @@ from echoshift.train.look.figures import (
     make_figure,
     plot_style,
 )
-from echoshift.train.look.segment import Part, SegmentPrediction, SegmentView
+from echoshift.train.look.segment import Part, SegmentView, ShownPrediction
 from echoshift.train.look.segment_media import SegmentAudio
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _draw_gates(part: Any, view: SegmentView) -> None:
         axis.set_xlim(0, 1)
 
 
-def _draw_predictions(axis: Any, view: SegmentView, shown: Sequence[SegmentPrediction]) -> None:
+def _draw_predictions(axis: Any, view: SegmentView, shown: Sequence[ShownPrediction]) -> None:
     """Draw one row a prediction and one column a class: the darker, the more probable; a frame marks the label."""
     if not shown:
         _say(axis, view, "predictions")
@@ -258,7 +258,7 @@ def _draw_predictions(axis: Any, view: SegmentView, shown: Sequence[SegmentPredi
     axis.tick_params(length=0)
 
 
-def choose_classes(view: SegmentView, shown: Sequence[SegmentPrediction]) -> list[int]:
+def choose_classes(view: SegmentView, shown: Sequence[ShownPrediction]) -> list[int]:
     """Choose the classes that are drawn, in index order: the segment's own, and those that are most probable."""
     if len(view.classes) <= _MAX_CLASSES:
         return list(range(len(view.classes)))

@@ -145,8 +145,8 @@ class _KeptFrames:
     frames: npt.NDArray[np.uint8]
 
 
-class _KeptReader:
-    """A FrameReader that takes what is kept, and opens the media for the rest."""
+class _KeptReader(FrameReader):
+    """A reader that takes what is kept, and opens the media for the rest."""
 
     def __init__(self, info: VideoInfo, frame_times_s: npt.NDArray[np.float64], open_media: Any) -> None:
         self.info, self.frame_times_s, self._open_media = info, frame_times_s, open_media
@@ -160,15 +160,6 @@ class _KeptReader:
                 return self.kept.frames[places]
         read: npt.NDArray[np.uint8] = self._open_media().read_frames(times_s)
         return read
-
-    def close(self) -> None:
-        """Close nothing: the media are KeptMedia's."""
-
-    def __enter__(self) -> _KeptReader:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
 
 
 @dataclass(frozen=True, slots=True)

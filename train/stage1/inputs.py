@@ -33,8 +33,7 @@ from echoshift.pipeline.store.interface import FeatureStore, RowFinder
 from echoshift.pipeline.store.layout import DONE, compute_digests
 from echoshift.pipeline.store.location import Place
 from echoshift.pipeline.store.open import has_store, name_store, open_store
-from echoshift.train.data_places import DataPlaces
-from echoshift.train.splits import ShiftSplits, keep_segments
+from echoshift.train.splits import DataPlaces, ShiftSplits, keep_segments
 from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.clips import ClipSource, TrunkClips
 from echoshift.train.stage1.config import SoundConfig, Stage1Config, VisualConfig
@@ -253,7 +252,7 @@ def find_without_frames(
             ends_s[key] = _read_declared_end_s(survey, segment)
     # Only what a header casts doubt on is looked through: that takes seconds for an hour of video.
     doubtful = [s for s in segments if s.stop_s > ends_s[s.video_id, s.domain, s.split] + END_TOLERANCE_S / 2]
-    faults = find_media_faults(number_rows(doubtful), survey, Path())
+    faults = find_media_faults(number_rows(doubtful), survey.probe_duration_s, Path())
     if faults:
         first = faults[0]
         notify(

@@ -20,10 +20,9 @@ from echoshift.pipeline.segments import Segment
 from echoshift.pipeline.specs import FeatureSpec, OutputSpec, fingerprint
 from echoshift.pipeline.tensor_files import check_tensors, read_tensors
 from echoshift.train.alignment.config import keep_used
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.predictions import AudioPredictions, Predictions, write_prediction_table
 from echoshift.train.ranks import Ranks
-from echoshift.train.splits import LabelledSegments, ShiftSplits
+from echoshift.train.splits import DataPlaces, LabelledSegments, ShiftSplits
 from echoshift.train.stage1.audio import AudioClassifier, predict_audio, train_audio_classifier
 from echoshift.train.stage1.balancing import cluster_interactions, map_to_pairs, weight_segments
 from echoshift.train.stage1.clips import ClipSource

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.specs import FeatureSpec
-from echoshift.train.epoch_plan import PlannedBatch, plan_epoch
+from echoshift.train.loop import PlannedBatch, plan_epoch
 from echoshift.train.ranks import Ranks
 from echoshift.train.scores import compute_scores
 from echoshift.train.splits import LabelledSegments

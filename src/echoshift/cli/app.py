@@ -12,10 +12,8 @@ from echoshift.cli import demo, manifests, stores, weights
 from echoshift.cli.doctor import doctor
 from echoshift.cli.extraction import extract, plan
 from echoshift.cli.grids import ablate, table
+from echoshift.cli.look import plot, report, show
 from echoshift.cli.names import list_
-from echoshift.cli.picture_command import picture
-from echoshift.cli.report_command import report
-from echoshift.cli.show_command import show
 from echoshift.cli.terminal import is_plain
 from echoshift.cli.training import align, stage1, stage2
 from echoshift.pipeline.errors import EchoshiftError
@@ -57,7 +55,7 @@ app.command("list")(list_)
 app.command()(doctor)
 app.command()(report)
 app.command()(show)
-app.command("plot")(picture)
+app.command()(plot)
 
 
 def main() -> None:

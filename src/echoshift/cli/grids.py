@@ -32,9 +32,9 @@ from echoshift.cli.terminal import JsonOption, QuietOption, make_jsonable, make_
 from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
-    from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Grid, PlannedRun, Stage
     from echoshift.train.settings import RunSettings
+    from echoshift.train.splits import DataPlaces
     from echoshift.train.tables import Table
 
 EXIT_SOME_FAILED = 3

@@ -111,7 +111,7 @@ def hac(
     from echoshift.pipeline.importers.folder import import_hac
 
     card = read_dataset_card("hac", manifests)
-    _write(card, import_hac(lists, card, _survey(media, card), allow_counts), manifests)
+    _write(card, import_hac(lists, card, _survey(media, card).probe_duration_s, allow_counts), manifests)
 
 
 @import_app.command("csv")
@@ -148,7 +148,7 @@ def check(
     card = read_dataset_card(dataset, manifests)
     path = file or locate_manifest(dataset, manifests)
     probe = _make_probe(media, card) if media else None
-    faults = check_manifest(path, card, probe)
+    faults = check_manifest(path, card, probe.probe_duration_s if probe else None)
     n_errors = sum(fault.level == "error" for fault in faults)
     if as_json:
         counts = {"n_errors": n_errors, "n_warnings": len(faults) - n_errors}

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from echoshift.pipeline.dask import ClusterRequest
     from echoshift.pipeline.segments import Manifest
     from echoshift.pipeline.specs import FeatureSpec
-    from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Stage
     from echoshift.train.settings import RunSettings
+    from echoshift.train.splits import DataPlaces
 
 BackendName = Literal["zarr", "hdf5"]
 
@@ -217,7 +217,7 @@ OverrideChoice = Annotated[
     ),
 ]
 RerunChoice = Annotated[
-    list[str] | None, typer.Option(help="A step to do anew, such as clusters, whatever is done already.")
+    list[str] | None, typer.Option(help="A step to do again, such as clusters, whatever is done already.")
 ]
 RunsOption = Annotated[Path, typer.Option(help="Where runs lie.", envvar="ECHOSHIFT_RUNS")]
 DEFAULT_RUNS = Path("runs")
@@ -275,7 +275,7 @@ def open_places(choices: RunChoices, notify: Callable[[str], None] | None = None
     """Read card and manifest, and say where everything lies; `notify` is told of a dataset that wasn't named."""
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest import locate_manifest, read_manifest
-    from echoshift.train.data_places import DataPlaces
+    from echoshift.train.splits import DataPlaces
 
     dataset = choose_dataset(choices, notify or make_notifier(quiet=False))
     card: DatasetCard = read_dataset_card(dataset, choices.manifests)

@@ -79,7 +79,7 @@ def info(store: StoreArgument, as_json: JsonOption = False) -> None:
 def verify(
     store: StoreArgument,
     sample: Annotated[
-        float, typer.Option(help="Percent of the done rows to extract anew and compare; 0: none.", min=0, max=100)
+        float, typer.Option(help="Percent of the done rows to extract again and compare; 0: none.", min=0, max=100)
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="The same seed samples the same rows.")] = 0,
     media: Annotated[Path | None, typer.Option(help="Where the videos lie; default data/DATASET.")] = None,
@@ -87,11 +87,11 @@ def verify(
         Path, typer.Option(help="Where cards and manifests lie.", envvar="ECHOSHIFT_MANIFESTS")
     ] = MANIFESTS_DIR,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; for --sample.")] = "auto",
-    repair: Annotated[bool, typer.Option("--repair", help="Re-queue what fails, for extract to compute anew.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Re-queue what fails, for extract to compute.")] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check checksums, values, times, ledger, and a sample extracted anew; ends with 1 and a line for every fault."""
+    """Check checksums, values, times, ledger, and a sample extracted again; ends with 1 and a line for every fault."""
     from contextlib import nullcontext
 
     from echoshift.cli.stores import print_check
@@ -279,20 +279,20 @@ def print_check(check: StoreCheck, repaired: RepairReport | None, *, as_json: bo
         typer.echo(f"{check.path}: {check.n_rows} rows, no fault")
     elif repaired is None:
         typer.echo(
-            f"{len(check.faults)} faults; --repair re-queues their rows, or delete the store and extract it anew"
+            f"{len(check.faults)} faults; --repair re-queues their rows, or delete the store and extract it again"
         )
     else:
         restored = "; the segment ids were restored from the manifest" if repaired.restored_ids else ""
         typer.echo(
             f"{len(check.faults)} faults; {repaired.n_rows} rows in {repaired.n_shards} shards are re-queued, "
-            f"`echoshift extract` with the same options computes them anew{restored}"
+            f"`echoshift extract` with the same options computes them again{restored}"
         )
 
 
 def _print_sample(sample: ReextractionReport) -> None:
     counts = Counter(comparison.outcome for comparison in sample.comparisons)
     text = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("equal", "close", "different", "failed"))
-    typer.echo(f"{sample.n_rows} rows extracted anew: {text} (outputs of rows; tolerance {sample.tolerance:.1e})")
+    typer.echo(f"{sample.n_rows} rows extracted again: {text} (outputs of rows; tolerance {sample.tolerance:.1e})")
     close = [comparison for comparison in sample.comparisons if comparison.outcome == "close"]
     if close:
         relative, cosine = max(c.relative for c in close), min(c.cosine for c in close)

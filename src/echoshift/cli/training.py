@@ -35,10 +35,10 @@ from echoshift.pipeline.places import MANIFESTS_DIR
 
 if TYPE_CHECKING:
     from echoshift.pipeline.cards import DatasetCard, Shift
-    from echoshift.train.data_places import DataPlaces
     from echoshift.train.grids import Stage
     from echoshift.train.runs import RunRecord
     from echoshift.train.settings import RunSettings
+    from echoshift.train.splits import DataPlaces
     from echoshift.train.stage1.run import Stage1Outcome
     from echoshift.train.watching import EpochWatcher
 
@@ -181,7 +181,7 @@ def run_networks(
 ) -> None:
     """Train and scores what isn't done yet, shift by shift; run Stage 1 first where it is read and isn't done.
 
-    Raises RunError for an unknown step to do anew, and whatever resolving and running raise.
+    Raises RunError for an unknown step to do again, and whatever resolving and running raise.
     """
     from echoshift.cli.options import end_on_sigterm
     from echoshift.cli.terminal import make_notifier, show_progress

@@ -57,7 +57,7 @@ def check(
     directory: DirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Hash installed weights anew and load them key by key."""
+    """Hash installed weights again and load them key by key."""
     from echoshift.extract.weights.load import check_weights
 
     installed = check_weights(name, directory)

@@ -33,7 +33,7 @@ def mapped(compared: Any) -> Any:
     """Return a mapper of the checkpoint with two segments' maps."""
     from echoshift.pipeline.cards import read_dataset_card
     from echoshift.pipeline.manifest import read_manifest
-    from echoshift.train.data_places import DataPlaces
+    from echoshift.train.splits import DataPlaces
 
     card = read_dataset_card("tiny", compared.root)
     places = DataPlaces(

@@ -11,11 +11,11 @@ from sklearn.manifold import TSNE
 
 from echoshift.pipeline.errors import RunError
 from echoshift.pipeline.segments import Segment
-from echoshift.train.data_places import DataPlaces
 from echoshift.train.look import features, figures
 from echoshift.train.look.features import open_adapted_store, read_projected_features
 from echoshift.train.look.figures import Embedding, draw_embeddings, draw_sample, embed, make_embedding
 from echoshift.train.look.run_choice import RunChoice, choose_alignment_run, choose_stage1_run
+from echoshift.train.splits import DataPlaces
 
 
 def make_segments(n: int) -> list[Segment]:

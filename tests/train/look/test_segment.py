@@ -17,11 +17,10 @@ import torch
 from echoshift.extract.weights.load import default_weights, load_encoder, resolve_weights
 from echoshift.pipeline.errors import ManifestError, WeightsError
 from echoshift.pipeline.store.open import list_stores, open_store
-from echoshift.train.look import segment as reading
 from echoshift.train.look.segment import (
     CheckpointGates,
-    SegmentPrediction,
     SegmentReader,
+    ShownPrediction,
     ViewOptions,
     rank_classes,
     read_segment_view,
@@ -38,7 +37,7 @@ def find_sound(tiny: Any) -> Any:
     )
 
 
-def select(predictions: tuple[SegmentPrediction, ...], speaker: str, selection: str = "last") -> SegmentPrediction:
+def select(predictions: tuple[ShownPrediction, ...], speaker: str, selection: str = "last") -> ShownPrediction:
     (found,) = [p for p in predictions if (p.speaker, p.selection) == (speaker, selection)]
     return found
 
@@ -202,17 +201,3 @@ def test_silent_segments_share_one_gate(tiny_shift: ModuleType, tmp_path: Path, 
 def test_an_unknown_segment_is_told_its_nearest(all_stages: Any, open_tiny: Any) -> None:
     with pytest.raises(ManifestError, match=r"tiny has no segment 't-tset-0'; did you mean 't-test-0'"):
         read_segment_view(open_tiny(all_stages), all_stages.runs / "tiny", "t-tset-0")
-
-
-def test_each_checkpoint_and_file_is_opened_once(
-    all_stages: Any, open_tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[str] = []
-    for name in ("CheckpointGates", "open_store", "read_runs"):
-        original = getattr(reading, name)
-        monkeypatch.setattr(reading, name, lambda *a, f=original, n=name: (opened.append(n), f(*a))[1])
-    n_stores = len(list_stores(all_stages.root / "cache"))
-    with SegmentReader(open_tiny(all_stages), all_stages.runs / "tiny", ViewOptions(with_media=False)) as views:
-        for i in range(4):
-            views.read(f"t-test-{i}")
-    assert sorted(opened) == ["CheckpointGates", *["open_store"] * n_stores, "read_runs"]

@@ -56,7 +56,7 @@ def test_json_is_the_view(all_stages: Any, tiny_shift: ModuleType, open_tiny: An
 def test_the_figure_is_written(all_stages: Any, tiny_shift: ModuleType, tmp_path: Path, ending: str) -> None:
     path = tmp_path / "deep" / f"segment.{ending}"
     code, _, err = show(all_stages, tiny_shift, "t-test-0", "tiny", "--to", path)
-    assert code == 0 and f"picture: {path}" in err
+    assert code == 0 and f"figure: {path}" in err
     if ending == "png":
         image = Image.open(io.BytesIO(path.read_bytes()))
         assert image.format == "PNG" and image.width > 1000
