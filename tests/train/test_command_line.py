@@ -158,13 +158,14 @@ def test_segments_complete_from_the_named_folder_of_manifests(tmp_path):
 
 def test_each_shell_gets_a_script_and_its_answers():
     shells = ("bash", "zsh", "fish")
-    scripts = answer_shells([{"_ECHOSHIFT_COMPLETE": f"source_{shell}"} for shell in shells])
-    for shell, script in zip(shells, scripts, strict=True):
-        assert f"_ECHOSHIFT_COMPLETE=complete_{shell}" in script
     asked = {"_TYPER_COMPLETE_ARGS": "echoshift extr", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    words = {"COMP_WORDS": "echoshift\nextr", "COMP_CWORD": "1"}
-    answers = answer_shells([{"_ECHOSHIFT_COMPLETE": f"complete_{shell}", **asked, **words} for shell in shells])
-    assert all("extract" in answer and "stage1" not in answer for answer in answers), answers
+    asked |= {"COMP_WORDS": "echoshift\nextr", "COMP_CWORD": "1"}
+    sources = [{"_ECHOSHIFT_COMPLETE": f"source_{shell}"} for shell in shells]
+    completions = [{"_ECHOSHIFT_COMPLETE": f"complete_{shell}", **asked} for shell in shells]
+    answers = answer_shells([*sources, *completions])
+    for shell, script in zip(shells, answers[:3], strict=True):
+        assert f"_ECHOSHIFT_COMPLETE=complete_{shell}" in script
+    assert all("extract" in answer and "stage1" not in answer for answer in answers[3:]), answers
 
 
 @pytest.mark.parametrize(

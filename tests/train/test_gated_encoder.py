@@ -198,17 +198,6 @@ def test_autocast_reaches_the_frozen_trunk_and_logits_stay_float32():
     assert not torch.equal(logits, plain)
 
 
-def test_an_audio_network_is_trained_the_same_way():
-    torch.manual_seed(0)
-    encoder = GatedEncoder(find_encoder("resnet_demo").build(), _N_CLASSES).train()
-    maps = {"map": torch.randn(3, encoder.gate_channels["map"], 5, 6)}
-    logits = encoder(maps)
-    logits.sum().backward()
-    assert logits.shape == (3, _N_CLASSES) and encoder.trained_stages == ("layer4",)
-    silent = encoder.eval().encode(maps, {"map": torch.zeros(3, 64)}, ["pooled"])["pooled"]
-    assert torch.equal(silent, encoder.encode({"map": torch.zeros_like(maps["map"])}, None, ["pooled"])["pooled"])
-
-
 def test_impossible_wishes_are_told():
     stages = "it has split (= res5), stem, res2, res3, res4, res5, classifier"
     with pytest.raises(SpecError) as caught:
