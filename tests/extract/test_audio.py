@@ -68,16 +68,6 @@ def some_sounds(rate_hz: int, n: int) -> dict[str, np.ndarray]:
     }
 
 
-def read_mono(path: Path, rate_hz: int) -> np.ndarray:
-    import av
-
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate_hz)
-    with av.open(str(path)) as container:
-        frames = [r for f in container.decode(audio=0) for r in resampler.resample(f)]
-        frames += resampler.resample(None)
-    return np.concatenate([f.to_ndarray()[0] for f in frames])
-
-
 def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
     """Compare to 1e-4 of the value, and of one (a standard deviation, a neper) where the value is near zero."""
     assert ours.dtype == torch.float32
@@ -131,9 +121,9 @@ def test_both_recipes_equal_their_references_on_real_sounds(shared_data):
     paths = sorted((shared_data / "esc10").glob("*/*.ogg"))[::17]
     assert len(paths) >= 5
     for path in paths:
-        samples = read_mono(path, 16000)
+        samples = read_audio(path, 0, 99, 16000)
         assert_close(log_spectrogram([torch.from_numpy(samples)], ZHANG2022)[0, 0], reference_zhang(samples))
-        middle = read_mono(path, 24000)[24000 : 24000 + 30696]
+        middle = read_audio(path, 0, 99, 24000)[24000 : 24000 + 30696]
         assert_close(log_spectrogram([torch.from_numpy(middle)], PLANAMENTE2021)[0, 0], reference_planamente(middle))
 
 
@@ -160,9 +150,7 @@ def test_planamente2021_appends_zeros_and_cuts():
 
 def test_a_row_does_not_depend_on_its_batch():
     rows = [torch.randn(n) * 0.1 for n in (160000, 4000, 90000)]
-    together = log_spectrogram(rows, ZHANG2022)
-    for row, spectrogram in zip(rows, together, strict=True):
-        assert torch.equal(log_spectrogram([row], ZHANG2022)[0], spectrogram)
+    assert torch.equal(log_spectrogram(rows, ZHANG2022), torch.cat([log_spectrogram([r], ZHANG2022) for r in rows]))
 
 
 def test_other_lengths_follow_scipy_too():

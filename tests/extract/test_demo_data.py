@@ -36,14 +36,6 @@ def tiny_demo(tmp_path_factory) -> tuple[Path, list[Segment]]:
     return out_dir, generate_demo(out_dir, seed=3, **TINY)
 
 
-def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    import av
-
-    with av.open(str(path)) as container:
-        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return np.array([time_s for time_s, _ in frames]), np.stack([image for _, image in frames])
-
-
 def read_track(path: Path) -> tuple[float, np.ndarray]:
     import av
 
@@ -97,13 +89,14 @@ def test_another_seed_is_another_plan_and_the_default_stays_what_it_was():
         plan_demo(n_train=5)
 
 
-def test_files_hold_what_was_planned(tiny_demo):
+def test_files_hold_what_was_planned(tiny_demo, media_factory):
     out_dir, segments = tiny_demo
     assert len(segments) == 36 and not list(out_dir.rglob("*.partial"))
     plans = plan_demo(seed=3, **TINY)
     assert [s for plan in plans for s in plan_segments(plan)] == segments
     for plan in plans:
-        times_s, frames = read_frames(locate_demo_video(out_dir, plan))
+        times_s, frames = media_factory.decode_all(locate_demo_video(out_dir, plan))
+        frames = np.stack(frames)
         assert frames.shape == (plan.n_frames, HEIGHT, WIDTH, 3)
         np.testing.assert_allclose(times_s, np.arange(plan.n_frames) / FRAME_RATE_HZ, atol=1e-4)
         drawn = np.concatenate(list(draw_video(plan)))

@@ -46,17 +46,11 @@ Extract = Callable[..., ExtractionSummary]
 @pytest.fixture
 def extract(tmp_path: Path) -> Extract:
     def run(
-        segments: tuple[Segment, ...],
-        *,
-        encoders: str = "slowfast_demo resnet_demo",
-        overrides: tuple[str, ...] = (),
-        outputs: tuple[str, ...] = ("pooled",),
-        weights: dict[str, str] | None = None,
-        **store_options: object,
+        segments, *, encoders="slowfast_demo resnet_demo", overrides=(), outputs=("pooled",), backend="zarr"
     ) -> ExtractionSummary:
         specs = []
         for name in encoders.split():
-            record = resolve_weights((weights or {}).get(name, "random:0"), name)
+            record = resolve_weights("random:0", name)
             spec = make_feature_spec(name, record, StoreOptions(dtype="float32"), outputs=outputs, overrides=overrides)
             specs.append((spec, record))
         request = ExtractionRequest(
@@ -66,7 +60,7 @@ def extract(tmp_path: Path) -> Extract:
             cache_dir=tmp_path / "cache",
             encoders=tuple(specs),
             options=RunOptions(device="cpu"),
-            **{"backend": "zarr", **store_options},  # type: ignore[arg-type]
+            backend=backend,
         )
         return extract_features(request, Silent())
 

@@ -120,11 +120,6 @@ def place(frames: torch.Tensor, spec: FrameSpec, crop: Crop) -> torch.Tensor:
     return clip
 
 
-def make_frames(n: int, height: int, width: int, n_channels: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randint(0, 256, (n, height, width, n_channels), dtype=torch.uint8, generator=generator)
-
-
 def test_draws_are_even_and_named():
     values = np.array([draw(0, f"s{i}", 0, 0, "x") for i in range(4000)])
     assert values.min() >= 0 and values.max() < 1
@@ -158,7 +153,7 @@ def test_three_crops_are_the_slices_of_the_resized_picture(height, width):
     ensure_torchvision()
     from torchvision.transforms.v2 import functional
 
-    frames = make_frames(2, height, width)
+    frames = random_frames(1, 2, height, width)[0]
     resized = functional.resize(frames.permute(0, 3, 1, 2).float(), [64], antialias=True)
     long = max(resized.shape[-2:])
     across = (64 - 56) // 2
@@ -174,7 +169,7 @@ def test_random_resized_crops_equal_torchvisions_resized_crop():
     from torchvision.transforms.v2 import functional
 
     spec = frame_spec(crops="random-resized", flip=0.5)
-    frames = make_frames(3, 90, 160)
+    frames = random_frames(1, 3, 90, 160)[0]
     resized = functional.resize(frames.permute(0, 3, 1, 2).float(), [64], antialias=True)
     areas, aspects, n_mirrored = [], [], 0
     for i in range(300):
@@ -207,7 +202,7 @@ def test_mirrored_flow_turns_its_horizontal_sign():
     spec = FrameSpec(
         input="flow", short_side=8, crop=8, mean=(0, 0), std=(1, 1), crops="random", flip=1.0, flow="images"
     )
-    frames = make_frames(1, 8, 8, 2)
+    frames = random_frames(1, 1, 8, 8, 2)[0]
     clip = place(frames, spec, plan_crop(spec, CLIPS, "s", 0, 0, 0, 8, 8))[:, 0]
     expected = frames[0].permute(2, 0, 1).float().flip(-1)
     assert torch.equal(clip[0], 255 - expected[0]) and torch.equal(clip[1], expected[1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echoshift.extract.encoders.registry import find_encoder
-from echoshift.extract.weights import formats
 from echoshift.extract.weights.catalogue import read_catalogue
 from echoshift.extract.weights.formats import FORMATS, convert_tensors
 from echoshift.pipeline.errors import WeightsError
@@ -358,14 +356,3 @@ def test_a_checkpoint_of_the_other_variant_is_refused() -> None:
     seven = _make_pyslowfast(_DEPTHS["slowfast_r101"])
     with pytest.raises(WeightsError, match=r"s1_fuse\.conv_f2s\.weight is \[16, 8, 7, 1, 1\].*\[16, 8, 5, 1, 1\]"):
         convert_tensors(seven, "pyslowfast", _expected("slowfast_r101"), "a file")
-
-
-def test_what_lies_beside_the_tensors_is_left_alone(tmp_path: Path) -> None:
-    path, state = tmp_path / "published.pth", {"w": torch.zeros(1)}
-    beside = {"epoch": 195, "meta": {"mmcv": "1.2.0"}, "optimizer_state": {"state": {}}, "cfg": "MODEL:"}
-    for format_name, container in (("mmaction2-slowfast", "state_dict"), ("pyslowfast", "model_state")):
-        torch.save({**beside, container: state}, path)
-        assert list(formats.read_checkpoint(path, format_name)) == ["w"]
-        torch.save(beside, path)
-        with pytest.raises(WeightsError, match=f"published.pth has no entry '{container}', where {format_name} keeps"):
-            formats.read_checkpoint(path, format_name)
