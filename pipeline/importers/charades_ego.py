@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +19,6 @@ Pairs = Literal["all", "half", "none"]
 VIEWS = {"third": "3rd", "first": "1st"}
 _EGO = "EGO"
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Cut:
-    n_actions: int = 0
 
 
 def import_charades_ego(
@@ -53,14 +48,15 @@ def import_charades_ego(
         raise ManifestError(f"labelled_fraction {labelled_fraction} is not between 0 and 1")
     if pairs not in ("all", "half", "none"):
         raise ManifestError(f"pairs {pairs!r} is not one of all, half, none")
-    cut = _Cut()
+    n_cut = 0
     files: dict[tuple[str, str], list[Segment]] = {}
     for split in card.splits:
         for domain, view in VIEWS.items():
             path = folder / f"CharadesEgo_v1_{split}_only{view}.csv"
-            files[domain, split] = _read_view(path, card, domain, split, cut)
-    if cut.n_actions:
-        _logger.warning("%s: %d actions reach beyond their videos and were cut there", folder, cut.n_actions)
+            files[domain, split], n_cut_here = _read_view(path, card, domain, split)
+            n_cut += n_cut_here
+    if n_cut:
+        _logger.warning("%s: %d actions reach beyond their videos and were cut there", folder, n_cut)
     require_counts((s for group in files.values() for s in group), card, folder, allow_counts)
     files["first", "train"] = tag_labelled(files["first", "train"], labelled_fraction)
     if pairs != "all":
@@ -70,8 +66,10 @@ def import_charades_ego(
     return tuple(segment for group in files.values() for segment in group)
 
 
-def _read_view(path: Path, card: DatasetCard, domain: str, split: str, cut: _Cut) -> list[Segment]:
+def _read_view(path: Path, card: DatasetCard, domain: str, split: str) -> tuple[list[Segment], int]:
+    """Read one file; return its segments and how many actions were cut."""
     segments: list[Segment] = []
+    n_cut = 0
     first_lines: dict[str, int] = {}
     for line, cells in read_annotation_rows(path, ("id", "actions", "length")):
         place = f"{path}:{line}"
@@ -85,6 +83,9 @@ def _read_view(path: Path, card: DatasetCard, domain: str, split: str, cut: _Cut
         if length_s == 0:
             raise ManifestError(f"{place}: video {video_id} has length 0; get the file again")
         actions = [_parse_action(text, card, place) for text in cells["actions"].split(";") if text.strip()]
+        inside = [replace(action, stop_s=min(action.stop_s, length_s)) for action in actions]
+        kept = tuple(action for action in inside if action.stop_s > action.start_s)
+        n_cut += sum(action not in kept for action in actions)
         segments.append(
             Segment(
                 segment_id=video_id,
@@ -95,10 +96,10 @@ def _read_view(path: Path, card: DatasetCard, domain: str, split: str, cut: _Cut
                 domain=domain,
                 split=split,
                 pair_id=video_id.removesuffix(_EGO),
-                timed_labels=_cut_actions(actions, length_s, cut),
+                timed_labels=kept,
             )
         )
-    return segments
+    return segments, n_cut
 
 
 def _parse_action(text: str, card: DatasetCard, place: str) -> TimedLabel:
@@ -106,16 +107,6 @@ def _parse_action(text: str, card: DatasetCard, place: str) -> TimedLabel:
     if len(parts) != 3 or parts[0] not in card.class_index:
         raise ManifestError(f"{place}: action {text!r} is not `class start end` with a class of the card; correct it")
     return TimedLabel(parts[0], parse_seconds(parts[1], place), parse_seconds(parts[2], place))
-
-
-def _cut_actions(actions: list[TimedLabel], length_s: float, cut: _Cut) -> tuple[TimedLabel, ...]:
-    kept: list[TimedLabel] = []
-    for action in actions:
-        inside = replace(action, stop_s=min(action.stop_s, length_s))
-        cut.n_actions += inside.stop_s != action.stop_s or inside.stop_s <= inside.start_s
-        if inside.stop_s > inside.start_s:
-            kept.append(inside)
-    return tuple(kept)
 
 
 def tag_labelled(segments: Sequence[Segment], labelled_fraction: float) -> list[Segment]:

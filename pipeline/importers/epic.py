@@ -81,16 +81,8 @@ def _make_segment(
     start_s, stop_s = (parse_timestamp(cells[f"{which}_timestamp"], place) for which in ("start", "stop"))
     if stop_s <= start_s:
         raise ManifestError(f"{place}: uid {cells['uid']} stops before it starts; correct its time stamps")
-    return Segment(
-        segment_id=cells["uid"],
-        video_id=cells["video_id"],
-        start_s=start_s,
-        stop_s=stop_s,
-        labels=(card.classes[int(index)],),
-        domain=domain,
-        split=split,
-        noun=nouns.get(cells["uid"], ""),
-    )
+    uid, labels = cells["uid"], (card.classes[int(index)],)
+    return Segment(uid, cells["video_id"], start_s, stop_s, labels, domain, split, nouns.get(uid, ""))
 
 
 def parse_timestamp(text: str, place: str) -> float:

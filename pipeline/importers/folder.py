@@ -133,15 +133,6 @@ def _read_list(path: Path, card: DatasetCard, domain: str, split: str) -> list[S
             raise ManifestError(
                 f"{path}:{line}: label {index!r} is not 0 to {len(card.classes) - 1}; get the list again"
             )
-        segments.append(
-            Segment(
-                segment_id=f"{domain}/{split}/{name}",
-                video_id=f"{domain}/videos/{name}",
-                start_s=0.0,
-                stop_s=0.0,
-                labels=(card.classes[int(index)],),
-                domain=domain,
-                split=split,
-            )
-        )
+        segment_id, video_id = f"{domain}/{split}/{name}", f"{domain}/videos/{name}"
+        segments.append(Segment(segment_id, video_id, 0.0, 0.0, (card.classes[int(index)],), domain, split))
     return segments

@@ -56,17 +56,12 @@ def test_a_video_is_a_segment_with_timed_labels(tmp_path):
     assert [f for f in check_manifest(tmp_path / "m.csv", CARD) if f.level == "error"] == []
 
 
-@pytest.mark.parametrize(("fraction", "n_labelled"), [(0.5, 2), (0, 0), (1, 4), (0.3, 1), (0.75, 3)])
+@pytest.mark.parametrize(("fraction", "n_labelled"), [(0.5, 50), (0, 0), (1, 100), (0.305, 30), (0.29, 29)])
 def test_the_first_part_of_the_first_person_file_is_labelled(tmp_path, fraction, n_labelled):
-    write_views(tmp_path)
-    target = [s for s in read(tmp_path, labelled_fraction=fraction) if (s.domain, s.split) == ("first", "train")]
-    assert [s.tags for s in target] == [("labelled",)] * n_labelled + [("unlabelled",)] * (4 - n_labelled)
-    assert target[0].segment_id == "V003AEGO"
-
-
-def test_fraction_survives_floating_point(tmp_path):
     write_views(tmp_path, n_pairs=100)
-    assert sum(s.tags == ("labelled",) for s in read(tmp_path, labelled_fraction=0.29)) == 29
+    target = [s for s in read(tmp_path, labelled_fraction=fraction) if (s.domain, s.split) == ("first", "train")]
+    assert [s.tags for s in target] == [("labelled",)] * n_labelled + [("unlabelled",)] * (100 - n_labelled)
+    assert target[0].segment_id == "V099AEGO"
 
 
 def test_pairs_half_and_none(tmp_path):
@@ -88,21 +83,16 @@ def test_pairs_half_and_none(tmp_path):
     assert ids["none"]["first"] == ids["half"]["first"]
 
 
-def test_videos_without_activities_and_repeated_ones(tmp_path):
-    write_views(
-        tmp_path, train_only3rd=[format_row("A", ""), format_row("B", "c001 0.00 1.00;c000 1.00 2.00;c001 3.00 4.00")]
-    )
-    segments = {s.segment_id: s for s in read(tmp_path)}
-    assert (segments["A"].labels, segments["A"].timed_labels) == ((), ())
-    assert segments["B"].labels == ("c001", "c000") and len(segments["B"].timed_labels) == 3
-
-
-def test_actions_beyond_the_video_are_cut_and_counted(tmp_path, caplog):
-    write_views(tmp_path, train_only3rd=[format_row("A", "c001 1.00 20.00;c002 15.00 16.00;c003 2.00 2.00", "10")])
+def test_actions_may_be_none_or_repeated_and_are_cut_at_the_end_and_counted(tmp_path, caplog):
+    beyond = format_row("C", "c001 1.00 20.00;c002 15.00 16.00;c003 2.00 2.00", "10")
+    repeated = format_row("B", "c001 0.00 1.00;c000 1.00 2.00;c001 3.00 4.00")
+    write_views(tmp_path, train_only3rd=[format_row("A", ""), repeated, beyond])
     with caplog.at_level(logging.WARNING):
-        segment = read(tmp_path)[0]
-    assert segment.labels == ("c001", "c002", "c003")
-    assert segment.timed_labels == (TimedLabel("c001", 1.0, 10.0),)
+        none, twice, cut = read(tmp_path)[:3]
+    assert (none.labels, none.timed_labels) == ((), ())
+    assert twice.labels == ("c001", "c000") and len(twice.timed_labels) == 3
+    assert cut.labels == ("c001", "c002", "c003")
+    assert cut.timed_labels == (TimedLabel("c001", 1.0, 10.0),)
     assert "3 actions reach beyond their videos and were cut there" in caplog.text
 
 

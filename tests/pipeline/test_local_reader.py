@@ -120,24 +120,9 @@ def test_a_reader_sees_what_another_process_recomputed(tmp_path: Path, backend: 
         reader.read(ids, "pooled")
 
 
-def test_a_shard_begun_between_the_looks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store(tmp_path / "x.zarr", make_spec(5))
-    fill(store)
-    writer = open_store(tmp_path / "x.zarr")
-    copy_rows = LocalReader._copy_rows
-
-    def copy_while_one_writes(self: LocalReader, *arguments: Any) -> Any:
-        copied = copy_rows(self, *arguments)
-        writer.begin_shard(plan_shards(writer.layout)[0])
-        return copied
-
-    monkeypatch.setattr(LocalReader, "_copy_rows", copy_while_one_writes)
-    with pytest.raises(StoreError, match="segment s003 is pending"):
-        store.read(["s003"], "pooled")
-
-
-def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("commits", [False, True])
+def test_a_writer_between_the_looks_has_the_rows_refused_or_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: bool
 ) -> None:
     old, new = make_values(ROWS, 5), make_values(ROWS, 5, seed=9)
     store = make_store(tmp_path / "x.zarr", make_spec(5))
@@ -147,13 +132,19 @@ def test_a_commit_of_the_same_rows_between_the_looks_is_read_again(
 
     def copy_while_one_writes(self: LocalReader, *arguments: Any) -> Any:
         copied = copy_rows(self, *arguments)
-        if not done:
+        if not commits:
+            writer.begin_shard(plan_shards(writer.layout)[0])
+        elif not done:
             fill(writer, shards=(0,), seed=9)
-            done.append(1)
+        done.append(1)
         return copied
 
     monkeypatch.setattr(LocalReader, "_copy_rows", copy_while_one_writes)
-    np.testing.assert_array_equal(store.read(["s003", "s020"], "pooled"), np.stack([new[3], old[20]]))
+    if commits:
+        np.testing.assert_array_equal(store.read(["s003", "s020"], "pooled"), np.stack([new[3], old[20]]))
+    else:
+        with pytest.raises(StoreError, match="segment s003 is pending"):
+            store.read(["s003"], "pooled")
 
 
 def test_a_chunk_of_a_wrong_length_is_named(tmp_path: Path) -> None:

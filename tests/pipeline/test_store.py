@@ -100,14 +100,8 @@ def test_only_shards_with_missing_or_stale_rows_are_planned(make_store: MakeStor
     assert shards_to_do() == [2]
     everything[17] = False
     assert shards_to_do() == []
-
-
-def test_a_run_killed_inside_a_shard_redoes_that_shard(make_store: MakeStore) -> None:
-    store = make_store()
-    fill(store)
-    store.begin_shard(plan_shards(store.layout)[1])
-    missing = open_store(Path(store.path)).missing(make_digests(ROWS))
-    assert np.flatnonzero(missing).tolist() == list(range(8, 16))
+    store.begin_shard(plan_shards(store.layout)[1])  # and killed inside it
+    assert np.flatnonzero(open_store(Path(store.path)).missing(make_digests(ROWS))).tolist() == list(range(8, 16))
 
 
 def test_appended_rows_keep_the_old_ones(make_store: MakeStore) -> None:
@@ -137,16 +131,7 @@ def test_a_flipped_bit_is_found_and_named(make_store: MakeStore) -> None:
     assert "checksum" in faults[0].message.lower() or "crc32c" in faults[0].message.lower()
 
 
-def test_an_absent_chunk_is_found(make_store: MakeStore) -> None:
-    store = make_store()
-    fill(store)
-    if store.backend == "hdf5":
-        pytest.skip("one file has no absent chunks")
-    (Path(store.path) / "outputs/trunk/c/2/0/0/0").unlink()
-    assert [(f.array, f.message) for f in verify_store(store)] == [("outputs/trunk", "chunk c/2/0/0/0 is absent")]
-
-
-def test_nan_and_impossible_times_are_found(make_store: MakeStore) -> None:
+def test_nan_impossible_times_and_failures_without_a_ledger_are_found(make_store: MakeStore) -> None:
     store = make_store(n=8)
     fill(store)
     values = make_values(np.arange(0, 8), 5)
@@ -157,10 +142,6 @@ def test_nan_and_impossible_times_are_found(make_store: MakeStore) -> None:
     index.times[5, 0] = [2.0, 2.0]
     store.commit_shard(shard, index)
     assert [(f.array, f.segment_id) for f in verify_store(store)] == [("times", "s005"), ("outputs/pooled", "s003")]
-
-
-def test_a_failure_without_its_ledger_line_is_found(make_store: MakeStore) -> None:
-    store = make_store()
     fill(store, failed=frozenset({4}))
     failures_path(Path(store.path)).unlink()
     assert [(f.array, f.segment_id) for f in verify_store(store)] == [("state", "s004")]
