@@ -20,8 +20,6 @@ from echoshift.extract.weights.load import resolve_weights
 from echoshift.extract.work import RunOptions
 from echoshift.pipeline.errors import SpecError
 from echoshift.pipeline.segments import Manifest, Segment
-from echoshift.pipeline.store.failures import read_failures
-from echoshift.pipeline.store.layout import FAILED
 from echoshift.pipeline.store.open import open_store
 from echoshift.pipeline.store.verify import verify_store
 
@@ -122,39 +120,6 @@ def test_new_segments_are_appended_and_changed_ones_redone(tmp_path: Path, extra
     after = open_store(Path(both.stores[0].path)).read(["v-1", "v-2"], "pooled")
     assert (after[0] != before[0]).any()
     np.testing.assert_array_equal(after[1], before[1])
-
-
-def test_failures_are_recorded_and_nothing_takes_their_place(tmp_path: Path, extract: Extract) -> None:
-    write_video(tmp_path / "media/good.mp4")
-    (tmp_path / "media/text.mp4").write_text("this is not a video\n")
-    (tmp_path / "media/empty.mp4").touch()
-    segments = (
-        *make_segments(["good", "text", "empty", "absent"], 1),
-        Segment("late", "good", 9, 10, ("a",), "d", "train"),
-    )
-    summary = extract(segments)
-    pictures, sound = summary.stores
-    assert (pictures.n_done, pictures.n_failed, pictures.n_pending) == (1, 4, 0)
-    reasons = {f.segment_id: (f.exception, f.retryable) for f in pictures.failures}
-    assert reasons == {
-        "text-0": ("DecodeError", False),
-        "empty-0": ("DecodeError", False),
-        "absent-0": ("MediaNotFoundError", True),
-        "late": ("SegmentOutsideVideoError", False),
-    }
-    assert all("\n" not in f.reason and f.video_id in f.reason for f in pictures.failures if f.segment_id != "late")
-    store = open_store(Path(pictures.path))
-    failed = store.read_array("state") == FAILED
-    assert not store.read_all("pooled")[failed].any()
-    assert np.isnan(store.read_array("times")[failed]).all()
-    assert verify_store(store) == []
-    assert sound.n_failed >= 3
-    again = extract(segments)
-    assert again.stores[0].n_computed == 0
-    assert again.n_failed == summary.n_failed
-    write_video(tmp_path / "media/absent.mp4", seed=2)
-    assert extract(segments).stores[0].n_failed == 3
-    assert set(read_failures(Path(pictures.path))) == {"text-0", "empty-0", "late"}
 
 
 def test_missing_sound_is_a_named_state(tmp_path: Path, extract: Extract) -> None:

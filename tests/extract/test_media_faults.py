@@ -57,13 +57,16 @@ def test_every_broken_file_gives_one_line_and_harms_no_other(tiny, tiny_dataset)
         (tiny.media / f"{name}.mp4").write_bytes(data)
     (tiny.media / "folder.mp4").mkdir()
     shutil.copy(tiny.media / "good.mp4", tiny.media / "twin.mp4")
-    names = ["good", *broken, "folder", "twin"]
-    tiny.write_manifest(tiny_dataset.make_segments(names, 1))
+    segments = tiny_dataset.make_segments(["good", *broken, "folder", "twin", "absent"], 1)
+    tiny.write_manifest([*segments, tiny_dataset.Segment("late", "good", 9, 10, ("a",), "d", "train")])
     code, out, err = tiny.extract("--rows-per-shard", "4")
     assert code == 3, err
     store = open_pictures(tiny)
     failures = read_failures(Path(store.path))
-    assert set(failures) == {f"{name}-0" for name in (*broken, "folder")}
+    assert set(failures) == {f"{name}-0" for name in (*broken, "folder", "absent")} | {"late"}
+    assert (failures["absent-0"].exception, failures["absent-0"].retryable) == ("MediaNotFoundError", True)
+    assert (failures["late"].exception, failures["late"].retryable) == ("SegmentOutsideVideoError", False)
+    assert np.isnan(store.read_array("times")[store.read_array("state") == FAILED]).all()
     for name in broken:
         failure = failures[f"{name}-0"]
         assert (failure.exception, failure.retryable) == ("DecodeError", False)
@@ -77,8 +80,9 @@ def test_every_broken_file_gives_one_line_and_harms_no_other(tiny, tiny_dataset)
     assert good.any()
     assert good.tobytes() == twin.tobytes()
     check_whole(tiny)
-    again = tiny.extract("--rows-per-shard", "4")
-    assert again[0] == 3
+    shutil.copy(tiny.media / "good.mp4", tiny.media / "absent.mp4")
+    assert tiny.extract("--rows-per-shard", "4")[0] == 3
+    assert set(failures) - set(read_failures(Path(store.path))) == {"absent-0"}
     assert open_pictures(tiny).read(["good-0"], "pooled").tobytes() == good.tobytes()
 
 
