@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_shift
 import torch
 
 from echoshift.pipeline.cards import read_dataset_card
@@ -27,43 +26,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def load_beside(name: str) -> ModuleType:
-    """Load a module that lies beside this file (importlib mode puts no test folder on the path)."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # which slotted dataclasses ask for
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session", name="tiny_shift")
+def _tiny_shift() -> ModuleType:
+    return tiny_shift
 
 
 @pytest.fixture(scope="session")
-def tiny_shift() -> ModuleType:
-    """Return tiny_shift.py."""
-    return load_beside("tiny_shift")
-
-
-@pytest.fixture(scope="session")
-def tiny_encoder() -> ModuleType:
-    """Return tiny_encoder.py."""
-    return load_beside("tiny_encoder")
-
-
-@pytest.fixture(scope="session")
-def toy() -> ModuleType:
-    """Return toy_method.py."""
-    return load_beside("toy_method")
-
-
-@pytest.fixture(scope="session")
-def alignment() -> ModuleType:
-    """Return alignment_batches.py."""
-    return load_beside("alignment_batches")
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Run Stage 1 once; nobody changes what it left."""
     root = tmp_path_factory.mktemp("stage1")
     tiny = tiny_shift.TinyShift(root, root / "runs")

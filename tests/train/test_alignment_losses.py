@@ -40,7 +40,7 @@ def draw(n: int = 6, width: int = 4, seed: int = 0, scale: float = 1.0, dtype: t
 # RNA
 
 
-def test_rna_is_zero_where_the_mean_norms_are_equal_and_only_there() -> None:
+def test_rna_is_zero_where_the_mean_norms_are_equal_and_only_there():
     visual = torch.tensor([[3.0, 4.0], [0.0, 1.0]])  # norms 5 and 1
     audio = torch.tensor([[0.0, 2.0], [4.0, 0.0]])  # norms 2 and 4
     everything = torch.tensor([True, True])
@@ -49,7 +49,7 @@ def test_rna_is_zero_where_the_mean_norms_are_equal_and_only_there() -> None:
     assert relative_norm_loss(3 * visual, audio, everything).item() == pytest.approx((3 - 1) ** 2)
 
 
-def test_rna_leaves_out_the_sound_of_silent_segments_but_not_their_pictures() -> None:
+def test_rna_leaves_out_the_sound_of_silent_segments_but_not_their_pictures():
     visual, audio = draw(seed=1), draw(seed=2)
     norms = np.linalg.norm(visual.numpy(), axis=1), np.linalg.norm(audio.numpy(), axis=1)
     expected = (norms[0].mean() / norms[1][HEARD.numpy()].mean() - 1) ** 2
@@ -58,7 +58,7 @@ def test_rna_leaves_out_the_sound_of_silent_segments_but_not_their_pictures() ->
     assert relative_norm_loss(visual, audio, HEARD).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_rnas_gradient_is_the_derived_one_and_that_of_finite_differences() -> None:
+def test_rnas_gradient_is_the_derived_one_and_that_of_finite_differences():
     visual, audio = draw(seed=3).requires_grad_(), draw(seed=4, scale=0.3).requires_grad_()
     relative_norm_loss(visual, audio, HEARD).backward()
     v, a, heard = visual.detach().numpy(), audio.detach().numpy(), HEARD.numpy()
@@ -85,7 +85,7 @@ def test_rnas_gradient_is_the_derived_one_and_that_of_finite_differences() -> No
 
 
 @pytest.mark.parametrize("rotated", ["visual", "audio"])
-def test_rna_doesnt_change_when_a_modality_is_rotated_and_align_does(rotated: str) -> None:
+def test_rna_doesnt_change_when_a_modality_is_rotated_and_align_does(rotated):
     visual, audio = draw(seed=5), draw(seed=6)
     rotation = torch.from_numpy(ortho_group.rvs(4, random_state=1)).float()
     turned = (visual @ rotation, audio) if rotated == "visual" else (visual, audio @ rotation)
@@ -95,7 +95,7 @@ def test_rna_doesnt_change_when_a_modality_is_rotated_and_align_does(rotated: st
     assert abs(alignment_loss(*turned, HEARD).item() - alignment_loss(visual, audio, HEARD).item()) > 1e-2
 
 
-def test_rna_of_several_sources_is_the_sum_of_those_of_each() -> None:
+def test_rna_of_several_sources_is_the_sum_of_those_of_each():
     visual, audio, domains = draw(seed=7), draw(seed=8), torch.tensor([0, 0, 2, 0, 2, 2])
     alone = [relative_norm_loss(visual[domains == d], audio[domains == d], HEARD[domains == d]) for d in (0, 2)]
     found = relative_norm_loss_by_source(StreamFeatures(visual, audio, HEARD), domains, 3)
@@ -105,7 +105,7 @@ def test_rna_of_several_sources_is_the_sum_of_those_of_each() -> None:
     )
 
 
-def test_without_any_sound_cross_modal_losses_are_zero_with_finite_gradients() -> None:
+def test_without_any_sound_cross_modal_losses_are_zero_with_finite_gradients():
     visual, audio = draw().requires_grad_(), torch.zeros(6, 4, requires_grad=True)
     silent = torch.zeros(6, dtype=torch.bool)
     head = build_synchronisation_head(4, 3)
@@ -125,7 +125,7 @@ def test_without_any_sound_cross_modal_losses_are_zero_with_finite_gradients() -
 # HNA, Align, Orth
 
 
-def test_hna_is_the_sum_of_squared_gaps_to_the_middle_norm() -> None:
+def test_hna_is_the_sum_of_squared_gaps_to_the_middle_norm():
     visual = torch.tensor([[3.0, 4.0], [0.0, 1.0]], requires_grad=True)  # mean norm 3
     audio = torch.tensor([[0.0, 12.0], [9.0, 0.0]])  # norms 12 and 9, the second isn't heard
     heard = torch.tensor([True, False])
@@ -138,7 +138,7 @@ def test_hna_is_the_sum_of_squared_gaps_to_the_middle_norm() -> None:
     assert hard_norm_loss(visual, audio, silent, torch.tensor(1.0)).item() == pytest.approx(4.0)
 
 
-def test_align_and_orth_are_those_computed_by_hand() -> None:
+def test_align_and_orth_are_those_computed_by_hand():
     visual = torch.tensor([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
     audio = torch.tensor([[0.0, 3.0], [5.0, 0.0], [7.0, 0.0]])  # cosines 0, 1/sqrt(2), 1
     heard = torch.tensor([True, True, False])
@@ -159,7 +159,7 @@ def compute_mmd(source: np.ndarray, target: np.ndarray, gammas: tuple[float, ...
     return mean_kernel(source, source) + mean_kernel(target, target) - 2 * mean_kernel(source, target)
 
 
-def test_mmd_is_numpys_over_the_rows_that_count() -> None:
+def test_mmd_is_numpys_over_the_rows_that_count():
     gammas = MaximumMeanDiscrepancy.Settings().gammas
     assert len(gammas) == 17 and gammas[0] == 9.7 / 256 and gammas[8] == 9.7 and gammas[16] == 9.7 * 256
     source, target, counted = draw(6, seed=9), draw(4, seed=10) + 0.5, torch.tensor([True, True, False, True])
@@ -174,7 +174,7 @@ def test_mmd_is_numpys_over_the_rows_that_count() -> None:
 # GRL
 
 
-def test_the_reversed_gradient_grows_from_nothing_to_its_peak() -> None:
+def test_the_reversed_gradient_grows_from_nothing_to_its_peak():
     shares = [0.0, 0.05, 0.1, 0.5, 1.0]
     expected = [0.2 * math.tanh(5 * p) for p in shares]  # 2 / (1 + exp(-10 p)) - 1 = tanh(5 p)
     found = [compute_reversal(torch.tensor(p), 0.2).item() for p in shares]
@@ -182,7 +182,7 @@ def test_the_reversed_gradient_grows_from_nothing_to_its_peak() -> None:
     assert found[0] == 0 and found[-1] == pytest.approx(0.2, abs=1e-4)
 
 
-def test_a_gradient_comes_back_times_minus_the_factor_and_values_stay() -> None:
+def test_a_gradient_comes_back_times_minus_the_factor_and_values_stay():
     values = draw(seed=11).requires_grad_()
     coming = draw(seed=12)
     found = reverse_gradient(values, torch.tensor(0.15))
@@ -191,7 +191,7 @@ def test_a_gradient_comes_back_times_minus_the_factor_and_values_stay() -> None:
     torch.testing.assert_close(values.grad, -0.15 * coming)
 
 
-def test_features_climb_the_loss_that_the_discriminator_descends() -> None:
+def test_features_climb_the_loss_that_the_discriminator_descends():
     torch.manual_seed(0)
     discriminator = build_discriminator(4, 5)
     source, target = draw(6, seed=13), draw(3, seed=14)
@@ -230,7 +230,7 @@ class PairRecorder(nn.Module):
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-def test_no_pair_that_should_be_apart_is_of_one_segment(n: int) -> None:
+def test_no_pair_that_should_be_apart_is_of_one_segment(n):
     ids = torch.arange(n, dtype=torch.float32)[:, None]
     recorder, everything = PairRecorder(), torch.ones(n, dtype=torch.bool)
     synchronisation_loss(recorder, ids, ids, everything, everything)
@@ -240,7 +240,7 @@ def test_no_pair_that_should_be_apart_is_of_one_segment(n: int) -> None:
     assert apart[:, 1].sort().values.tolist() == ids[:, 0].tolist(), "each sound is in one pair of either kind"
 
 
-def test_a_segment_twice_in_a_batch_is_no_stranger_to_itself() -> None:
+def test_a_segment_twice_in_a_batch_is_no_stranger_to_itself():
     sound = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
     heard = torch.tensor([True, True, True, False, True])
     # 0 gets the sound of 4; 1 that of 0, its own; 2 that of 1; 3 that of 2; 4 that of 3, which is silent.
@@ -248,7 +248,7 @@ def test_a_segment_twice_in_a_batch_is_no_stranger_to_itself() -> None:
     assert find_strangers(sound[:1], heard[:1]).tolist() == [False]
 
 
-def test_synchronisation_is_the_cross_entropy_of_the_pairs_that_count() -> None:
+def test_synchronisation_is_the_cross_entropy_of_the_pairs_that_count():
     torch.manual_seed(1)
     head, visual, audio = build_synchronisation_head(4, 5), draw(seed=15), draw(seed=16)
     are_strangers = find_strangers(audio, HEARD)

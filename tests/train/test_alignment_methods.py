@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
+import alignment_batches as alignment
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,7 @@ from echoshift.train.settings import make_config
 
 
 @pytest.mark.parametrize("method", list_builtin())
-def test_a_step_moves_every_weight_and_the_buffers_that_a_method_has(alignment: ModuleType, method: str) -> None:
+def test_a_step_moves_every_weight_and_the_buffers_that_a_method_has(method):
     built = alignment.build(method).train()
     before = {name: value.clone() for name, value in built.named_buffers()}
     terms = built.losses(alignment.make_step(progress=0.2 if method != "hna" else 0.0), Dropouts())
@@ -33,9 +32,7 @@ def test_a_step_moves_every_weight_and_the_buffers_that_a_method_has(alignment: 
 
 
 @pytest.mark.parametrize("method", list_builtin())
-def test_predictions_are_probabilities_and_training_alone_decides_nothing_of_them(
-    alignment: ModuleType, method: str
-) -> None:
+def test_predictions_are_probabilities_and_training_alone_decides_nothing_of_them(method):
     built = alignment.build(method).eval()
     batch = alignment.make_batch(4, 3)
     found = built.predict(batch, "target")
@@ -46,7 +43,7 @@ def test_predictions_are_probabilities_and_training_alone_decides_nothing_of_the
 
 
 @pytest.mark.parametrize("method", list_builtin())
-def test_without_a_target_only_terms_of_the_source_are_left(alignment: ModuleType, method: str) -> None:
+def test_without_a_target_only_terms_of_the_source_are_left(method):
     built = alignment.build(method).train()
     terms = built.losses(alignment.make_step(has_target=False), Dropouts())
     names = built.loss_names
@@ -56,7 +53,7 @@ def test_without_a_target_only_terms_of_the_source_are_left(alignment: ModuleTyp
         assert (term == 0) == of_target, name
 
 
-def test_the_seed_alone_decides_the_weights_and_torchs_generator_goes_on(alignment: ModuleType) -> None:
+def test_the_seed_alone_decides_the_weights_and_torchs_generator_goes_on():
     torch.manual_seed(1)
     first, after = alignment.build("mm_sada", 3).state_dict(), torch.rand(1)
     torch.manual_seed(1)
@@ -79,9 +76,7 @@ def test_the_seed_alone_decides_the_weights_and_torchs_generator_goes_on(alignme
         ("yang_rerun", {}, 1024 * 100 + 100 + 202 - 8),
     ],
 )
-def test_the_papers_networks_have_these_many_parameters(
-    alignment: ModuleType, method: str, changes: dict[str, object], beyond: int
-) -> None:
+def test_the_papers_networks_have_these_many_parameters(method, changes, beyond):
     shapes = type(alignment.SHAPES)({"pooled": (2304,)}, 512)
     needs = alignment.NEEDS.get(method, {})
     config = AlignmentConfig.model_validate({"method": method, **needs, **changes})
@@ -95,7 +90,7 @@ def test_the_papers_networks_have_these_many_parameters(
 # The two streams
 
 
-def test_late_fusion_sums_the_logits_of_sounding_segments_and_mid_joins_the_features(alignment: ModuleType) -> None:
+def test_late_fusion_sums_the_logits_of_sounding_segments_and_mid_joins_the_features():
     batch = alignment.make_batch(3, 4)
     for fusion in ("late", "mid"):
         built = alignment.build("source_only", network={"fusion": fusion, "clips": "each"}).eval()
@@ -118,7 +113,7 @@ def test_late_fusion_sums_the_logits_of_sounding_segments_and_mid_joins_the_feat
             np.testing.assert_allclose(built.predict(batch, "target")[i].detach(), expected, rtol=1e-5)
 
 
-def test_clips_are_averaged_before_or_after_the_projection(alignment: ModuleType) -> None:
+def test_clips_are_averaged_before_or_after_the_projection():
     batch = alignment.make_batch(3, 5, n_clips=4)
     averaged = FeatureBatch({"pooled": batch.visual["pooled"].mean(dim=1, keepdim=True)}, batch.audio, batch.has_audio)
     before = alignment.build("source_only", network={"clips": "mean"}).eval()
@@ -127,7 +122,7 @@ def test_clips_are_averaged_before_or_after_the_projection(alignment: ModuleType
     assert (after.predict(batch, "source") - before.predict(batch, "source")).abs().max() > 1e-3
 
 
-def test_one_modality_sees_nothing_of_the_other(alignment: ModuleType) -> None:
+def test_one_modality_sees_nothing_of_the_other():
     batch, other = alignment.make_batch(4, 6), alignment.make_batch(4, 7)
     seeing = alignment.build("source_only", network={"modalities": "visual"}).eval()
     hearing = alignment.build("source_only", network={"modalities": "audio"}).eval()
@@ -146,7 +141,7 @@ def test_one_modality_sees_nothing_of_the_other(alignment: ModuleType) -> None:
 # BatchNorm and AdaBN
 
 
-def test_masked_batch_norm_is_torchs_on_the_rows_that_count() -> None:
+def test_masked_batch_norm_is_torchs_on_the_rows_that_count():
     rng = torch.Generator().manual_seed(8)
     ours, theirs = MaskedBatchNorm(5, per_domain=False).train(), nn.BatchNorm1d(5).train()
     for step in range(3):
@@ -162,10 +157,9 @@ def test_masked_batch_norm_is_torchs_on_the_rows_that_count() -> None:
     torch.testing.assert_close(ours.eval()(values, torch.ones(4, dtype=torch.bool), "target"), theirs.eval()(values))
 
 
-def test_adabns_statistics_are_the_targets_and_the_target_alone_is_predicted_with_them(alignment: ModuleType) -> None:
+def test_adabns_statistics_are_the_targets_and_the_target_alone_is_predicted_with_them():
     built = alignment.build("adabn").train()
     step = alignment.make_step(3, n_clips=1)
-    assert step.target is not None
     for _ in range(200):  # 0.9^200 of the initial statistics are left
         built.losses(step, Dropouts())
     norm, streams = built.streams.norm_visual, built.streams
@@ -188,7 +182,7 @@ def test_adabns_statistics_are_the_targets_and_the_target_alone_is_predicted_wit
         torch.testing.assert_close(one.grad, two.grad, msg=name)
 
 
-def test_hna_keeps_the_norm_half_way_between_those_of_the_first_batch(alignment: ModuleType) -> None:
+def test_hna_keeps_the_norm_half_way_between_those_of_the_first_batch():
     built = alignment.build("hna").train()
     first = alignment.make_step(1, progress=0.0)
     features = built.streams.encode(first.source.inputs, "source")
@@ -205,7 +199,7 @@ def test_hna_keeps_the_norm_half_way_between_those_of_the_first_batch(alignment:
 # Configuration
 
 
-def test_a_wrong_name_is_met_with_the_nearest() -> None:
+def test_a_wrong_name_is_met_with_the_nearest():
     with pytest.raises(RunError, match=r"alignment.toml: method: unknown method 'mmsada'; did you mean 'mm_sada'\?"):
         make_config(AlignmentConfig, {"method": "mmsada"}, "alignment.toml")
     with pytest.raises(RunError, match="unknown method 'xyz'; there are adabn, align, "):
@@ -224,12 +218,12 @@ def test_a_wrong_name_is_met_with_the_nearest() -> None:
         ({"network": {"depth": 2}}, r"network.depth: no such key"),
     ],
 )
-def test_what_cannot_go_together_is_refused(settings: dict[str, object], words: str) -> None:
+def test_what_cannot_go_together_is_refused(settings, words):
     with pytest.raises(RunError, match=words):
         make_config(AlignmentConfig, settings, "here")
 
 
-def test_the_schedule_is_that_of_methods_7() -> None:
+def test_the_schedule_is_that_of_methods_7():
     config = AlignmentScheduleConfig()
     alone, adapting = plan_schedule(config, has_target=False), plan_schedule(config, has_target=True)
     assert (alone.n_source, alone.n_target, adapting.n_source, adapting.n_target) == (128, 0, 64, 64)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_encoder
 import torch
 from torch import Tensor
 
@@ -38,19 +38,15 @@ def make_maps(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
     return maps
 
 
-def write(tiny_encoder: ModuleType, path: Path, maps: np.ndarray, has_audio: np.ndarray | None = None) -> AudioFeatures:
+def write(path: Path, maps: np.ndarray, has_audio: np.ndarray | None = None) -> AudioFeatures:
     path.mkdir(exist_ok=True)
     heard = np.ones(len(maps), bool) if has_audio is None else has_audio
-    sound: AudioFeatures = tiny_encoder.write_sound(
-        path, IDS[: len(maps)], maps, heard, pooled=np.zeros((len(maps), 128))
-    )
-    return sound
+    return tiny_encoder.write_sound(path, IDS[: len(maps)], maps, heard, pooled=np.zeros((len(maps), 128)))
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> AudioFeatures:
-    """Return sounds that tell their classes."""
-    return write(tiny_encoder, tmp_path_factory.mktemp("sound"), make_maps(LABELS))
+def sound(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sound"), make_maps(LABELS))
 
 
 def train(sound: AudioFeatures, labels: np.ndarray = LABELS, *, seed: int = 1, **changes: Any) -> Any:
@@ -64,7 +60,7 @@ def copy_state(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_it_learns_sounds_that_tell_classes_apart(sound: AudioFeatures) -> None:
+def test_it_learns_sounds_that_tell_classes_apart(sound):
     model, losses = train(sound)
     assert len(losses) == CONFIG.n_epochs
     assert losses[-1] < 0.2 * losses[0]
@@ -74,7 +70,7 @@ def test_it_learns_sounds_that_tell_classes_apart(sound: AudioFeatures) -> None:
     assert found.features.shape == (N, 128)
 
 
-def test_it_predicts_what_its_layers_say(sound: AudioFeatures) -> None:
+def test_it_predicts_what_its_layers_say(sound):
     model, _ = train(sound, n_epochs=1)
     assert not model.training
     found = predict_audio(model, sound, IDS[:3], multi_label=False, device=CPU)
@@ -85,7 +81,7 @@ def test_it_predicts_what_its_layers_say(sound: AudioFeatures) -> None:
     assert np.allclose(found.probabilities, expected.numpy(), atol=1e-5)
 
 
-def test_what_is_frozen_keeps_its_bytes_and_the_network_given_is_untouched(sound: AudioFeatures) -> None:
+def test_what_is_frozen_keeps_its_bytes_and_the_network_given_is_untouched(sound):
     network = build_network()
     before = copy_state(network)
     model, _ = train_audio_classifier(network, sound, IDS, LABELS, N_CLASSES, CONFIG, seed=1, device=CPU)
@@ -97,7 +93,7 @@ def test_what_is_frozen_keeps_its_bytes_and_the_network_given_is_untouched(sound
     assert trained <= changed
 
 
-def test_a_seed_decides_everything(sound: AudioFeatures) -> None:
+def test_a_seed_decides_everything(sound):
     states = []
     for seed, drawn in ((1, 0), (1, 7), (2, 0)):
         torch.rand(drawn + 1)
@@ -107,15 +103,13 @@ def test_a_seed_decides_everything(sound: AudioFeatures) -> None:
     assert all(torch.equal(tensor, states[1][0][name]) for name, tensor in states[0][0].items())
 
 
-def test_silent_rows_and_their_labels_count_for_nothing(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_silent_rows_and_their_labels_count_for_nothing(sound, tmp_path):
     has_audio = np.arange(N) % 5 != 0
     models = []
     for name, change in (("as-they-are", 0), ("other", 1)):
         labels = np.where(has_audio, LABELS, (LABELS + change) % N_CLASSES)
         maps = np.where(has_audio[:, None, None, None], make_maps(LABELS), 1000.0 * change)
-        part = write(tiny_encoder, tmp_path / name, maps, has_audio)
+        part = write(tmp_path / name, maps, has_audio)
         models.append(train(part, labels, n_epochs=2)[0])
     own = copy_state(models[0])
     assert all(torch.equal(tensor, own[name]) for name, tensor in models[1].state_dict().items())
@@ -124,9 +118,9 @@ def test_silent_rows_and_their_labels_count_for_nothing(
     assert np.isfinite(found.probabilities).all()
 
 
-def test_several_labels_are_learned_each_by_itself(tiny_encoder: ModuleType, tmp_path: Path) -> None:
+def test_several_labels_are_learned_each_by_itself(tmp_path):
     labels = (np.random.default_rng(2).random((N, N_CLASSES)) < 0.5).astype(np.float32)
-    part = write(tiny_encoder, tmp_path, make_maps(labels))
+    part = write(tmp_path, make_maps(labels))
     model, losses = train(part, labels, n_epochs=12)
     assert losses[0] == pytest.approx(np.log(2), abs=0.4)
     found = predict_audio(model, part, IDS, multi_label=True, device=CPU).probabilities
@@ -135,9 +129,7 @@ def test_several_labels_are_learned_each_by_itself(tiny_encoder: ModuleType, tmp
 
 
 @pytest.mark.parametrize(("n", "batch", "n_batches"), [(30, 8, 3), (9, 8, 1), (17, 8, 2), (3, 8, 1)])
-def test_no_batch_has_a_single_segment(
-    sound: AudioFeatures, monkeypatch: pytest.MonkeyPatch, n: int, batch: int, n_batches: int
-) -> None:
+def test_no_batch_has_a_single_segment(sound, monkeypatch, n, batch, n_batches):
     sizes: list[int] = []
     read = sound.read_maps
 
@@ -153,13 +145,13 @@ def test_no_batch_has_a_single_segment(
 
 
 @pytest.mark.parametrize("n_audible", [0, 1])
-def test_without_sound_it_says_how_to_do_without(tiny_encoder: ModuleType, tmp_path: Path, n_audible: int) -> None:
-    part = write(tiny_encoder, tmp_path, make_maps(LABELS), np.arange(N) < n_audible)
+def test_without_sound_it_says_how_to_do_without(tmp_path, n_audible):
+    part = write(tmp_path, make_maps(LABELS), np.arange(N) < n_audible)
     with pytest.raises(RunError, match=rf"{n_audible} of 30 source segments have any.*attention\.enabled=false"):
         train(part)
 
 
-def test_predictions_come_back_as_they_were_written(tmp_path: Path, sound: AudioFeatures) -> None:
+def test_predictions_come_back_as_they_were_written(tmp_path, sound):
     model, _ = train(sound, n_epochs=1)
     found = predict_audio(model, sound, IDS, multi_label=False, device=CPU)
     found.write(tmp_path / "predictions.npz")

@@ -24,7 +24,7 @@ PUBLISHED = {  # METHODS 5.3, beta .999, normalised
 
 
 @pytest.mark.parametrize("domain", PUBLISHED)
-def test_class_weights_of_mm_sada(domain: str) -> None:
+def test_class_weights_of_mm_sada(domain):
     counts = {c.domain: np.array(c.n_per_class) for c in read_dataset_card("epic").counts if c.split == "train"}[domain]
     weights = compute_class_weights(counts, 0.999, normalised=True)
     assert np.round(weights, 4).tolist() == PUBLISHED[domain]
@@ -39,7 +39,7 @@ def test_class_weights_of_mm_sada(domain: str) -> None:
     )
 
 
-def test_effective_weights_by_hand() -> None:
+def test_effective_weights_by_hand():
     assert compute_effective_weights(np.array([0, 1, 2, 3]), 0.5).tolist() == pytest.approx([0, 1, 1 / 1.5, 1 / 1.75])
     assert compute_effective_weights(np.array([0, 1, 900]), 0.0).tolist() == [0, 1, 1]
     # As beta tends to 1 the weight tends to 1/n, without losing digits on the way.
@@ -53,13 +53,13 @@ def test_effective_weights_by_hand() -> None:
         compute_effective_weights(np.array([1, -2]), 0.5)
 
 
-def test_a_class_without_samples_takes_no_part_in_the_sum() -> None:
+def test_a_class_without_samples_takes_no_part_in_the_sum():
     weights = compute_class_weights(np.array([3, 0, 3]), 0.9, normalised=True)
     assert weights.tolist() == pytest.approx([1, 0, 1])
     assert compute_class_weights(np.zeros(3, int), 0.9, normalised=True).tolist() == [0, 0, 0]
 
 
-def test_cluster_weights_by_hand() -> None:
+def test_cluster_weights_by_hand():
     labels = np.array([4, 4, 4, 4, 1, 1])
     clusters = np.array([0, 0, 0, 5, 2, 2])  # of class 4: sizes 3 and 1; of class 1: one cluster of 2
     raw = compute_cluster_weights(labels, clusters, 0.5, normalised=False)
@@ -69,7 +69,7 @@ def test_cluster_weights_by_hand() -> None:
     assert scaled.tolist() == pytest.approx([2 / 1.75 / total] * 3 + [2 / total] + [1, 1])
 
 
-def test_audio_weights_are_the_product() -> None:
+def test_audio_weights_are_the_product():
     labels = np.array([0, 0, 0, 1])
     clusters = np.array([0, 0, 1, 0])
     raw = compute_sample_weights("audio", labels, clusters, 0.5, normalised=False)
@@ -81,7 +81,7 @@ def test_audio_weights_are_the_product() -> None:
     assert compute_sample_weights("none", labels, clusters, 0.5, normalised=True).tolist() == [1, 1, 1, 1]
 
 
-def test_multi_label_by_hand() -> None:
+def test_multi_label_by_hand():
     labels = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 0]], np.float32)
     clusters = np.array([[0, -1, -1], [0, 0, -1], [1, -1, -1]])
     w0, small = 1 / 1.75, 1.0  # class 0 has 3 positives, in clusters of 2 and 1; class 1 has one; class 2 none
@@ -99,7 +99,7 @@ def test_multi_label_by_hand() -> None:
     assert (compute_sample_weights("class", np.zeros((2, 3)), None, 0.5, normalised=True) == 1).all()
 
 
-def test_faults_are_named() -> None:
+def test_faults_are_named():
     labels = np.array([0, 1])
     with pytest.raises(SpecError, match="no interaction clusters were found"):
         compute_sample_weights("audio", labels, None, 0.9, normalised=True)
@@ -113,7 +113,7 @@ def test_faults_are_named() -> None:
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=60),
     st.floats(0, 0.9999),
 )
-def test_normalised_sums(pairs: list[tuple[int, int]], beta: float) -> None:
+def test_normalised_sums(pairs, beta):
     labels, clusters = np.array(pairs).T
     class_weights = compute_class_weights(np.bincount(labels), beta, normalised=True)
     assert class_weights.sum() == pytest.approx(len(set(labels)))

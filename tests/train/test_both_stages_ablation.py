@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_shift
 
 from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
@@ -36,11 +35,10 @@ overrides = ["recogniser.class_token=h_prime"]
 """
 
 
-def list_arguments(tiny_shift: ModuleType, tiny: Any, *arguments: object) -> list[str]:
+def list_arguments(tiny: Any, *arguments: object) -> list[str]:
     named = ["tiny", "--grid", tiny.root / "both.toml", "--shifts", "s-t", "--form", "csv"]
     settings = ["training.n_epochs=1", *tiny_shift.STAGE2_SETTINGS]
-    found: list[str] = tiny.list_arguments("ablate", *named, *arguments, settings=settings)
-    return found
+    return tiny.list_arguments("ablate", *named, *arguments, settings=settings)
 
 
 def read_results(tiny: Any) -> list[RunRecord]:
@@ -53,20 +51,19 @@ def tell(record: RunRecord) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the small data set, the grid, and what it came to."""
+def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("both")
     made = tiny_shift.TinyShift(root, root / "runs")
     made.make()
     (root / "both.toml").write_text(GRID)
-    code, out, err = tiny_shift.run(*list_arguments(tiny_shift, made))
+    code, out, err = tiny_shift.run(*list_arguments(made))
     assert code == 0, err
     assert "0 of 6 runs are done" in err
     (root / "printed.csv").write_text(out)
     return made
 
 
-def test_each_stage_1_is_run_once_and_the_rows_of_stage_2_stand_on_it(tiny: Any) -> None:
+def test_each_stage_1_is_run_once_and_the_rows_of_stage_2_stand_on_it(tiny):
     records = read_results(tiny)
     assert [(r.stage, r.row, r.seed) for r in records] == [
         ("stage1", "encoder", 0), ("stage1", "encoder", 1),
@@ -81,23 +78,23 @@ def test_each_stage_1_is_run_once_and_the_rows_of_stage_2_stand_on_it(tiny: Any)
 
 
 @pytest.mark.slow
-def test_a_grid_that_was_killed_comes_to_the_same_rows(tiny_shift: ModuleType, tiny: Any, tmp_path: Path) -> None:
+def test_a_grid_that_was_killed_comes_to_the_same_rows(tiny, tmp_path):
     killed = tiny.with_runs(tmp_path / "runs")
-    process = killed.start_command(list_arguments(tiny_shift, killed))
+    process = killed.start_command(list_arguments(killed))
     results = killed.runs / "tiny" / RESULTS
     tiny_shift.kill_when(process, lambda: results.is_file() and b'"z^m"' in results.read_bytes())
-    code, out, err = tiny_shift.run(*list_arguments(tiny_shift, killed))
+    code, out, err = tiny_shift.run(*list_arguments(killed))
     assert code == 0, err
     assert "0 of 6 runs are done" not in err and "6 of 6 runs are done" not in err
     assert sorted(map(repr, map(tell, read_results(killed)))) == sorted(map(repr, map(tell, read_results(tiny))))
     assert out == (tiny.root / "printed.csv").read_text()
 
 
-def test_without_its_steps_a_row_has_no_test_over_segments(tiny_shift: ModuleType, tiny: Any, tmp_path: Path) -> None:
+def test_without_its_steps_a_row_has_no_test_over_segments(tiny, tmp_path):
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     shutil.copy(tiny.runs / "tiny" / RESULTS, tmp_path / "runs" / "tiny" / RESULTS)
     bare = tiny.with_runs(tmp_path / "runs")
-    arguments = [a for a in list_arguments(tiny_shift, bare) if a != "ablate"]
+    arguments = [a for a in list_arguments(bare) if a != "ablate"]
     media = arguments.index("--media")
     del arguments[media : media + 2]
     device = arguments.index("--device")

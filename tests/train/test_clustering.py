@@ -33,7 +33,7 @@ def _cluster(features: np.ndarray, labels: np.ndarray, **changed: object) -> Int
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_planted_groups_are_found(seed: int) -> None:
+def test_planted_groups_are_found(seed):
     open_features, open_groups = _plant([40, 25, 15], 512, seed)
     cut_features, cut_groups = _plant([20, 18, 16, 14, 12], 512, seed + 10)
     order = np.random.default_rng(seed).permutation(160)
@@ -54,7 +54,7 @@ def test_planted_groups_are_found(seed: int) -> None:
         assert report.inertias[len(sizes) - 1] == pytest.approx(np.square(rows - means[groups]).sum(), rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_clusters_and_other_classes_dont_matter() -> None:
+def test_the_same_seed_gives_the_same_clusters_and_other_classes_dont_matter():
     features = np.random.default_rng(3).normal(size=(400, 2)).astype(np.float32)  # no groups: many solutions
     labels = np.arange(400) % 2
     found, again = _cluster(features, labels), _cluster(features, labels)
@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_clusters_and_other_classes_dont_matter() -
     assert not np.array_equal(_cluster(features, labels, seed=1).assignment, found.assignment)
 
 
-def test_reasons_for_one_cluster() -> None:
+def test_reasons_for_one_cluster():
     generator = np.random.default_rng(0)
     cases = {
         "no knee in the inertias": generator.normal(size=(100, 512)),
@@ -83,7 +83,7 @@ def test_reasons_for_one_cluster() -> None:
     assert few.classes[0].note == "up to 2 clusters can't show a knee; it takes 3"
 
 
-def test_single_samples_and_samples_that_coincide() -> None:
+def test_single_samples_and_samples_that_coincide():
     assert _cluster(np.ones((1, 8)), np.zeros(1, int)).assignment.tolist() == [0]
     # Few sounds, each many times, exactly and but for rounding: k-means itself would warn of both.
     for n_sounds, noise in ((2, 0), (3, 0), (5, 0), (3, 1e-7)):
@@ -96,7 +96,7 @@ def test_single_samples_and_samples_that_coincide() -> None:
         assert found.classes[0].inertias[n_sounds - 1 :] == pytest.approx([0] * (13 - n_sounds), abs=1e-9)
 
 
-def test_samples_without_sound_are_a_cluster_of_their_own() -> None:
+def test_samples_without_sound_are_a_cluster_of_their_own():
     features, groups = _plant([30, 20], 32, 0)
     has_audio = np.arange(50) % 5 > 0
     features[~has_audio] = np.nan
@@ -112,7 +112,7 @@ def test_samples_without_sound_are_a_cluster_of_their_own() -> None:
         _cluster(features, np.zeros(50, int), has_audio=has_audio)
 
 
-def test_multi_label_clusters_each_class_among_its_positives() -> None:
+def test_multi_label_clusters_each_class_among_its_positives():
     features, groups = _plant([30, 20, 10], 64, 4)
     labels = np.stack([groups != 2, groups != 0], axis=1).astype(np.float32)
     found = _cluster(features, labels)
@@ -126,7 +126,7 @@ def test_multi_label_clusters_each_class_among_its_positives() -> None:
     assert dataclasses.asdict(alone.classes[0]) == dataclasses.asdict(found.classes[0])
 
 
-def test_elbow_by_hand() -> None:
+def test_elbow_by_hand():
     assert find_elbow([100, 60, 20, 15, 10, 5, 0]) == 3
     assert find_elbow([10, 1, 0.9, 0.8]) == 2
     # Scaled, the second point lies at (1/2, y); its dip 1/2 - y must reach MIN_BEND.

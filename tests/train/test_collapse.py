@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
+import alignment_batches as alignment
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from echoshift.train.alignment.config import AlignmentConfig, AlignmentScheduleConfig, AlignmentStageConfig
 from echoshift.train.alignment.method import build_method
-from echoshift.train.alignment.methods.rna import relative_norm_loss
 from echoshift.train.alignment.run import (
     compute_guessing_loss,
     describe_collapse,
@@ -39,29 +37,7 @@ def make_rows(n: int, n_visual: int, n_audio: int, scale: float, n_clips: int = 
     )
 
 
-@pytest.mark.parametrize("overshoot", [0.5, 2.0])
-def test_a_step_overshoots_where_the_larger_input_is_long_beside_the_smaller_feature(overshoot: float) -> None:
-    """benchmarks/README.md: a step of SGD moves N_v past N_a where 2 lr (|x_v| / N_a)^2 is above 1."""
-    x, n_audio = torch.tensor([[3.0, 4.0]]), 0.5
-    lr = overshoot * n_audio**2 / (2 * 25.0)
-    weight = torch.tensor([[0.3, 0.1], [0.2, 0.4]], requires_grad=True)  # both units see more than 0
-
-    def compute_norm(weights: Tensor) -> Tensor:
-        return torch.relu(x @ weights.T).norm()
-
-    audio, heard = torch.tensor([[n_audio, 0.0]]), torch.tensor([True])
-    before = compute_norm(weight)
-    relative_norm_loss(torch.relu(x @ weight.T), audio, heard).backward()  # type: ignore[no-untyped-call]
-    assert weight.grad is not None
-    # The norm's own gradient is |x| long, so that the step is lr 2 (N_v / N_a - 1) / N_a |x|.
-    expected = 2 * (before.item() / n_audio - 1) / n_audio * 5.0
-    assert weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
-    with torch.no_grad():
-        linear = before - lr * weight.grad.norm() * 5.0
-    assert linear.item() - n_audio == pytest.approx((1 - overshoot) * (before.item() - n_audio), rel=1e-4)
-
-
-def test_units_that_no_segment_moves_are_counted(alignment: ModuleType) -> None:
+def test_units_that_no_segment_moves_are_counted():
     rows = make_rows(40, alignment.N_VISUAL, alignment.N_AUDIO, 1.0)
     method: Any = alignment.build("rna")
     with torch.no_grad():
@@ -78,7 +54,7 @@ def test_units_that_no_segment_moves_are_counted(alignment: ModuleType) -> None:
     assert measure_dead_units(torch.nn.Linear(2, 2), rows, index, one_clip=True) == {}
 
 
-def test_a_silent_source_and_a_missing_stream_are_not_measured(alignment: ModuleType) -> None:
+def test_a_silent_source_and_a_missing_stream_are_not_measured():
     rows = make_rows(6, alignment.N_VISUAL, alignment.N_AUDIO, 1.0).without_sound()
     assert set(measure_dead_units(alignment.build("rna"), rows, np.arange(6), one_clip=False)) == {"frames"}
     alone = alignment.build("source_only", network={"modalities": "visual"})
@@ -91,7 +67,7 @@ def make_run(class_loss: float) -> TrainedRun:
     return TrainedRun({}, ("class", "RNA"), np.array([[0.1, 0.0], [class_loss, 0.0]], np.float32))
 
 
-def test_the_lines_name_what_failed_and_the_settings() -> None:
+def test_the_lines_name_what_failed_and_the_settings():
     config = AlignmentStageConfig(alignment=AlignmentConfig(method="rna"))
     labels = np.array([0, 0, 1, 2])
     [line] = describe_collapse(make_run(1.0), {"frames": 0.995, "audio": 0.98}, labels, config)
@@ -111,14 +87,14 @@ def test_the_lines_name_what_failed_and_the_settings() -> None:
     )
 
 
-def test_the_class_loss_is_judged_without_its_weight() -> None:
+def test_the_class_loss_is_judged_without_its_weight():
     config = AlignmentStageConfig(alignment=AlignmentConfig(method="source_only", class_weight=0.2))
     labels = np.array([0, 0, 1, 2])
     assert describe_collapse(make_run(0.2 * 1.0), {}, labels, config) == ()
     assert "class loss is 1.10" in describe_collapse(make_run(0.2 * 1.1), {}, labels, config)[0]
 
 
-def test_who_guesses_loses_the_entropy_of_the_classes() -> None:
+def test_who_guesses_loses_the_entropy_of_the_classes():
     labels = np.array([0, 3, 3, 1, 3])
     assert compute_guessing_loss(labels) == pytest.approx(stats.entropy([1, 1, 0, 3]))
     several = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]], np.float32)
@@ -127,7 +103,7 @@ def test_who_guesses_loses_the_entropy_of_the_classes() -> None:
 
 
 @pytest.mark.parametrize(("weight", "is_killed"), [(1.0, True), (0.001, False)])
-def test_rna_kills_long_features_with_weight_1_and_not_with_less(weight: float, is_killed: bool) -> None:
+def test_rna_kills_long_features_with_weight_1_and_not_with_less(weight, is_killed):
     """The features of frames are 40 long, those of audio 1; 20 steps of the paper's rate."""
     rows = make_rows(32, 16, 16, 40.0)
     config = AlignmentConfig.model_validate({"method": "rna", "network": {"width": 32}, "rna": {"weight": weight}})

@@ -9,15 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_shift
 import typer
 
 from echoshift.cli.app import app
 from echoshift.pipeline.specs import ClipSpec, FeatureSpec, FrameSpec, OutputSpec
-from echoshift.pipeline.store.interface import Backend
 from echoshift.pipeline.store.open import create_store, name_store
 
 HEAVY = ("torch", "torchvision", "torchaudio", "timm", "pytorchvideo", "pandas", "sklearn", "scipy", "matplotlib")
@@ -65,8 +64,7 @@ def answer_shells(questions: list[dict[str, str]]) -> list[str]:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    answers: list[str] = json.loads(done.stdout)
-    return answers
+    return json.loads(done.stdout)
 
 
 def complete(lines: Iterable[str], **environment: str) -> dict[str, list[str]]:
@@ -84,7 +82,7 @@ def complete(lines: Iterable[str], **environment: str) -> dict[str, list[str]]:
     return {line: answer.split() for line, answer in zip(lines, answer_shells(questions), strict=True)}
 
 
-def test_help_imports_nothing_that_computes() -> None:
+def test_help_imports_nothing_that_computes():
     done = run_blocked(LIGHT, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage: echoshift" in done.stdout
@@ -92,7 +90,7 @@ def test_help_imports_nothing_that_computes() -> None:
         assert f"\n  {name} " in done.stdout, "plain where it is no terminal"
 
 
-def test_every_command_and_option_of_before_is_there() -> None:
+def test_every_command_and_option_of_before_is_there():
     def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, set[str]]]:
         if hasattr(command, "commands"):
             for name, below in command.commands.items():
@@ -110,7 +108,7 @@ def test_every_command_and_option_of_before_is_there() -> None:
 
 
 @pytest.mark.parametrize("backend", ["zarr", "hdf5"])
-def test_stores_are_listed_without_torch(tmp_path: Path, backend: Backend) -> None:
+def test_stores_are_listed_without_torch(tmp_path, backend):
     spec = FeatureSpec(
         encoder="toy",
         weights="0" * 64,
@@ -143,11 +141,11 @@ OFFERED = {
 }
 
 
-def test_the_shell_completes_without_what_computes() -> None:
+def test_the_shell_completes_without_what_computes():
     assert complete(OFFERED) == OFFERED
 
 
-def test_segments_complete_from_the_named_folder_of_manifests(tmp_path: Path) -> None:
+def test_segments_complete_from_the_named_folder_of_manifests(tmp_path):
     (tmp_path / "tiny.toml").write_text('title = "Tiny"\n')
     (tmp_path / "torn.toml").write_text("title = ")
     (tmp_path / "tiny.csv").write_text("segment_id,video_id\nkitchen-1,k\nkitchen-2,k\nstudio-1,s\n")
@@ -158,15 +156,16 @@ def test_segments_complete_from_the_named_folder_of_manifests(tmp_path: Path) ->
     }
 
 
-def test_each_shell_gets_a_script_and_its_answers() -> None:
+def test_each_shell_gets_a_script_and_its_answers():
     shells = ("bash", "zsh", "fish")
-    scripts = answer_shells([{"_ECHOSHIFT_COMPLETE": f"source_{shell}"} for shell in shells])
-    for shell, script in zip(shells, scripts, strict=True):
-        assert f"_ECHOSHIFT_COMPLETE=complete_{shell}" in script
     asked = {"_TYPER_COMPLETE_ARGS": "echoshift extr", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    words = {"COMP_WORDS": "echoshift\nextr", "COMP_CWORD": "1"}
-    answers = answer_shells([{"_ECHOSHIFT_COMPLETE": f"complete_{shell}", **asked, **words} for shell in shells])
-    assert all("extract" in answer and "stage1" not in answer for answer in answers), answers
+    asked |= {"COMP_WORDS": "echoshift\nextr", "COMP_CWORD": "1"}
+    sources = [{"_ECHOSHIFT_COMPLETE": f"source_{shell}"} for shell in shells]
+    completions = [{"_ECHOSHIFT_COMPLETE": f"complete_{shell}", **asked} for shell in shells]
+    answers = answer_shells([*sources, *completions])
+    for shell, script in zip(shells, answers[:3], strict=True):
+        assert f"_ECHOSHIFT_COMPLETE=complete_{shell}" in script
+    assert all("extract" in answer and "stage1" not in answer for answer in answers[3:]), answers
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_each_shell_gets_a_script_and_its_answers() -> None:
         (["table", "hac", "--grid", "b-table4"], "`echoshift list grids` lists all"),
     ],
 )
-def test_each_error_is_one_line_with_what_there_is(tiny_shift: ModuleType, arguments: list[str], words: str) -> None:
+def test_each_error_is_one_line_with_what_there_is(arguments, words):
     code, out, err = tiny_shift.run(*arguments)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
@@ -192,7 +191,7 @@ def test_each_error_is_one_line_with_what_there_is(tiny_shift: ModuleType, argum
     assert words in line
 
 
-def test_places_that_can_not_be_written_are_one_line(tiny_shift: ModuleType, tmp_path: Path) -> None:
+def test_places_that_can_not_be_written_are_one_line(tmp_path):
     file = tmp_path / "file"
     file.write_text("no folder")
     own = tmp_path / "own.csv"
@@ -203,9 +202,7 @@ def test_places_that_can_not_be_written_are_one_line(tiny_shift: ModuleType, tmp
 
 
 @pytest.mark.parametrize(("number", "is_told"), [(errno.EACCES, True), (errno.ENOSPC, True), (errno.EBADF, False)])
-def test_faults_of_our_own_keep_their_traceback(
-    tiny_shift: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int, is_told: bool
-) -> None:
+def test_faults_of_our_own_keep_their_traceback(monkeypatch, number, is_told):
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number), "/some/where")
 
@@ -219,13 +216,7 @@ def test_faults_of_our_own_keep_their_traceback(
     assert err == f"error: /some/where: {os.strerror(number)}; name another place, or see to its rights and room\n"
 
 
-def test_a_group_without_a_command_shows_its_help(tiny_shift: ModuleType) -> None:
-    code, out, err = tiny_shift.run("store")
-    assert code == 2
-    assert "Usage: echoshift store" in out + err
-
-
-def test_names_are_listed_as_the_cards_grids_and_configurations_have_them(tiny_shift: ModuleType) -> None:
+def test_names_are_listed_as_the_cards_grids_and_configurations_have_them():
     def list_(*arguments: object) -> list[dict[str, object]]:
         code, out, err = tiny_shift.run("list", *arguments, "--json")
         assert (code, err) == (0, "")

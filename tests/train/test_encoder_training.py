@@ -9,26 +9,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_encoder
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from echoshift.pipeline.errors import RunError
 from echoshift.train.ranks import Ranks
-from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.training import STATE
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> AudioFeatures:
-    """Return sound of every segment, every fourth silent."""
-    given: AudioFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
-    return given
+def sound(tmp_path_factory):
+    return tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
 
 
 def copy_tensors(model: Any) -> dict[str, Tensor]:
@@ -47,9 +44,7 @@ def list_losses(records: list[Any]) -> list[tuple[int, dict[str, float], float |
         ("slowfast_demo", {"trainable_from": "split", "batch_norm": "train", "n_epochs": 2}),
     ],
 )
-def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, network: str, changes: dict[str, Any]
-) -> None:
+def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(sound, tmp_path, network, changes):
     config = tiny_encoder.make_config(dropout=0.3, **changes)
     visual = tiny_encoder.MemoryInputs((3, 8, 32, 32)) if network == "slowfast_demo" else None
     if network == "plain":  # with views of audio, which a killed run must draw alike
@@ -76,9 +71,7 @@ def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_every_loss_falls_where_there_is_something_to_learn(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_every_loss_falls_where_there_is_something_to_learn(sound, tmp_path):
     config = tiny_encoder.make_config(n_epochs=25, validate_every=0)
     visual = tiny_encoder.MemoryInputs()
     visual.draw = lambda name, epoch: torch.full(visual.shape, float(int(name[1:]) % 3 - 1))
@@ -89,9 +82,7 @@ def test_every_loss_falls_where_there_is_something_to_learn(
 
 
 @pytest.mark.parametrize("n_target", [4, 3, 1])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, n_target: int
-) -> None:
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(sound, tmp_path, n_target):
     gradients = []
     task = tiny_encoder.make_task(n_source=4, n_labelled=3)
     for n_parts in (1, 2):
@@ -105,7 +96,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_bf16_trains_near_fp32(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
+def test_bf16_trains_near_fp32(sound, tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):
         config = tiny_encoder.make_config(precision=precision, n_epochs=2)
@@ -116,9 +107,7 @@ def test_bf16_trains_near_fp32(tiny_encoder: ModuleType, sound: AudioFeatures, t
     assert losses[1] != losses[0]
 
 
-def test_a_loss_that_is_no_number_names_batch_and_epoch(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_number_names_batch_and_epoch(sound, tmp_path):
     visual = tiny_encoder.MemoryInputs()
     draw = visual.draw
     visual.draw = lambda name, epoch: draw(name, epoch) * (float("inf") if (name, epoch) == ("s0", 1) else 1)
@@ -129,9 +118,7 @@ def test_a_loss_that_is_no_number_names_batch_and_epoch(
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_weights_that_overflow_in_the_last_step_are_an_error(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_overflow_in_the_last_step_are_an_error(sound, tmp_path, monkeypatch):
     """No loss of the epoch shows it, since the last batch's is computed before its step."""
     config = tiny_encoder.make_config(n_epochs=1, n_source=8, validate_every=0)
     step = torch.optim.Adam.step
@@ -147,15 +134,13 @@ def test_weights_that_overflow_in_the_last_step_are_an_error(
     assert not (tmp_path / STATE).exists()
 
 
-def test_a_damaged_state_says_what_to_delete(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
+def test_a_damaged_state_says_what_to_delete(sound, tmp_path):
     (tmp_path / STATE).write_bytes(b"half a file")
     with pytest.raises(RunError, match=r"isn't a whole training state.*delete it"):
         tiny_encoder.train(tmp_path, tiny_encoder.make_config(), sound)
 
 
-def test_tensorboard_has_every_epoch_once_though_a_run_was_killed(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_tensorboard_has_every_epoch_once_though_a_run_was_killed(sound, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_encoder.make_config(n_epochs=4, validate_every=2)
@@ -175,9 +160,7 @@ def test_tensorboard_has_every_epoch_once_though_a_run_was_killed(
     assert [value for _, value in validated] == pytest.approx([records[1].validation, records[3].validation])
 
 
-def test_validation_is_the_accuracy_of_the_mean_over_clips(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_validation_is_the_accuracy_of_the_mean_over_clips(sound, tmp_path):
     config = tiny_encoder.make_config(n_epochs=1)
     task, visual = tiny_encoder.make_task(), tiny_encoder.MemoryInputs()
     model, records = tiny_encoder.train(tmp_path, config, sound, task=task)
@@ -193,19 +176,7 @@ def test_validation_is_the_accuracy_of_the_mean_over_clips(
     assert records[0].validation == pytest.approx(np.mean(hits))
 
 
-def test_training_leaves_torchs_generator_as_it_was(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    tiny_encoder.train(tmp_path, tiny_encoder.make_config(dropout=0.3, n_epochs=1), sound)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_batch_too_small_for_the_processes_is_an_error(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_a_batch_too_small_for_the_processes_is_an_error(sound, tmp_path):
     with pytest.raises(RunError, match="a batch of 4 source segments can't be shared among 5 processes"):
         tiny_encoder.train(tmp_path, tiny_encoder.make_config(), sound, ranks=Ranks(0, 5, 0))
 
@@ -235,9 +206,7 @@ def start_ranks(script: Path, out: Path, n_source: int, n_ranks: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_source", [4, 3])
-def test_two_processes_train_what_one_does(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path, n_source: int
-) -> None:
+def test_two_processes_train_what_one_does(sound, tmp_path, n_source):
     start_ranks(Path(tiny_encoder.__file__), tmp_path, n_source, 2)
     config = tiny_encoder.make_config(n_source=n_source, n_epochs=2)
     task = tiny_encoder.make_task(n_labelled=3)
@@ -255,9 +224,7 @@ def test_two_processes_train_what_one_does(
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-def test_no_target_and_no_labels_train_on_the_source_alone(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_no_target_and_no_labels_train_on_the_source_alone(sound, tmp_path):
     task = replace(tiny_encoder.make_task(), target_ids=(), absent=np.zeros((0, 3), bool))
     _, records = tiny_encoder.train(tmp_path, tiny_encoder.make_config(n_epochs=1), sound, task=task)
     assert records[0].losses["absent"] == 0

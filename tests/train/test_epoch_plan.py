@@ -27,7 +27,7 @@ def to_lists(batches: list[PlannedBatch]) -> list[list[list[int]]]:
 
 @settings(max_examples=50, deadline=None)
 @given(n_source=SIZES, n_target=SIZES, n=BATCHES, epoch=st.integers(0, 5))
-def test_an_epoch_shows_a_source_segment_at_most_once(n_source: int, n_target: int, n: int, epoch: int) -> None:
+def test_an_epoch_shows_a_source_segment_at_most_once(n_source, n_target, n, epoch):
     batches = plan(n_source, 0, n_target, epoch, n)
     shown = np.concatenate([batch.source for batch in batches])
     assert len(set(shown.tolist())) == len(shown) == n_source - n_source % min(n, n_source)
@@ -39,9 +39,7 @@ def test_an_epoch_shows_a_source_segment_at_most_once(n_source: int, n_target: i
 
 @settings(max_examples=50, deadline=None)
 @given(n_source=SIZES, n_labelled=SIZES, n_target=SIZES, n=BATCHES, n_epochs=st.integers(1, 6))
-def test_the_target_is_seen_equally_often_after_any_number_of_epochs(
-    n_source: int, n_labelled: int, n_target: int, n: int, n_epochs: int
-) -> None:
+def test_the_target_is_seen_equally_often_after_any_number_of_epochs(n_source, n_labelled, n_target, n, n_epochs):
     batches = [batch for epoch in range(n_epochs) for batch in plan(n_source, n_labelled, n_target, epoch, n)]
     for n_rows, groups in ((n_target, [b.target for b in batches]), (n_labelled, [b.labelled for b in batches])):
         seen = Counter(np.concatenate(groups).tolist())
@@ -49,12 +47,12 @@ def test_the_target_is_seen_equally_often_after_any_number_of_epochs(
         assert max(counts) - min(counts) <= 1
 
 
-def test_every_source_segment_has_its_turn() -> None:
+def test_every_source_segment_has_its_turn():
     seen = Counter(int(i) for epoch in range(30) for batch in plan(7, 0, 3, epoch) for i in batch.source)
     assert set(seen) == set(range(7))
 
 
-def test_an_epoch_depends_on_seed_and_number_alone() -> None:
+def test_an_epoch_depends_on_seed_and_number_alone():
     alone = to_lists(plan(11, 3, 6, epoch=4))
     for epoch in range(4):
         plan(11, 3, 6, epoch)
@@ -65,9 +63,7 @@ def test_an_epoch_depends_on_seed_and_number_alone() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(n_source=SIZES, n_labelled=st.integers(0, 9), n_target=st.integers(0, 40), n=BATCHES, n_parts=BATCHES)
-def test_parts_and_shares_of_processes_cut_a_batch_without_rest(
-    n_source: int, n_labelled: int, n_target: int, n: int, n_parts: int
-) -> None:
+def test_parts_and_shares_of_processes_cut_a_batch_without_rest(n_source, n_labelled, n_target, n, n_parts):
     for batch in plan(n_source, n_labelled, n_target, 0, n):
         parts = batch.split(n_parts)
         assert all(len(part.source) for part in parts)
@@ -82,7 +78,7 @@ def test_parts_and_shares_of_processes_cut_a_batch_without_rest(
 
 @settings(max_examples=80, deadline=None)
 @given(sizes=st.tuples(st.integers(4, 9), st.integers(0, 9), st.integers(1, 9)), n_ranks=st.integers(1, 4))
-def test_shared_and_cut_means_add_up_to_the_mean_of_the_batch(sizes: tuple[int, int, int], n_ranks: int) -> None:
+def test_shared_and_cut_means_add_up_to_the_mean_of_the_batch(sizes, n_ranks):
     values = np.random.default_rng(0).random(10)
     batch = PlannedBatch(*(np.arange(size) for size in sizes))
     for i, rows in enumerate(batch.rows):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import toy_method as toy
 
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.weights.load import resolve_weights
@@ -81,7 +81,7 @@ def write_store(
     return store
 
 
-def test_entries_are_clips_of_views_of_crops(tmp_path: Path) -> None:
+def test_entries_are_clips_of_views_of_crops(tmp_path):
     n_clips, n_views, n_crops = 2, 1, 3
     # Each value says which clip, view and crop it is of.
     values = np.array(
@@ -96,7 +96,7 @@ def test_entries_are_clips_of_views_of_crops(tmp_path: Path) -> None:
                 assert visual[0, view * n_crops + crop, clip, 0] == 100 * clip + 10 * view + crop
 
 
-def test_a_clip_that_is_not_there_repeats_those_that_are(tmp_path: Path) -> None:
+def test_a_clip_that_is_not_there_repeats_those_that_are(tmp_path):
     values = np.arange(10.0).reshape(2, 5, 1)
     values[1, 2:] = 0
     store = write_store(tmp_path / "a.zarr", values, [5, 2], n_views=1, n_crops=1)
@@ -104,22 +104,20 @@ def test_a_clip_that_is_not_there_repeats_those_that_are(tmp_path: Path) -> None
     assert visual == [[5, 6, 5, 6, 5], [0, 1, 2, 3, 4]]
 
 
-def test_of_views_of_sound_the_clean_one_is_read(tmp_path: Path) -> None:
+def test_of_views_of_sound_the_clean_one_is_read(tmp_path):
     values = np.arange(24.0).reshape(2, 6, 2)
     values[1, 4:] = 0
     store = write_store(tmp_path / "a.zarr", values, [6, 4], n_views=1, n_crops=1, is_sound=True, n_sound_views=2)
     sound = read_sound(store, ["s1", "s0"], 3)
-    assert sound.clip_audio is not None
     assert sound.clip_audio.tolist() == [[[12, 13], [16, 17], [12, 13]], [[0, 1], [4, 5], [8, 9]]]
     assert sound.audio[1].tolist() == [4, 5]
 
 
-def test_sound_around_clips_goes_with_its_clip_and_a_segment_s_is_its_mean(tmp_path: Path) -> None:
+def test_sound_around_clips_goes_with_its_clip_and_a_segment_s_is_its_mean(tmp_path):
     values = np.arange(12.0).reshape(2, 3, 2)
     values[1, 2:] = 0
     store = write_store(tmp_path / "a.zarr", values, [3, 2], n_views=1, n_crops=1, is_sound=True)
     sound = read_sound(store, ["s1", "s0"], 3)
-    assert sound.clip_audio is not None
     assert sound.clip_audio[0].tolist() == [[6, 7], [8, 9], [6, 7]], "a clip that isn't there repeats one that is"
     assert torch.allclose(sound.audio, torch.tensor([[20 / 3, 23 / 3], [2, 3]]))
     assert read_sound(store, ["s1"], 5).clip_audio is None, "the frames have other clips"
@@ -131,7 +129,7 @@ def test_sound_around_clips_goes_with_its_clip_and_a_segment_s_is_its_mean(tmp_p
     assert rows.without_sound().gather(which, None, clips).audio.abs().sum() == 0
 
 
-def test_a_segment_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_segment_that_is_not_there_is_named(tmp_path):
     store = write_store(tmp_path / "a.zarr", np.zeros((2, 1, 1)), [1, 1], n_views=1, n_crops=1)
     with pytest.raises(StoreError, match="segment s5 is not in"):
         read_visual(store, ["s0", "s5"])
@@ -150,7 +148,7 @@ def make_rows(n: int, seed: int, *, n_views: int = 2, n_clips: int = 3) -> Featu
 
 
 @pytest.mark.parametrize("n_views", [1, 2])
-def test_batches_are_those_of_plain_indexing(n_views: int) -> None:
+def test_batches_are_those_of_plain_indexing(n_views):
     held = make_rows(6, 0, n_views=n_views)
     rng = np.random.default_rng(2)
     rows = torch.from_numpy(rng.integers(0, 6, 10))
@@ -165,7 +163,7 @@ def test_batches_are_those_of_plain_indexing(n_views: int) -> None:
     assert torch.equal(batch.has_audio, held.has_audio[rows])
 
 
-def test_what_does_not_fit_into_memory_trains_and_predicts_as_what_does(tmp_path: Path, toy: ModuleType) -> None:
+def test_what_does_not_fit_into_memory_trains_and_predicts_as_what_does(tmp_path):
     """30 segments of 2 clips in 3 crops; every seventh has one clip alone."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((30, 6, toy.N_VISUAL))

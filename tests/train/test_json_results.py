@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from types import ModuleType
-from typing import Any
 
 import pytest
+import tiny_shift
 
 from echoshift.train.runs import RESULTS, read_runs
 
@@ -20,7 +19,7 @@ name = "full"
 """
 
 
-def test_stage_1_answers_with_its_whole_record(copied: Any) -> None:
+def test_stage_1_answers_with_its_whole_record(copied):
     code, out, err = copied.stage1("--json", "--quiet")
     assert (code, err) == (0, "")
     (line,) = out.splitlines()
@@ -41,13 +40,13 @@ def test_stage_1_answers_with_its_whole_record(copied: Any) -> None:
     assert run["left_out"] == []
 
 
-def test_without_json_the_progress_is_on_stderr_and_the_numbers_on_stdout(copied: Any) -> None:
+def test_without_json_the_progress_is_on_stderr_and_the_numbers_on_stdout(copied):
     code, out, err = copied.stage1("--quiet")
     assert (code, err) == (0, "")
     assert "Stage 1 on tiny, target test, percent" in out
 
 
-def test_a_table_answers_unrounded(copied: Any, tiny_shift: ModuleType, tmp_path: Any) -> None:
+def test_a_table_answers_unrounded(copied, tmp_path):
     (tmp_path / "one.toml").write_text(GRID)
     grid = ["tiny", "--grid", tmp_path / "one.toml", "--shifts", "s-t"]
     code, out, err = tiny_shift.run(*copied.list_arguments("ablate", *grid, "--json", "-q", "--to", tmp_path / "t.csv"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import toy_method as toy
 
 from echoshift.pipeline.errors import RunError
 from echoshift.train.features import FeatureBatch
@@ -34,7 +34,7 @@ def train(job: TrainingJob) -> TrainedRun:
     return train_run(job, CPU, SilentWatcher())
 
 
-def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]], Any]:
+def train_by_hand(job: TrainingJob) -> tuple[list[list[float]], Any]:
     """Train with torch.optim and plain indexing."""
     method, data, schedule = toy.ToyMethod(job.seed).train(), job.data, job.schedule
     parameters = [p for p in method.parameters() if p.requires_grad]
@@ -86,10 +86,10 @@ def train_by_hand(toy: ModuleType, job: TrainingJob) -> tuple[list[list[float]],
     [{}, {"optimiser": "sgd", "momentum": 0.9}, {"lr_drops": ((5, 1e-3),)}],
     ids=["adam", "sgd", "a drop of the learning rate"],
 )
-def test_a_run_is_that_of_a_loop_by_hand(toy: ModuleType, schedule: dict[str, object]) -> None:
+def test_a_run_is_that_of_a_loop_by_hand(schedule):
     job = toy.make_job(3, 10, **schedule)
     run = train(job)
-    losses, method = train_by_hand(toy, job)
+    losses, method = train_by_hand(job)
     # 18 // 4 steps an epoch; what is left counts as one.
     expected = [np.mean(losses[:4], axis=0), np.mean(losses[4:8], axis=0), np.mean(losses[8:], axis=0)]
     np.testing.assert_allclose(run.losses, expected, rtol=1e-4)
@@ -109,7 +109,7 @@ def test_a_run_is_that_of_a_loop_by_hand(toy: ModuleType, schedule: dict[str, ob
     np.testing.assert_allclose(found, torch.stack(views).mean(0).numpy(), atol=1e-5)
 
 
-def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_others(toy: ModuleType) -> None:
+def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_others():
     first, again, other = (
         train(toy.make_job(4)),
         train(toy.make_job(4)),
@@ -119,7 +119,7 @@ def test_the_same_job_twice_gives_the_same_bytes_and_another_seed_others(toy: Mo
     assert not torch.equal(first.state["linear.weight"], other.state["linear.weight"])
 
 
-def test_snapshots_change_nothing_of_the_run_and_are_its_weights_at_that_step(toy: ModuleType) -> None:
+def test_snapshots_change_nothing_of_the_run_and_are_its_weights_at_that_step():
     plain, snapped = train(toy.make_job(6, 12)), train(toy.make_job(6, 12, snapshots=(1, 5)))
     assert all(torch.equal(plain.state[name], snapped.state[name]) for name in plain.state)
     # The loss' second term grows with the progress, so a shorter run is another run; its first step is the same.
@@ -128,7 +128,7 @@ def test_snapshots_change_nothing_of_the_run_and_are_its_weights_at_that_step(to
     assert len(snapped.snapshots) == 2
 
 
-def test_a_run_without_a_target_trains_on_the_source(toy: ModuleType) -> None:
+def test_a_run_without_a_target_trains_on_the_source():
     job = toy.make_job(7, 6)
     empty = np.zeros(0, dtype=np.int64)
     job = replace(job, data=replace(job.data, target=empty, pseudo_labels=empty))
@@ -136,7 +136,7 @@ def test_a_run_without_a_target_trains_on_the_source(toy: ModuleType) -> None:
     assert (run.losses[:, 1] == 0).all() and (run.losses[:, 0] > 0).all()
 
 
-def test_a_loss_that_is_no_number_names_the_run(toy: ModuleType) -> None:
+def test_a_loss_that_is_no_number_names_the_run():
     job = toy.make_job(8, 6, lr=1e30)
     rows = job.data.train
     rows.audio[:] = 1e30
@@ -144,53 +144,7 @@ def test_a_loss_that_is_no_number_names_the_run(toy: ModuleType) -> None:
         train(job)
 
 
-@dataclass
-class Told:
-    """Keeps what a watcher is told."""
-
-    said: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def start(self, what: str, n_total: int) -> None:
-        self.said.append((what, n_total))
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        self.said.append((n, note))
-
-    def describe(self, what: str) -> None:
-        raise AssertionError(f"the title is taken away by {what!r}")
-
-
-def test_the_loss_is_told_beside_the_steps_of_a_run_that_is_named(toy: ModuleType) -> None:
-    told = Told()
-    run = train_run(toy.make_job(3, n_steps=1), CPU, told)
-    assert told.said == [("toy 3: training", 1), (1, f"loss {run.losses[0].sum():.3f}")]
-
-
-def list_rows(job: TrainingJob) -> np.ndarray:
-    """List the rows that each step sees, told by their audio features."""
-    seen = []
-    for step in iterate_steps(job.data, job.schedule, job.seed, CPU):
-        assert step.target is not None
-        audio = torch.cat([step.source.inputs.audio, step.target.inputs.audio])
-        seen.append((audio[:, None] == job.data.train.audio[None]).all(dim=2).long().argmax(dim=1).numpy())
-    return np.stack(seen)
-
-
-def test_an_epoch_has_no_segment_of_the_source_twice_and_its_label_beside_it(toy: ModuleType) -> None:
-    job = toy.make_job(1, 12)
-    rows = list_rows(job)[:, :4]
-    for epoch in np.split(rows, 3):
-        assert len(np.unique(epoch)) == 16 and set(epoch.ravel()) <= set(range(18))
-    labels = [step.source.labels.numpy() for step in iterate_steps(job.data, job.schedule, job.seed, CPU)]
-    np.testing.assert_array_equal(labels, job.data.source_labels[rows])
-
-
-def test_the_target_is_seen_equally_often(toy: ModuleType) -> None:
-    rows = list_rows(toy.make_job(2, 20))[:, 4:]  # 60 places for 12 segments, over five epochs
-    np.testing.assert_array_equal(np.bincount(rows.ravel())[18:], np.full(12, 5))
-
-
-def test_single_clips_are_drawn_from_all_there_are(toy: ModuleType) -> None:
+def test_single_clips_are_drawn_from_all_there_are():
     job = toy.make_job(6, 40, rows=toy.make_rows(30, 6, n_views=1))
     steps = iterate_steps(replace(job.data, one_clip=True), job.schedule, 6, CPU)
     seen = torch.cat([step.source.inputs.visual["pooled"] for step in steps])
@@ -199,7 +153,7 @@ def test_single_clips_are_drawn_from_all_there_are(toy: ModuleType) -> None:
     assert all(bool((seen[:, 0, None] == known[:18, clip]).all(dim=2).any()) for clip in range(toy.N_CLIPS))
 
 
-def test_a_loss_of_other_terms_than_are_named_is_refused(toy: ModuleType) -> None:
+def test_a_loss_of_other_terms_than_are_named_is_refused():
     method = toy.ToyMethod(0)
     method.loss_names = ("source",)
     with pytest.raises(RunError, match=r"losses of ToyMethod are of shape \[2\], its loss_names are 1"):

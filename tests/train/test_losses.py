@@ -19,7 +19,7 @@ from echoshift.train.stage1.losses import (
 )
 
 
-def test_single_label_marks_by_hand() -> None:
+def test_single_label_marks_by_hand():
     p = np.array([[0.5, 0.1, 0.3, 0.1], [np.nan] * 4, [0.25, 0.25, 0.25, 0.25], [0.0, 0.9, 0.04, 0.06]])
     marks = mark_absent_single(p, np.array([True, False, True, True]), 2)
     assert marks.tolist() == [
@@ -33,7 +33,7 @@ def test_single_label_marks_by_hand() -> None:
             mark_absent_single(p, np.zeros(4, bool), n_absent)
 
 
-def test_multi_label_marks_by_hand() -> None:
+def test_multi_label_marks_by_hand():
     p = np.array([[0.9, 0.1, 0.5], [0.8, 0.2, 0.5], [0.7, 0.3, 0.5], [0.6, 0.4, 0.5], [0.0, 0.0, 0.0], [0.5, 0.5, 0.1]])
     has_audio = np.array([True, True, True, True, False, True])  # 5 with sound
     # (1 - alpha) gamma n: 1 * .8 * 5 = 4; .5 * .8 * 5 = 2; .3 * .8 * 5 = 1.2, rounded down
@@ -47,7 +47,7 @@ def test_multi_label_marks_by_hand() -> None:
     )  # though (1 - .9) 10 < 1 in binary
 
 
-def test_marks_refuse_what_makes_no_sense() -> None:
+def test_marks_refuse_what_makes_no_sense():
     p = np.full((2, 3), 0.3)
     with pytest.raises(SpecError, match=r"absent\.gamma is 0"):
         mark_absent_multi(p, np.ones(2, bool), np.zeros(3), 0)
@@ -60,7 +60,7 @@ def test_marks_refuse_what_makes_no_sense() -> None:
     assert mark_absent_single(p, np.array([True, False]), 1).sum() == 1
 
 
-def test_single_label_loss_by_hand() -> None:
+def test_single_label_loss_by_hand():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64)
     absent = torch.tensor([[False, True, True], [True, False, False]])
     wanted = -(math.log(0.8) + math.log(0.9) + math.log(0.5)) / 2
@@ -75,7 +75,7 @@ def test_single_label_loss_by_hand() -> None:
     torch.testing.assert_close(gradient, torch.tensor([[0, 0, 0], [0.25, -0.125, -0.125]], dtype=torch.float64))
 
 
-def test_multi_label_loss_by_hand() -> None:
+def test_multi_label_loss_by_hand():
     p = torch.tensor([[0.9, 0.2], [0.5, 0.4]], dtype=torch.float64)
     absent = torch.tensor([[True, True], [False, True]])
     wanted = -(math.log(0.1) + math.log(0.8) + math.log(0.6)) / 2
@@ -88,7 +88,7 @@ def test_multi_label_loss_by_hand() -> None:
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("scale", [30.0, 200.0, 1e4])
-def test_loss_is_finite_where_probabilities_are_0_and_1(multi_label: bool, scale: float) -> None:
+def test_loss_is_finite_where_probabilities_are_0_and_1(multi_label, scale):
     logits = torch.tensor([[scale, -scale, 0.0], [-scale, 0.0, scale]], requires_grad=True)
     absent = torch.tensor([[True, True, False], [False, False, True]])
     loss = compute_absent_loss(logits, absent, multi_label=multi_label)
@@ -99,7 +99,7 @@ def test_loss_is_finite_where_probabilities_are_0_and_1(multi_label: bool, scale
     torch.testing.assert_close(gradient, torch.tensor(wanted), rtol=0, atol=1e-6)
 
 
-def test_loss_without_any_mark_is_zero_and_differentiable() -> None:
+def test_loss_without_any_mark_is_zero_and_differentiable():
     for multi_label in (False, True):
         logits = torch.randn(3, 4, requires_grad=True)
         loss = compute_absent_loss(logits, torch.zeros(3, 4, dtype=torch.bool), multi_label=multi_label)
@@ -107,7 +107,7 @@ def test_loss_without_any_mark_is_zero_and_differentiable() -> None:
         assert loss.item() == 0 and not gradient.any()
 
 
-def test_loss_of_half_precision_is_computed_in_single() -> None:
+def test_loss_of_half_precision_is_computed_in_single():
     logits = torch.tensor([[8.0, -4.0, 1.0]])
     absent = torch.tensor([[False, True, True]])
     for multi_label in (False, True):
@@ -119,7 +119,7 @@ def test_loss_of_half_precision_is_computed_in_single() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(2, 9), st.booleans())
-def test_loss_equals_the_printed_formula(seed: int, n: int, n_classes: int, multi_label: bool) -> None:
+def test_loss_equals_the_printed_formula(seed, n, n_classes, multi_label):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(n, n_classes, generator=generator, dtype=torch.float64)
     absent = torch.rand(n, n_classes, generator=generator) < 0.4
@@ -131,12 +131,12 @@ def test_loss_equals_the_printed_formula(seed: int, n: int, n_classes: int, mult
 P = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]], dtype=torch.float64)
 
 
-def test_weighted_cross_entropy() -> None:
+def test_weighted_cross_entropy():
     loss = compute_source_loss(P.log(), torch.tensor([0, 2]), torch.tensor([0.5, 3.0], dtype=torch.float64))
     assert loss.item() == pytest.approx(-(0.5 * math.log(0.7) + 3 * math.log(0.25)) / 2, rel=1e-12)
 
 
-def test_weighted_binary_cross_entropy() -> None:
+def test_weighted_binary_cross_entropy():
     labels = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
     weights = torch.tensor([[2.0, 0.5, 0.5], [3.0, 4.0, 0.5]], dtype=torch.float64)
     loss = compute_source_loss(torch.logit(P), labels, weights)

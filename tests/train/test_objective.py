@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_encoder
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from echoshift.pipeline.errors import RunError
 from echoshift.train.ranks import Ranks
 from echoshift.train.runs import RESULTS, read_runs
-from echoshift.train.stage1.audio import AudioFeatures
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.export import predict_segments
 
@@ -26,7 +24,7 @@ LABELS, DOMAINS = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 0, 0, 0])
 N_SOURCE, WIDTH = 4, 7
 
 
-def make_config(tiny_encoder: ModuleType, method: str, *, setting: str = "uda", **training: Any) -> Stage1Config:
+def make_config(method: str, *, setting: str = "uda", **training: Any) -> Stage1Config:
     plain = tiny_encoder.make_config(**training)
     network = {"width": WIDTH, "dropout": 0.0}
     objective = {"enabled": True, "method": method, "setting": setting, "network": network}
@@ -34,7 +32,7 @@ def make_config(tiny_encoder: ModuleType, method: str, *, setting: str = "uda", 
     return Stage1Config.model_validate(given)
 
 
-def make_inputs(tiny_encoder: ModuleType) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def make_inputs() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     draw = torch.Generator().manual_seed(2)
     clips = torch.randn(6, 3, 2, 6, 6, generator=draw)
     maps = torch.randn(6, *tiny_encoder.MAP, generator=draw)
@@ -42,9 +40,8 @@ def make_inputs(tiny_encoder: ModuleType) -> tuple[dict[str, Tensor], Tensor, Te
 
 
 @pytest.fixture(scope="module")
-def sound(tiny_encoder: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> AudioFeatures:
-    given: AudioFeatures = tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
-    return given
+def sound(tmp_path_factory):
+    return tiny_encoder.write_sound(tmp_path_factory.mktemp("sound"), tiny_encoder.list_ids())
 
 
 def compute_norms(model: Any, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -60,8 +57,8 @@ def compute_norms(model: Any, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     return project(visual, "visual"), project(audio, "audio")
 
 
-def test_rna_is_the_squared_difference_of_the_norms_ratio_from_one(tiny_encoder: ModuleType) -> None:
-    model, inputs = tiny_encoder.build(make_config(tiny_encoder, "rna")).eval(), make_inputs(tiny_encoder)
+def test_rna_is_the_squared_difference_of_the_norms_ratio_from_one():
+    model, inputs = tiny_encoder.build(make_config("rna")).eval(), make_inputs()
     losses = model.objective.compute_losses(model.compute_pooled(*inputs), *inputs[1:], LABELS, DOMAINS, 0.0)
     of_visual, of_audio = compute_norms(model, inputs)
     source = (of_visual[:4].mean() / of_audio[:4].mean() - 1) ** 2
@@ -71,9 +68,9 @@ def test_rna_is_the_squared_difference_of_the_norms_ratio_from_one(tiny_encoder:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_alignment_alone_moves_what_trains_of_both_networks(tiny_encoder: ModuleType, method: str) -> None:
-    config = make_config(tiny_encoder, method)
-    model, inputs = tiny_encoder.build(config).train(), make_inputs(tiny_encoder)
+def test_the_alignment_alone_moves_what_trains_of_both_networks(method):
+    config = make_config(method)
+    model, inputs = tiny_encoder.build(config).train(), make_inputs()
     losses = model.objective.compute_losses(model.compute_pooled(*inputs), *inputs[1:], LABELS, DOMAINS, 0.5)
     aligned = torch.stack([value for name, value in losses.items() if name != "class"]).sum()
     aligned.backward()
@@ -102,10 +99,8 @@ def _measure_slope(model: Any, inputs: Any, weight: Tensor, step: float = 1e-2) 
     return factor * (values[0] - values[1]) / (2 * step)
 
 
-def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
-    config = make_config(tiny_encoder, "grl", n_epochs=2)
+def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(sound, tmp_path):
+    config = make_config("grl", n_epochs=2)
     model, whole = tiny_encoder.train(tmp_path / "whole", config, sound)
     expected = {name: tensor.clone() for name, tensor in model.get_trained_tensors().items()}
     with pytest.raises(KeyboardInterrupt):
@@ -118,24 +113,20 @@ def test_an_interrupted_run_comes_to_what_an_uninterrupted_one_does(
     assert any(name.startswith("objective.sound.network.layer4") for name in expected)
 
 
-def test_generalisation_reads_nothing_of_the_target(
-    tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path
-) -> None:
+def test_generalisation_reads_nothing_of_the_target(sound, tmp_path):
     asked: list[str] = []
     visual = tiny_encoder.MemoryInputs()
     draw = visual.draw
     visual.draw = lambda name, epoch: (asked.append(name), draw(name, epoch))[1]
     task = replace(tiny_encoder.make_task(), target_ids=(), absent=np.zeros((0, 3), dtype=bool))
-    config = make_config(tiny_encoder, "rna", setting="dg", n_epochs=1)
+    config = make_config("rna", setting="dg", n_epochs=1)
     _, records = tiny_encoder.train(tmp_path, config, sound, visual=visual, task=task)
     assert records[0].losses["RNA target"] == 0
     assert {name[0] for name in asked} == {"s", "v"}
 
 
-def test_a_segment_is_predicted_by_summed_logits_of_its_clips_and_its_sound(
-    tiny_encoder: ModuleType, sound: AudioFeatures
-) -> None:
-    model, visual = tiny_encoder.build(make_config(tiny_encoder, "rna")), tiny_encoder.MemoryInputs()
+def test_a_segment_is_predicted_by_summed_logits_of_its_clips_and_its_sound(sound):
+    model, visual = tiny_encoder.build(make_config("rna")), tiny_encoder.MemoryInputs()
     ids = ["s0", "s3"]  # every fourth segment is silent
     spec = tiny_encoder.make_task().validation_spec
     found = list(
@@ -155,17 +146,17 @@ def test_a_segment_is_predicted_by_summed_logits_of_its_clips_and_its_sound(
         np.testing.assert_allclose(prediction.probabilities, wanted, atol=1e-6)
 
 
-def test_what_does_not_go_together_is_refused(tiny_encoder: ModuleType, sound: AudioFeatures, tmp_path: Path) -> None:
-    config = make_config(tiny_encoder, "rna")
+def test_what_does_not_go_together_is_refused(sound, tmp_path):
+    config = make_config("rna")
     with pytest.raises(ValueError, match=r"absent\.weight=0 and balance\.kind=none"):
         Stage1Config.model_validate(config.model_dump() | {"absent": {"weight": 1}})
     with pytest.raises(ValueError, match="run `echoshift align`"):
-        make_config(tiny_encoder, "planamente_rerun")
+        make_config("planamente_rerun")
     with pytest.raises(RunError, match="trains in one process"):
         tiny_encoder.train(tmp_path, config, sound, ranks=Ranks(0, 2))
 
 
-def test_stage1_trains_and_scores_with_an_objective(copied: Any) -> None:
+def test_stage1_trains_and_scores_with_an_objective(copied):
     settings = ("objective.enabled=true", "objective.method=rna", "objective.setting=uda", "absent.weight=0",
                 "balance.kind=none", "objective.network.width=8")  # fmt: skip
     before = set(copied.list_records())

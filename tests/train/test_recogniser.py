@@ -167,7 +167,7 @@ Z_M = {"class_token": "learnable", "audio_tokens": True, "domain_embedding": "no
     ids=["z^m", "z'", "shared", "z", "h", "a token a clip"],
 )
 @pytest.mark.parametrize("domain", ["source", "target"])
-def test_a_prediction_is_that_of_the_equations(recogniser: dict[str, Any], domain: Any) -> None:
+def test_a_prediction_is_that_of_the_equations(recogniser, domain):
     model = build(make_config(recogniser=recogniser)).eval()
     batch = make_batch(4)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_prediction_is_that_of_the_equations(recogniser: dict[str, Any], domai
     np.testing.assert_allclose(found, predict_by_hand(model, batch, 1 if domain == "target" else 0), atol=1e-5)
 
 
-def test_the_released_recogniser_has_the_parameters_of_the_released_code() -> None:
+def test_the_released_recogniser_has_the_parameters_of_the_released_code():
     config = resolve_config(Stage2Config, read_dataset_card("epic", MANIFESTS_DIR), "released")
     model = build(config, shapes=FeatureShapes({"pooled": (2304,)}, 512), n_classes=8)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -191,18 +191,14 @@ def test_the_released_recogniser_has_the_parameters_of_the_released_code() -> No
     assert shapes["sound_token.narrow.weight"] == (64, 2304)
 
 
-def test_the_paper_s_recogniser_is_two_layers_of_512() -> None:
-    config = resolve_config(Stage2Config, read_dataset_card("epic", MANIFESTS_DIR), "paper").recogniser
-    assert (config.width, config.n_layers, config.n_heads, config.bank_width) == (512, 2, 8, 0)
-
-
-def test_flow_and_charades_have_their_own_settings() -> None:
+def test_flow_and_charades_have_their_own_settings():
     epic = read_dataset_card("epic", MANIFESTS_DIR)
     charades = read_dataset_card("charades_ego", MANIFESTS_DIR)
     assert resolve_config(Stage2Config, epic, "released", sees_flow=True).schedule.n_epochs == 24
     assert resolve_config(Stage2Config, epic, "released").schedule.n_epochs == 29
     assert resolve_config(Stage2Config, epic, "released", sees_flow=True).recogniser.class_tokens == "per_clip"
-    assert resolve_config(Stage2Config, epic, "paper", sees_flow=True).recogniser.class_tokens == "mean"
+    paper = resolve_config(Stage2Config, epic, "paper", sees_flow=True).recogniser
+    assert (paper.class_tokens, paper.width, paper.n_layers, paper.n_heads, paper.bank_width) == ("mean", 512, 2, 8, 0)
     assert resolve_config(Stage2Config, epic, "quick", sees_flow=True).schedule.n_steps == 300
     released = resolve_config(Stage2Config, charades, "released")
     assert (released.recogniser.n_layers, released.pseudo_labels.kind, released.recogniser.over_clips) == (
@@ -210,13 +206,12 @@ def test_flow_and_charades_have_their_own_settings() -> None:
     )  # fmt: skip
 
 
-def test_the_loss_is_equation_8() -> None:
+def test_the_loss_is_equation_8():
     config = make_config(loss={"source": 0.5, "target": 0.25, "h": 0.1, "h_prime": 0.02})
     model, step = build(config).eval(), make_step()
     with torch.no_grad():
         terms = dict(zip(model.loss_names, model.losses(step, Dropouts()).tolist(), strict=True))
         target = step.target
-        assert target is not None
         p_source, p_target = model.predict(step.source.inputs, "source"), model.predict(target.inputs, "target")
         expected = -0.5 * p_source[range(5), step.source.labels].log().mean()
         assert terms["source"] == pytest.approx(float(expected), rel=1e-5)
@@ -224,13 +219,6 @@ def test_the_loss_is_equation_8() -> None:
         expected = -0.25 * p_target[known, target.pseudo_labels[known]].log().mean()
         assert terms["target"] == pytest.approx(float(expected), rel=1e-5)
         assert terms["labelled target"] == 0
-        # h counts segments with sound alone: all but the first of each batch.
-        assert model.sound_token is not None
-        h_source = model.sound_token.heard(step.source.inputs.audio).log_softmax(-1)
-        h_target = model.sound_token.heard(target.inputs.audio).log_softmax(-1)
-        expected = -0.1 * h_source[[1, 2, 3, 4], step.source.labels[1:]].mean()
-        expected = expected - 0.1 * h_target[[2, 3], target.pseudo_labels[[2, 3]]].mean()
-        assert terms["h"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def select_all(model: AudioInfusedRecogniser, batch: FeatureBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -256,13 +244,12 @@ def compute_terms(
     return dict(zip(model.loss_names, terms.tolist(), strict=True))
 
 
-def test_h_prime_is_learned_from_each_clip_of_silent_segments_too() -> None:
+def test_h_prime_is_learned_from_each_clip_of_silent_segments_too():
     def cross_entropy(logits: np.ndarray, label: int) -> float:
         return float(np.log(np.exp(logits).sum()) - logits[label])
 
     model, labels, pseudo = build(make_config()).eval(), [2, 0, 1, 1], [-1, 2, 0, -1]
     step = make_pair(torch.tensor(labels), torch.tensor(pseudo))
-    assert step.target is not None
     of_source, of_target = (select_all(model, part.inputs) for part in (step.source, step.target))
     source = [cross_entropy(of_source[1][i, c], labels[i]) for i in range(4) for c in range(N_CLIPS)]
     target = [cross_entropy(of_target[1][i, c], pseudo[i]) for i in (1, 2) for c in range(N_CLIPS)]
@@ -273,20 +260,19 @@ def test_h_prime_is_learned_from_each_clip_of_silent_segments_too() -> None:
     assert terms["h"] == pytest.approx(0.1 * of_both, rel=1e-5)
 
 
-def test_a_target_without_any_pseudo_label_adds_nothing() -> None:
+def test_a_target_without_any_pseudo_label_adds_nothing():
     model, labels = build(make_config()).eval(), torch.tensor([2, 0, 1, 1])
     with_none = compute_terms(model, make_pair(labels, torch.full((4,), -1)))
     assert with_none["target"] == 0
     assert with_none == pytest.approx(compute_terms(model, make_pair(labels)), rel=1e-6)
 
 
-def test_h_mixes_by_softmax_and_is_learned_by_sigmoids_where_there_are_several_labels() -> None:
+def test_h_mixes_by_softmax_and_is_learned_by_sigmoids_where_there_are_several_labels():
     model = build(make_config(), shapes=replace(SHAPES, multi_label=True)).eval()
     labels = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]])
     pseudo = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     pseudo[1] = torch.nan
     step = make_pair(labels, pseudo)
-    assert step.target is not None
 
     def average(logits: np.ndarray, wanted: Tensor, counted: list[int]) -> float:
         truth = wanted.double().numpy()[counted].reshape(len(counted), *[1] * (logits.ndim - 2), N_CLASSES)
@@ -301,7 +287,7 @@ def test_h_mixes_by_softmax_and_is_learned_by_sigmoids_where_there_are_several_l
     assert terms["h'"] == pytest.approx(0.1 * expected, rel=1e-5)
 
 
-def test_withheld_sound_is_as_no_sound_in_training_alone() -> None:
+def test_withheld_sound_is_as_no_sound_in_training_alone():
     """The first numbers of a step withhold sound: here those of segments 1 and 2, under p_missing = 0.1."""
     model, draws = build(make_config(recogniser={"dropout": 0.0})), torch.tensor([0.5, 0.05, 0.0999, 0.1])
     step = make_pair(torch.tensor([2, 0, 1, 1]))
@@ -312,7 +298,7 @@ def test_withheld_sound_is_as_no_sound_in_training_alone() -> None:
     assert withheld["h"] != pytest.approx(compute_terms(model, step)["h"], rel=1e-3)
 
 
-def test_sound_terms_on_the_source_leave_the_target_out() -> None:
+def test_sound_terms_on_the_source_leave_the_target_out():
     both, source = (
         build(make_config(loss={"sound_terms_on": on})).eval().losses(make_step(), Dropouts())
         for on in ("both", "source")
@@ -321,16 +307,15 @@ def test_sound_terms_on_the_source_leave_the_target_out() -> None:
     assert float(both[4].detach()) > float(source[4].detach()) > 0
 
 
-def test_a_labelled_target_counts_as_the_target() -> None:
+def test_a_labelled_target_counts_as_the_target():
     model, step = build(make_config(loss={"target": 0.25})).eval(), make_step(labelled=True)
-    assert step.labelled is not None
     with torch.no_grad():
         p = model.predict(step.labelled.inputs, "target")
         expected = -0.25 * p[range(2), step.labelled.labels].log().mean()
         assert float(model.losses(step, Dropouts())[2]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_class_losses_by_hand() -> None:
+def test_class_losses_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
     by_hand = (np.log(1 + np.exp(-2.0)) + np.log(1 + np.exp(1.0))) / 2
     assert float(compute_class_loss(logits, torch.tensor([0, 0, -1]))) == pytest.approx(by_hand, rel=1e-6)
@@ -340,14 +325,14 @@ def test_class_losses_by_hand() -> None:
     assert float(compute_class_loss(logits, several)) == pytest.approx(sum(softplus) / 4, rel=1e-6)
 
 
-def test_what_is_missing_of_the_sound_is_looked_at_nowhere() -> None:
+def test_what_is_missing_of_the_sound_is_looked_at_nowhere():
     model, batch = build(make_config()).eval(), make_batch(3)
     poisoned = batch._replace(audio=torch.where(batch.has_audio[:, None], batch.audio, 1e6))
     with torch.no_grad():
         assert torch.equal(model.predict(batch, "target"), model.predict(poisoned, "target"))
 
 
-def test_a_mean_embedding_isn_t_learned_and_a_learned_one_is() -> None:
+def test_a_mean_embedding_isn_t_learned_and_a_learned_one_is():
     for kind, learned in (("mean", False), ("learned", True)):
         model = build(make_config(missing_sound={"embedding": kind}))
         model.losses(make_step(), Dropouts()).sum().backward()
@@ -355,7 +340,7 @@ def test_a_mean_embedding_isn_t_learned_and_a_learned_one_is() -> None:
         torch.testing.assert_close(model.missing_sound.detach(), torch.linspace(-1, 1, N_AUDIO))
 
 
-def test_several_labels_are_sigmoids() -> None:
+def test_several_labels_are_sigmoids():
     shapes = FeatureShapes({"tokens_slow": (2, 5), "tokens_fast": (4, 3)}, N_AUDIO, multi_label=True)
     model = build(make_config(recogniser={"clips": "each"}), shapes=shapes).eval()
     rng = torch.Generator().manual_seed(0)
@@ -377,7 +362,7 @@ def test_several_labels_are_sigmoids() -> None:
             assert not torch.allclose(model.predict(batch._replace(visual=moved), "source"), p)
 
 
-def test_the_seed_decides_the_weights_and_leaves_torch_s_generator_alone() -> None:
+def test_the_seed_decides_the_weights_and_leaves_torch_s_generator_alone():
     torch.manual_seed(7)
     first = build(make_config(), seed=1).state_dict()
     torch.rand(3)

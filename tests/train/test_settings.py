@@ -48,7 +48,7 @@ def make_card(**changes: Any) -> DatasetCard:
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("name", CARDS)
-def test_every_card_has_a_configuration_of_every_preset(name: str, preset: str) -> None:
+def test_every_card_has_a_configuration_of_every_preset(name, preset):
     config = resolve_stage1(read_dataset_card(name), preset)
     assert find_encoder(config.visual.encoder).modality != "audio"
     assert find_encoder(config.sound.encoder).modality == "audio"
@@ -56,11 +56,10 @@ def test_every_card_has_a_configuration_of_every_preset(name: str, preset: str) 
         find_preset(clips)
     outputs = find_encoder(config.visual.encoder).output_shapes
     entry = find_encoder(config.visual.encoder)
-    assert entry.frame is not None
     assert set(config.export.outputs) <= set(outputs(entry.clip, entry.frame))
 
 
-def test_presets_are_those_of_the_methods() -> None:
+def test_presets_are_those_of_the_methods():
     assert list_presets("stage1") == ["paper", "released"]
     paper, released = (resolve_stage1(make_card(), preset) for preset in list_presets("stage1"))
     assert (paper.absent.weight, paper.training.batch_norm, paper.absent.gamma) == (1.0, "eval", 0.05)
@@ -79,7 +78,7 @@ def test_presets_are_those_of_the_methods() -> None:
 
 @pytest.mark.parametrize("stage", KINDS)
 @pytest.mark.parametrize("name", CARDS)
-def test_every_dataset_file_is_valid_with_every_preset_and_each_table(stage: Any, name: str) -> None:
+def test_every_dataset_file_is_valid_with_every_preset_and_each_table(stage, name):
     path = HERE / stage / "datasets" / f"{name}.toml"
     tables = tomllib.loads(path.read_text()) if path.exists() else {}
     presets = list_presets(stage)
@@ -93,7 +92,7 @@ def test_every_dataset_file_is_valid_with_every_preset_and_each_table(stage: Any
         make_config(KINDS[stage], settings, f"{name}, {preset}")
 
 
-def test_the_files_are_those_that_are_documented() -> None:
+def test_the_files_are_those_that_are_documented():
     assert {stage: list_presets(stage) for stage in KINDS} == {
         "stage1": ["paper", "released"],
         "stage2": ["paper", "quick", "released"],
@@ -103,7 +102,7 @@ def test_the_files_are_those_that_are_documented() -> None:
         assert path.stem in CARDS
 
 
-def test_what_comes_later_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_later_wins(tmp_path, monkeypatch):
     for folder in ("presets", "datasets"):
         (tmp_path / "stage1" / folder).mkdir(parents=True)
     monkeypatch.setattr(settings_module, "_FOLDER", tmp_path)
@@ -126,7 +125,7 @@ def test_what_comes_later_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert twice.training.n_source == 2
 
 
-def test_networks_that_nothing_names_are_the_cards_first() -> None:
+def test_networks_that_nothing_names_are_the_cards_first():
     config = resolve_stage1(make_card())
     assert (config.visual.encoder, config.sound.encoder) == ("i3d_rgb", "resnet18_audio")
     named = resolve_config(
@@ -135,13 +134,13 @@ def test_networks_that_nothing_names_are_the_cards_first() -> None:
     assert (named.visual.encoder, named.sound.encoder) == ("slowfast_r50", "resnet_demo")
 
 
-def test_epics_rates_go_by_the_source() -> None:
+def test_epics_rates_go_by_the_source():
     config = resolve_stage1(read_dataset_card("epic"))
     assert config.training.lr_by_source == {"D1": 2e-4, "D2": 9e-5, "D3": 1e-4}
     assert config.training.n_epochs == 15
 
 
-def test_epics_flow_has_one_rate_for_every_source(tmp_path: Path) -> None:
+def test_epics_flow_has_one_rate_for_every_source(tmp_path):
     (tmp_path / "flow.toml").write_text('[visual]\nencoder = "slowonly_r50_flow"')
     for config in (
         resolve_stage1(read_dataset_card("epic"), overrides=["visual.encoder=i3d_flow"]),
@@ -162,12 +161,12 @@ def test_epics_flow_has_one_rate_for_every_source(tmp_path: Path) -> None:
         (["training.n_epochs=3"], {"D1": 2e-4, "D2": 9e-5}),
     ],
 )
-def test_a_rate_that_the_user_gives_wins_over_the_datasets(overrides: list[str], rates: dict[str, float]) -> None:
+def test_a_rate_that_the_user_gives_wins_over_the_datasets(overrides, rates):
     training = resolve_stage1(read_dataset_card("epic"), overrides=overrides).training
     assert {source: training.find_lr((source,)) for source in rates} == rates
 
 
-def test_a_shift_of_several_sources_takes_the_common_rate() -> None:
+def test_a_shift_of_several_sources_takes_the_common_rate():
     training = TrainingConfig(lr=3e-4, lr_by_source={"D1": 2e-4})
     assert training.find_lr(("D1",)) == 2e-4
     assert training.find_lr(("D2",)) == 3e-4
@@ -187,13 +186,13 @@ def test_a_shift_of_several_sources_takes_the_common_rate() -> None:
         (make_card(), ["training.lrr=3"], RunError, "configuration of Stage 1 (paper): training.lrr: no such key"),
     ],
 )
-def test_what_does_not_fit_is_named(card: DatasetCard, overrides: list[str], error: type, words: str) -> None:
+def test_what_does_not_fit_is_named(card, overrides, error, words):
     with pytest.raises(error) as caught:
         resolve_stage1(card, overrides=overrides)
     assert words in str(caught.value)
 
 
-def test_an_unknown_preset_is_told_the_nearest() -> None:
+def test_an_unknown_preset_is_told_the_nearest():
     for name, words in (
         ("papper", "did you mean 'paper'?"),
         ("x", "there are paper, quick, released"),
@@ -204,7 +203,7 @@ def test_an_unknown_preset_is_told_the_nearest() -> None:
         assert words in str(caught.value)
 
 
-def test_what_is_only_fast_or_slow_decides_no_result() -> None:
+def test_what_is_only_fast_or_slow_decides_no_result():
     described = [
         resolve_stage1(make_card(), overrides=overrides).describe()
         for overrides in ([], ["visual.n_readers=3", "visual.n_cached_mb=1"], ["visual.n_views=5"])
@@ -214,7 +213,7 @@ def test_what_is_only_fast_or_slow_decides_no_result() -> None:
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_every_grid_is_planned_on_every_card(name: str) -> None:
+def test_every_grid_is_planned_on_every_card(name):
     card = read_dataset_card(name)
     if not card.encoders:  # someone's own videos: the encoders are named with the grid
         pytest.skip(f"the card of {name} names no encoders")
@@ -224,7 +223,7 @@ def test_every_grid_is_planned_on_every_card(name: str) -> None:
             assert len(planned) == len(grid.rows) * len(grid.seeds) * len(list_shifts(grid, card))
 
 
-def test_settings_are_resolved_without_torch() -> None:
+def test_settings_are_resolved_without_torch():
     """A grid that is done prints its table in a second; importing torch alone takes two."""
     names = ", ".join(f"echoshift.train.{name}" for name in ("settings", "tables", "grids"))
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
@@ -234,12 +233,12 @@ def test_settings_are_resolved_without_torch() -> None:
 # Stage 2's presets
 
 
-def test_the_paper_is_the_defaults() -> None:
+def test_the_paper_is_the_defaults():
     for stage in KINDS:
         assert read_settings(HERE / stage / "presets/paper.toml") == {}
 
 
-def test_stage_2_released_is_what_the_table_of_differences_says() -> None:
+def test_stage_2_released_is_what_the_table_of_differences_says():
     config = resolve_config(Stage2Config, make_card(), "released")
     chosen, loss, schedule = config.recogniser, config.loss, config.schedule
     assert (chosen.width, chosen.bank_width, chosen.n_layers, chosen.mlp_width) == (256, 512, 3, 512)
@@ -251,7 +250,7 @@ def test_stage_2_released_is_what_the_table_of_differences_says() -> None:
     assert schedule.n_epochs == 29
 
 
-def test_quick_is_the_paper_s_recogniser_in_fewer_steps() -> None:
+def test_quick_is_the_paper_s_recogniser_in_fewer_steps():
     quick, paper = resolve_config(Stage2Config, make_card(), "quick"), Stage2Config()
     assert (quick.recogniser, quick.loss, quick.pseudo_labels) == (paper.recogniser, paper.loss, paper.pseudo_labels)
 
@@ -260,12 +259,12 @@ def test_quick_is_the_paper_s_recogniser_in_fewer_steps() -> None:
     assert quick.schedule.n_steps * 10 < n_steps
 
 
-def test_no_part_of_a_stage_has_the_name_of_another_s() -> None:
+def test_no_part_of_a_stage_has_the_name_of_another_s():
     parts = [part for kind in KINDS.values() for part in kind.model_fields]
     assert len(parts) == len(set(parts))
 
 
-def test_what_is_told_of_a_configuration_is_what_decides_its_result() -> None:
+def test_what_is_told_of_a_configuration_is_what_decides_its_result():
     described = Stage2Config.model_validate({"data": {"max_memory_mb": 1}}).describe()
     assert described == Stage2Config().describe()
     assert set(described) == set(Stage2Config.model_fields) - {"data"}
@@ -280,7 +279,7 @@ def test_what_is_told_of_a_configuration_is_what_decides_its_result() -> None:
         ({"selection": {"rules": ["best"]}}, "target_oracle"),
     ],
 )
-def test_faults_of_stage_2_are_named(settings: dict[str, Any], words: str) -> None:
+def test_faults_of_stage_2_are_named(settings, words):
     with pytest.raises(ValidationError, match=words):
         Stage2Config.model_validate(settings)
 
@@ -304,17 +303,17 @@ def test_faults_of_stage_2_are_named(settings: dict[str, Any], words: str) -> No
         ("a=1\nb=2", {"a": "1\nb=2"}),
     ],
 )
-def test_an_override_is_a_table_with_one_value(text: str, expected: dict[str, Any]) -> None:
+def test_an_override_is_a_table_with_one_value(text, expected):
     assert parse_override(text) == expected
 
 
 @pytest.mark.parametrize("text", ["training.lr", "=3", ".lr=3", "training.=3", "", "a..b=1"])
-def test_what_is_no_override_is_told_what_one_looks_like(text: str) -> None:
+def test_what_is_no_override_is_told_what_one_looks_like(text):
     with pytest.raises(RunError, match=r"isn't key=value, such as training\.lr=1e-3"):
         parse_override(text)
 
 
-def test_tables_are_merged_and_values_replaced_without_touching_either() -> None:
+def test_tables_are_merged_and_values_replaced_without_touching_either():
     below: dict[str, Any] = {"a": {"x": 1, "y": {"z": 1}}, "b": [1, 2], "c": 1}
     above: dict[str, Any] = {"a": {"y": {"w": 2}}, "b": [3], "c": {"new": 1}, "d": 4}
     merged = merge_settings(below, above)
@@ -323,7 +322,7 @@ def test_tables_are_merged_and_values_replaced_without_touching_either() -> None
     assert above == {"a": {"y": {"w": 2}}, "b": [3], "c": {"new": 1}, "d": 4}
 
 
-def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
     with pytest.raises(RunError, match=r"no configuration file .*nowhere\.toml"):
         read_settings(tmp_path / "nowhere.toml")
     for content in (b"[training\nlr = 1", b"lr = \xff"):
@@ -349,14 +348,14 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
         ("target_labels={use_tags=true, labelled_fraction=0.5}", "`use_tags` and `labelled_fraction` exclude"),
     ],
 )
-def test_a_fault_is_named_by_place_and_key(text: str, words: str) -> None:
+def test_a_fault_is_named_by_place_and_key(text, words):
     with pytest.raises(RunError) as caught:
         make_config(Stage1Config, merge_settings(LEAST, parse_override(text)), "place")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_every_fault_is_named_at_once() -> None:
+def test_every_fault_is_named_at_once():
     settings = merge_settings(LEAST, {"training": {"lr": -1, "lrr": 1}, "absent": {"gamma": 2}})
     with pytest.raises(RunError) as caught:
         make_config(Stage1Config, settings, "place")

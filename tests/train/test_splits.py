@@ -16,7 +16,6 @@ from echoshift.train.splits import (
     label_target_test,
     read_shift_names,
     split_for_shift,
-    strip_labels,
 )
 
 CARD = DatasetCard(
@@ -31,7 +30,7 @@ def make_segment(domain: str, split: str, i: int, labels: Sequence[str] = ("b",)
     fields = {
         "noun": "pan", "pair_id": f"{split}{i}", "timed_labels": tuple(TimedLabel(name, 0, 1) for name in labels),
     } | changes  # fmt: skip
-    return Segment(f"{domain}-{split}-{i}", f"{domain}{i}", 0.0, 1.0, tuple(labels), domain, split, **fields)  # type: ignore[arg-type]
+    return Segment(f"{domain}-{split}-{i}", f"{domain}{i}", 0.0, 1.0, tuple(labels), domain, split, **fields)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def make_segment(domain: str, split: str, i: int, labels: Sequence[str] = ("b",)
         (" , ", []),
     ],
 )
-def test_names_of_shifts_may_hold_blanks_where_the_card_has_them(text: str, names: list[str]) -> None:
+def test_names_of_shifts_may_hold_blanks_where_the_card_has_them(text, names):
     blank = Shift(source=("Garten, hinten",), target="Küche Süd")
     card = CARD.model_copy(update={"shifts": (*CARD.shifts, blank)})
     assert read_shift_names(card, text) == names
@@ -60,13 +59,13 @@ def list_ids(segments: Sequence[Segment]) -> list[str]:
     return [segment.segment_id for segment in segments]
 
 
-def test_a_shift_is_found_by_its_name() -> None:
+def test_a_shift_is_found_by_its_name():
     assert find_shift(CARD, "s+u-t") == BOTH
     with pytest.raises(ManifestError, match=r"d has no shift 'x-t'; did you mean 's-t'\?"):
         find_shift(CARD, "x-t")
 
 
-def test_domains_and_splits_go_where_they_belong() -> None:
+def test_domains_and_splits_go_where_they_belong():
     splits = split_for_shift(make_manifest(), CARD, SHIFT)
     for part, domain, split in (
         (splits.source_train.segments, "s", "train"), (splits.source_val.segments, "s", "test"),
@@ -79,7 +78,7 @@ def test_domains_and_splits_go_where_they_belong() -> None:
     assert splits.target_labelled.labels.shape == (0,)
 
 
-def test_several_sources_are_one() -> None:
+def test_several_sources_are_one():
     splits = split_for_shift(make_manifest(), CARD, BOTH)
     assert {segment.domain for segment in splits.source_train.segments} == {"s", "u"}
     assert len(splits.source_train) == 12
@@ -87,7 +86,7 @@ def test_several_sources_are_one() -> None:
 
 
 @pytest.mark.parametrize("card", [CARD, MULTI])
-def test_nothing_of_the_target_says_what_happens_in_it(card: DatasetCard) -> None:
+def test_nothing_of_the_target_says_what_happens_in_it(card):
     manifest = make_manifest()
     splits = split_for_shift(manifest, card, SHIFT)
     originals = {segment.segment_id: segment for segment in manifest}
@@ -99,7 +98,7 @@ def test_nothing_of_the_target_says_what_happens_in_it(card: DatasetCard) -> Non
     assert all(segment.labels and segment.noun for segment in splits.source_train.segments)
 
 
-def test_other_labels_of_the_target_split_alike() -> None:
+def test_other_labels_of_the_target_split_alike():
     poisoned = [
         make_segment(s.domain, s.split, int(s.segment_id[-1]), "c" if s.domain == "t" else s.labels)
         for s in make_manifest()
@@ -112,19 +111,14 @@ def test_other_labels_of_the_target_split_alike() -> None:
     assert splits[0].target_test == splits[1].target_test
 
 
-def test_strip_labels_keeps_tags() -> None:
-    segment = make_segment("t", "train", 0, tags=("labelled",))
-    assert strip_labels([segment])[0].tags == ("labelled",)
-
-
-def test_only_the_scores_get_the_labels_of_the_targets_test_split() -> None:
+def test_only_the_scores_get_the_labels_of_the_targets_test_split():
     test = label_target_test(make_manifest(), CARD, SHIFT)
     assert list_ids(test.segments) == [f"t-test-{i}" for i in range(6)]
     assert test.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("fraction", "n"), [(0.0, 0), (0.34, 2), (0.5, 3), (1.0, 6)])
-def test_the_first_fraction_of_the_targets_train_split_keeps_its_labels(fraction: float, n: int) -> None:
+def test_the_first_fraction_of_the_targets_train_split_keeps_its_labels(fraction, n):
     splits = split_for_shift(make_manifest(), CARD, SHIFT, labelled_fraction=fraction)
     assert list_ids(splits.target_labelled.segments) == [f"t-train-{i}" for i in range(n)]
     assert splits.target_labelled.labels.tolist() == [0, 1, 2, 0, 1, 2][:n]
@@ -132,7 +126,7 @@ def test_the_first_fraction_of_the_targets_train_split_keeps_its_labels(fraction
     assert all(not segment.labels for segment in (*splits.target_train, *splits.target_test))
 
 
-def test_tags_name_what_is_labelled_where_they_are_asked() -> None:
+def test_tags_name_what_is_labelled_where_they_are_asked():
     tagged = [
         make_segment("t", "train", 6, "a", tags=("labelled",)),
         make_segment("t", "train", 7, tags=("unlabelled",)),
@@ -149,8 +143,8 @@ def test_tags_name_what_is_labelled_where_they_are_asked() -> None:
 @pytest.mark.parametrize(
     ("pairs", "of_source"), [("all", [0, 1, 2, 3, 4, 5]), ("half", [0, 2, 4]), ("none", [1, 3, 5])]
 )
-def test_pairs_thin_the_train_splits_and_nothing_else(pairs: str, of_source: list[int]) -> None:
-    splits = split_for_shift(make_manifest(), CARD, SHIFT, pairs=pairs)  # type: ignore[arg-type]
+def test_pairs_thin_the_train_splits_and_nothing_else(pairs, of_source):
+    splits = split_for_shift(make_manifest(), CARD, SHIFT, pairs=pairs)
     assert list_ids(splits.source_train.segments) == [f"s-train-{i}" for i in of_source]
     of_target = range(6) if pairs == "all" else (0, 2, 4)
     assert list_ids(splits.target_train) == [f"t-train-{i}" for i in of_target]
@@ -165,25 +159,21 @@ def test_pairs_thin_the_train_splits_and_nothing_else(pairs: str, of_source: lis
         (("u", "t"), SHIFT, "the manifest of d has no segment of s, split train"),
         (("s", "u"), BOTH, "the manifest of d has no segment of t, split train; import it with that domain"),
         (("t",), BOTH, "no segment of s, split train"),
+        (("s", "t"), BOTH, "no segment of u, split train"),
     ],
 )
-def test_an_empty_part_is_named(domains: Sequence[str], shift: Shift, words: str) -> None:
+def test_an_empty_part_is_named(domains, shift, words):
     with pytest.raises(ManifestError, match=words):
         split_for_shift(make_manifest(domains=domains), CARD, shift)
 
 
-def test_a_domain_of_several_that_has_nothing_is_named() -> None:
-    with pytest.raises(ManifestError, match="no segment of u, split train"):
-        split_for_shift(make_manifest(domains=("s", "t")), CARD, BOTH)
-
-
-def test_pairs_of_a_manifest_without_pairs_are_an_error() -> None:
+def test_pairs_of_a_manifest_without_pairs_are_an_error():
     unpaired = [make_segment(d, split, 0, pair_id="") for d in ("s", "t") for split in ("train", "test")]
     with pytest.raises(ManifestError, match="pairs no train segment of s with one of t"):
         split_for_shift(Manifest("d", tuple(unpaired), "0"), CARD, SHIFT, pairs="half")
 
 
-def test_several_labels_are_zeros_and_ones() -> None:
+def test_several_labels_are_zeros_and_ones():
     more = [make_segment("s", "train", 6, ("a", "c")), make_segment("s", "train", 7, ())]
     labels = split_for_shift(make_manifest(*more), MULTI, SHIFT).source_train.labels
     assert labels.dtype == np.float32
@@ -192,5 +182,5 @@ def test_several_labels_are_zeros_and_ones() -> None:
     assert count_labels(labels, 3).tolist() == [3, 2, 3]
 
 
-def test_counts_name_classes_that_have_no_sample() -> None:
+def test_counts_name_classes_that_have_no_sample():
     assert count_labels(np.array([0, 0, 1]), 4).tolist() == [2, 1, 0, 0]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_shift
 
 from echoshift.train.runs import RESULTS, RunRecord, read_runs
 
@@ -34,21 +33,20 @@ overrides = ["training.lr=1e30"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the small data set, two grids, and what the first came to."""
+def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("ablation")
     made = tiny_shift.TinyShift(root, root / "runs")
     made.make()
     (root / "two.toml").write_text(GRID)
     (root / "three.toml").write_text(GRID + FAILING)
-    code, out, err = ablate(tiny_shift, made, "two.toml")
+    code, out, err = ablate(made, "two.toml")
     assert code == 0, err
     assert "0 of 2 runs are done" in err
     (root / "printed.csv").write_text(out)
     return made
 
 
-def ablate(tiny_shift: ModuleType, tiny: Any, grid: str, *arguments: object) -> tuple[int, str, str]:
+def ablate(tiny: Any, grid: str, *arguments: object) -> tuple[int, str, str]:
     named = ["tiny", "--grid", tiny.root / grid, "--shifts", "s-t", "--seeds", 1]
     settings = ["training.n_source=2", "visual.test_preset=zhang-stage1-val"]
     found: tuple[int, str, str] = tiny_shift.run(
@@ -62,10 +60,10 @@ def read_results(tiny: Any) -> dict[tuple[str, int], RunRecord]:
 
 
 def list_tops(tiny: Any) -> dict[tuple[str, int], float]:
-    return {key: record.scores.main.value for key, record in read_results(tiny).items()}  # type: ignore[misc]
+    return {key: record.scores.main.value for key, record in read_results(tiny).items()}
 
 
-def test_a_grid_is_run_told_and_not_run_again(tiny_shift: ModuleType, tiny: Any) -> None:
+def test_a_grid_is_run_told_and_not_run_again(tiny):
     out = (tiny.root / "printed.csv").read_text()
     results = read_results(tiny)
     assert sorted(results) == [("full", 0), ("plain", 0)]
@@ -81,7 +79,7 @@ def test_a_grid_is_run_told_and_not_run_again(tiny_shift: ModuleType, tiny: Any)
         100 * (tops["full", 0] - tops["plain", 0]), abs=1e-4
     )
     before, lines = tiny.list_records(), (tiny.runs / "tiny" / RESULTS).read_bytes()
-    code, again, err = ablate(tiny_shift, tiny, "two.toml")
+    code, again, err = ablate(tiny, "two.toml")
     assert code == 0
     assert "2 of 2 runs are done" in err
     assert again == out
@@ -89,12 +87,10 @@ def test_a_grid_is_run_told_and_not_run_again(tiny_shift: ModuleType, tiny: Any)
     assert (tiny.runs / "tiny" / RESULTS).read_bytes() == lines
 
 
-def test_a_row_that_fails_ends_with_3_and_the_others_are_done(
-    tiny_shift: ModuleType, tiny: Any, tmp_path: Path
-) -> None:
+def test_a_row_that_fails_ends_with_3_and_the_others_are_done(tiny, tmp_path):
     shutil.copytree(tiny.runs, tmp_path / "runs")
     failing = tiny.with_runs(tmp_path / "runs")
-    code, out, err = ablate(tiny_shift, failing, "three.toml")
+    code, out, err = ablate(failing, "three.toml")
     assert code == 3, err
     assert "2 of 3 runs are done" in err
     assert sorted(read_results(failing)) == [("full", 0), ("plain", 0)]
@@ -104,29 +100,14 @@ def test_a_row_that_fails_ends_with_3_and_the_others_are_done(
 
 
 @pytest.mark.slow
-def test_workers_come_to_the_same_and_survive_a_row_that_fails(
-    tiny_shift: ModuleType, tiny: Any, tmp_path: Path
-) -> None:
+def test_workers_come_to_the_same_and_survive_a_row_that_fails(tiny, tmp_path):
     apart = tiny.with_runs(tmp_path)
-    code, _, err = ablate(tiny_shift, apart, "three.toml", "--workers", 2)
+    code, _, err = ablate(apart, "three.toml", "--workers", 2)
     assert code == 3, err
     assert "failed: wild, s-t, seed 0: the loss is nan in batch" in err
     assert list_tops(apart) == pytest.approx(list_tops(tiny))
     steps = [{key: record.steps for key, record in read_results(ran).items()} for ran in (tiny, apart)]
     assert steps[0] == steps[1]
-
-
-def test_a_table_is_printed_of_what_is_there_and_trains_nothing(
-    tiny_shift: ModuleType, tiny: Any, tmp_path: Path
-) -> None:
-    empty = tiny.with_runs(tmp_path)
-    settings = [part for setting in tiny_shift.SETTINGS for part in ("--set", setting)]
-    code, out, err = tiny_shift.run(
-        "table", "tiny", "--grid", tiny.root / "two.toml", "--manifests", tiny.root, "--runs", empty.runs, *settings,
-    )  # fmt: skip
-    assert code == 0, err
-    assert "plain" in out and "full" in out
-    assert not list(empty.runs.glob("**/steps"))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +121,7 @@ def test_a_table_is_printed_of_what_is_there_and_trains_nothing(
         (["--shifts", "s-x"], "tiny has no shift 's-x'"),
     ],
 )
-def test_a_wrong_grid_or_shift_is_an_error(tiny_shift: ModuleType, tiny: Any, arguments: list[str], words: str) -> None:
-    code, _, err = ablate(tiny_shift, tiny, "two.toml", *arguments)
+def test_a_wrong_grid_or_shift_is_an_error(tiny, arguments, words):
+    code, _, err = ablate(tiny, "two.toml", *arguments)
     assert code == 2
     assert words in err

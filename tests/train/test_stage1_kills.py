@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_shift
 
 from echoshift.pipeline.store.layout import DONE
 from echoshift.pipeline.store.open import open_store
@@ -23,8 +22,7 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Run Stage 1 to its end, without a kill."""
+def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("kills")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()
@@ -59,9 +57,7 @@ def has(tiny: Any, pattern: str) -> Callable[[], bool]:
         pytest.param("features-*/*-predictions/*.npz", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_was_killed_ends_in_the_same_bytes(
-    whole: Any, tiny_shift: ModuleType, tmp_path: Path, pattern: str
-) -> None:
+def test_a_run_that_was_killed_ends_in_the_same_bytes(whole, tmp_path, pattern):
     tiny = whole.with_runs(tmp_path)
     tiny_shift.kill_when(tiny.start(settings=SETTINGS), has(tiny, pattern))
     if pattern.startswith("encoder"):
@@ -75,9 +71,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize("n_kept", [0, 1])
-def test_features_go_on_from_the_shards_that_are_done(
-    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_kept: int
-) -> None:
+def test_features_go_on_from_the_shards_that_are_done(whole, tmp_path, monkeypatch, n_kept):
     """Stops where a kill may hit: after a shard's predictions are written, before or after the shard is committed."""
     from echoshift.train.stage1 import export
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny_shift
 from sklearn.metrics import average_precision_score
 
 from echoshift.pipeline.manifest import write_manifest
@@ -28,7 +27,7 @@ SETTINGS = (
 )
 
 
-def make_segments(tiny_shift: ModuleType) -> list[Segment]:
+def make_segments() -> list[Segment]:
     """Make segments of zero to two labels, paired across domains; half of the target's train split is labelled."""
     segments = []
     for domain in ("s", "t"):
@@ -43,13 +42,12 @@ def make_segments(tiny_shift: ModuleType) -> list[Segment]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Run Stage 1 once."""
+def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("multi")
     tiny = tiny_shift.TinyShift(root, root / "runs")
     tiny.make()
     tiny.write_card(task="multi-label", metric="map")
-    tiny.write_manifest(make_segments(tiny_shift))
+    tiny.write_manifest(make_segments())
     code, out, err = tiny.stage1(settings=SETTINGS)
     assert code == 0, err
     (root / "printed.txt").write_text(out)
@@ -57,15 +55,12 @@ def finished(tiny_shift: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def read_outcome(tiny: Any, name: str) -> dict[str, Any]:
-    outcome: dict[str, Any] = json.loads((tiny.find_step(name) / "record.json").read_text())["outcome"]
-    return outcome
+    return json.loads((tiny.find_step(name) / "record.json").read_text())["outcome"]
 
 
-def test_mean_average_precision_is_printed_and_is_that_of_the_predictions(
-    finished: Any, tiny_shift: ModuleType
-) -> None:
+def test_mean_average_precision_is_printed_and_is_that_of_the_predictions(finished):
     kept = Predictions.read(finished.find_step("predictions") / PREDICTIONS)
-    tests = [s for s in make_segments(tiny_shift) if (s.domain, s.split) == ("t", "test")]
+    tests = [s for s in make_segments() if (s.domain, s.split) == ("t", "test")]
     p = kept.select([s.segment_id for s in tests]).probabilities
     precisions = [
         average_precision_score([name in s.labels for s in tests], p[:, k]) for k, name in enumerate(("low", "high"))
@@ -79,14 +74,14 @@ def test_mean_average_precision_is_printed_and_is_that_of_the_predictions(
     assert next(line for line in out.splitlines() if line.startswith("s-t ")).split()[2] == f"{100 * expected:.1f}"
 
 
-def test_every_part_of_the_loss_is_there(finished: Any) -> None:
+def test_every_part_of_the_loss_is_there(finished):
     for epoch in read_outcome(finished, "encoder")["epochs"]:
         losses = epoch["losses"]
         assert losses["labelled"] > 0 and losses["absent"] > 0 and losses["source"] > 0
         assert losses["total"] == pytest.approx(losses["source"] + losses["absent"] + losses["labelled"])
 
 
-def test_gamma_decides_how_many_videos_lack_a_class(finished: Any) -> None:
+def test_gamma_decides_how_many_videos_lack_a_class(finished):
     """The source's shares are 4/8 + 1/8 low, 3/8 high and 0 never; four unlabelled target segments have sound."""
     absent = np.load(finished.find_step("absent_labels") / "absent.npy")
     assert absent.shape == (4, 3)
@@ -99,7 +94,7 @@ def test_gamma_decides_how_many_videos_lack_a_class(finished: Any) -> None:
     assert absent[:, 2].sum() == 2
 
 
-def test_the_sound_of_the_labelled_target_is_what_is_clustered(finished: Any) -> None:
+def test_the_sound_of_the_labelled_target_is_what_is_clustered(finished):
     found = np.load(finished.find_step("clusters") / "clusters.npy")
     assert found.shape == (4, 3)
     assert ((found >= 0) == [[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).all()
@@ -107,7 +102,7 @@ def test_the_sound_of_the_labelled_target_is_what_is_clustered(finished: Any) ->
     assert [c["n_samples"] for c in classes] == [3, 1, 0]
 
 
-def test_the_table_has_no_pseudo_labels(finished: Any) -> None:
+def test_the_table_has_no_pseudo_labels(finished):
     columns = pq.read_table(finished.find_step("table") / "table.parquet").to_pydict()
     assert set(columns["pseudo_label"]) == {-1}
     p = np.array(columns["visual_probabilities"])
@@ -115,12 +110,9 @@ def test_the_table_has_no_pseudo_labels(finished: Any) -> None:
     assert not np.allclose(p.sum(axis=1), 1, atol=0.05)
 
 
-def test_poisoned_labels_of_the_unlabelled_target_change_nothing(
-    finished: Any, tiny_shift: ModuleType, tmp_path: Path
-) -> None:
+def test_poisoned_labels_of_the_unlabelled_target_change_nothing(finished, tmp_path):
     poisoned = [
-        replace(s, labels=("never",)) if s.domain == "t" and "labelled" not in s.tags else s
-        for s in make_segments(tiny_shift)
+        replace(s, labels=("never",)) if s.domain == "t" and "labelled" not in s.tags else s for s in make_segments()
     ]
     tiny = finished.with_runs(tmp_path)
     manifest = tmp_path / "poisoned.csv"
@@ -132,9 +124,7 @@ def test_poisoned_labels_of_the_unlabelled_target_change_nothing(
 
 
 @pytest.mark.parametrize(("fraction", "n_labelled"), [("0", 0), ("1", 8)])
-def test_all_or_nothing_of_the_target_may_be_labelled(
-    finished: Any, tmp_path: Path, fraction: str, n_labelled: int
-) -> None:
+def test_all_or_nothing_of_the_target_may_be_labelled(finished, tmp_path, fraction, n_labelled):
     tiny = finished.with_runs(tmp_path)
     chosen = [f"target_labels.labelled_fraction={fraction}", *SETTINGS[2:]]
     code, _, err = tiny.stage1("--no-export", settings=chosen)
@@ -144,7 +134,7 @@ def test_all_or_nothing_of_the_target_may_be_labelled(
     assert (losses["absent"] > 0) == (n_labelled < 8)
 
 
-def test_clusters_of_a_labelled_target_that_is_empty_are_an_error(finished: Any, tmp_path: Path) -> None:
+def test_clusters_of_a_labelled_target_that_is_empty_are_an_error(finished, tmp_path):
     tiny = finished.with_runs(tmp_path)
     chosen = ["target_labels.labelled_fraction=0", "target_labels.clusters_from=labelled-target", *SETTINGS[2:]]
     code, _, err = tiny.stage1("--no-export", settings=chosen)

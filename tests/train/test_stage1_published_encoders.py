@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import ModuleType
-
 import pytest
+import tiny_shift
 from safetensors import safe_open
 
 from echoshift.pipeline.store.layout import DONE
@@ -22,9 +20,7 @@ from echoshift.pipeline.store.open import open_store
         ("i3d_rgb", {"trunk": 832}, 1024),
     ],
 )
-def test_a_run_gates_each_path_of_a_published_network(
-    tiny_shift: ModuleType, tmp_path: Path, encoder: str, gates: dict[str, int], n_pooled: int
-) -> None:
+def test_a_run_gates_each_path_of_a_published_network(tmp_path, encoder, gates, n_pooled):
     tiny = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
     tiny.make()
     tiny.write_card(encoders=(encoder, "resnet18_audio"))

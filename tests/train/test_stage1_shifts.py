@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_shift
 
 from echoshift.pipeline.cards import Shift
 from echoshift.train.runs import RESULTS, read_runs
@@ -18,8 +17,7 @@ QUICK = ("training.n_epochs=1", "visual.test_preset=zhang-stage1-val", "training
 
 
 @pytest.fixture
-def tiny(tiny_shift: ModuleType, tmp_path: Path) -> Any:
-    """Return a data set of three domains, of which `u` shows the videos of `t`."""
+def tiny(tmp_path):
     made = tiny_shift.TinyShift(tmp_path, tmp_path / "runs")
     segments = made.make()
     again = [replace(s, segment_id=s.segment_id.replace("t-", "u-"), domain="u") for s in segments if s.domain == "t"]
@@ -40,7 +38,7 @@ def count_steps(tiny: Any) -> dict[str, int]:
     return {name: names.count(name) for name in names}
 
 
-def test_shifts_from_one_source_share_what_listens_to_the_source(tiny: Any) -> None:
+def test_shifts_from_one_source_share_what_listens_to_the_source(tiny):
     code, out, err = tiny.stage1("--shift", "s-t s-u", "--no-export", settings=QUICK)
     assert code == 0, err
     assert count_steps(tiny) == {
@@ -53,7 +51,7 @@ def test_shifts_from_one_source_share_what_listens_to_the_source(tiny: Any) -> N
 
 
 @pytest.mark.slow
-def test_several_sources_train_as_one_at_the_common_rate(tiny: Any) -> None:
+def test_several_sources_train_as_one_at_the_common_rate(tiny):
     settings = [*QUICK, "training.lr=2e-3", "training.lr_by_source.s=5e-3", "balance.kind=none", "absent.weight=0"]
     code, _, err = tiny.stage1("--shift", "s+u-t", "--no-export", settings=settings)
     assert code == 0, err
@@ -61,14 +59,14 @@ def test_several_sources_train_as_one_at_the_common_rate(tiny: Any) -> None:
     assert outcome["lr"] == 2e-3
 
 
-def test_no_shift_at_all_is_an_error(tiny: Any) -> None:
+def test_no_shift_at_all_is_an_error(tiny):
     code, _, err = tiny.stage1("--shift", " ")
     assert code == 2
     assert "no shift named" in err
 
 
 @pytest.mark.slow
-def test_processes_that_train_together_leave_what_one_finds_done(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_train_together_leave_what_one_finds_done(tiny, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -8,11 +8,11 @@ import shutil
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
+import tiny_encoder
+import tiny_shift
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +21,7 @@ from echoshift.pipeline.store.location import locate
 from echoshift.pipeline.store.open import list_stores, open_store
 from echoshift.train.runs import RESULTS, read_runs
 from echoshift.train.stage1.audio import AudioClassifier, AudioFeatures, predict_audio, train_audio_classifier
-from echoshift.train.stage1.config import AudioClassifierConfig, Stage1Config
+from echoshift.train.stage1.config import AudioClassifierConfig
 from echoshift.train.stage1.export import predict_segments
 from echoshift.train.stage2.inputs import find_cached
 
@@ -41,11 +41,10 @@ def draw_by_hand(name: str, seed: int, epoch: int, n_views: int) -> int:
     return int(int.from_bytes(drawn, "big") / 2**64 * n_views)
 
 
-def write_views(tiny_encoder: ModuleType, path: Path, ids: list[str], views: np.ndarray) -> AudioFeatures:
+def write_views(path: Path, ids: list[str], views: np.ndarray) -> AudioFeatures:
     """Write maps that are drawn, the same whatever the views, beside the maps of these views."""
     path.mkdir(exist_ok=True)
-    given: AudioFeatures = tiny_encoder.write_sound(path, ids, views=views)
-    return given
+    return tiny_encoder.write_sound(path, ids, views=views)
 
 
 def remove_store(path: Path) -> None:
@@ -55,12 +54,10 @@ def remove_store(path: Path) -> None:
         beside.unlink()
 
 
-def test_the_view_is_drawn_by_seed_epoch_and_segment_and_nothing_else_is_read(
-    tiny_encoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_view_is_drawn_by_seed_epoch_and_segment_and_nothing_else_is_read(tmp_path, monkeypatch):
     views = np.random.default_rng(7).standard_normal((12, 3, *tiny_encoder.MAP)).astype(np.float32)
-    clean: AudioFeatures = tiny_encoder.write_sound(tmp_path, IDS)
-    sound = write_views(tiny_encoder, tmp_path / "views", IDS, views)
+    clean = tiny_encoder.write_sound(tmp_path, IDS)
+    sound = write_views(tmp_path / "views", IDS, views)
     heard = sound.has_audio(IDS)
     assert torch.equal(sound.read_maps(IDS), clean.read_maps(IDS))
     assert np.array_equal(sound.read_pooled(IDS), clean.read_pooled(IDS))
@@ -76,9 +73,9 @@ def test_the_view_is_drawn_by_seed_epoch_and_segment_and_nothing_else_is_read(
     assert torch.equal(clean.draw_maps(IDS, 5, 1), clean.read_maps(IDS))
 
 
-def test_the_audio_classifier_learns_from_the_views_that_are_drawn(tiny_encoder: ModuleType, tmp_path: Path) -> None:
+def test_the_audio_classifier_learns_from_the_views_that_are_drawn(tmp_path):
     views = 5 * np.random.default_rng(7).standard_normal((12, 2, *tiny_encoder.MAP)).astype(np.float32)
-    sound = write_views(tiny_encoder, tmp_path, IDS, views)
+    sound = write_views(tmp_path, IDS, views)
     config = AudioClassifierConfig(lr=1e-4, n_epochs=1, batch=12)
     network = tiny_encoder.TinySound()
     network.net = torch.nn.Module()
@@ -96,17 +93,14 @@ def test_the_audio_classifier_learns_from_the_views_that_are_drawn(tiny_encoder:
 
 
 @pytest.fixture
-def poisoned(tiny_encoder: ModuleType, tmp_path: Path) -> AudioFeatures:
-    """Return sound whose views but the clean one are no numbers."""
+def poisoned(tmp_path):
     ids = tiny_encoder.list_ids()
-    return write_views(tiny_encoder, tmp_path / "poisoned", ids, np.full((len(ids), 3, *tiny_encoder.MAP), np.nan))
+    return write_views(tmp_path / "poisoned", ids, np.full((len(ids), 3, *tiny_encoder.MAP), np.nan))
 
 
-def test_training_alone_hears_what_is_augmented(
-    tiny_encoder: ModuleType, tmp_path: Path, poisoned: AudioFeatures
-) -> None:
+def test_training_alone_hears_what_is_augmented(tmp_path, poisoned):
     ids = tiny_encoder.list_ids()
-    clean: AudioFeatures = tiny_encoder.write_sound(tmp_path, ids)
+    clean = tiny_encoder.write_sound(tmp_path, ids)
     config = tiny_encoder.make_config(n_epochs=1)
     with pytest.raises(RunError, match="the loss is nan in batch 0 of epoch 0"):
         tiny_encoder.train(tmp_path / "on", config, poisoned)
@@ -129,7 +123,7 @@ def test_training_alone_hears_what_is_augmented(
     assert heard[0].features.tobytes() == heard[1].features.tobytes()
 
 
-def test_the_encoder_draws_anew_in_each_epoch(tiny_encoder: ModuleType, tmp_path: Path) -> None:
+def test_the_encoder_draws_anew_in_each_epoch(tmp_path):
     ids, config = tiny_encoder.list_ids(), tiny_encoder.make_config(n_epochs=2)
     drawn = np.array([[draw_by_hand(name, 3, epoch, 4) for epoch in range(2)] for name in ids])  # tiny_encoder's seed
     number = np.arange(1, 4)
@@ -137,7 +131,7 @@ def test_the_encoder_draws_anew_in_each_epoch(tiny_encoder: ModuleType, tmp_path
     for name, poisoned in (("never", ~is_first & ~is_second), ("second", is_second & ~is_first)):
         assert poisoned.any(axis=1).sum() > len(ids) / 2
         views = np.where(poisoned[:, :, None, None, None], np.nan, np.ones((1, 1, *tiny_encoder.MAP)))
-        sound = write_views(tiny_encoder, tmp_path / name, ids, views)
+        sound = write_views(tmp_path / name, ids, views)
         if name == "never":
             assert len(tiny_encoder.train(tmp_path / f"on-{name}", config, sound)[1]) == 2
         else:
@@ -145,28 +139,7 @@ def test_the_encoder_draws_anew_in_each_epoch(tiny_encoder: ModuleType, tmp_path
                 tiny_encoder.train(tmp_path / f"on-{name}", config, sound)
 
 
-def test_views_that_are_all_alike_train_what_clean_sound_does(tiny_encoder: ModuleType, tmp_path: Path) -> None:
-    ids, config = tiny_encoder.list_ids(), tiny_encoder.make_config(dropout=0.3, n_epochs=2)
-    clean: AudioFeatures = tiny_encoder.write_sound(tmp_path, ids)
-    maps = clean.read_maps(ids).numpy()[:, None]
-    trained = {}
-    for name, views in (("alike", maps.repeat(3, 1)), ("other", maps.repeat(3, 1) + 1)):
-        sound = write_views(tiny_encoder, tmp_path / name, ids, views)
-        trained[name] = tiny_encoder.train(tmp_path / f"on-{name}", config, sound)[0].get_trained_tensors()
-    expected = tiny_encoder.train(tmp_path / "off", config, clean)[0].get_trained_tensors()
-    assert all(torch.equal(trained["alike"][name], tensor) for name, tensor in expected.items())
-    assert not all(torch.equal(trained["other"][name], tensor) for name, tensor in expected.items())
-
-
-def test_a_configuration_without_views_is_described_as_before_there_were_any() -> None:
-    networks = {"visual": {"encoder": "slowfast_demo"}, "sound": {"encoder": "resnet_demo"}}
-    plain = Stage1Config.model_validate(networks)
-    assert plain.describe()["sound"] == {"encoder": "resnet_demo", "weights": "", "overrides": []}
-    networks["sound"] |= {"n_views": 4}  # type: ignore[dict-item]
-    assert Stage1Config.model_validate(networks).describe()["sound"]["n_views"] == 4
-
-
-def test_stage_1_extracts_views_trains_on_them_and_leaves_done_runs_done(copied: Any, tiny_shift: ModuleType) -> None:
+def test_stage_1_extracts_views_trains_on_them_and_leaves_done_runs_done(copied):
     before = copied.list_records()
     code, _, err = copied.stage1(settings=["sound.n_views=1"])
     assert code == 0 and copied.list_records() == before, err
@@ -193,9 +166,7 @@ def test_stage_1_extracts_views_trains_on_them_and_leaves_done_runs_done(copied:
     remove_store(Path(views.path))
 
 
-def test_views_that_are_nowhere_are_an_error_with_the_options_that_make_them(
-    finished: Any, tiny_shift: ModuleType, tmp_path: Path
-) -> None:
+def test_views_that_are_nowhere_are_an_error_with_the_options_that_make_them(finished, tmp_path):
     tiny = finished.with_runs(tmp_path)
     arguments = tiny.list_arguments("stage1", "tiny", "--shift", "s-t", settings=["sound.n_views=2"])
     where = arguments.index("--media")
@@ -212,24 +183,22 @@ def test_views_that_are_nowhere_are_an_error_with_the_options_that_make_them(
     remove_store(Path(path))
 
 
-def test_views_are_asked_for_as_a_setting_of_stage_1(finished: Any, tmp_path: Path) -> None:
+def test_views_are_asked_for_as_a_setting_of_stage_1(finished, tmp_path):
     tiny = finished.with_runs(tmp_path)
     for override in ("audio.n_views=4", "resnet_demo.audio.n_views=4"):
         code, _, err = tiny.stage1(settings=[f'sound.overrides=["{override}"]'])
         assert code == 2 and f"override '{override}': say it as sound.n_views" in err, err
 
 
-def test_cached_sound_is_the_clean_store_where_there_are_views_beside_it(
-    tiny_encoder: ModuleType, tmp_path: Path
-) -> None:
+def test_cached_sound_is_the_clean_store_where_there_are_views_beside_it(tmp_path):
     views = np.zeros((3, 1, *tiny_encoder.MAP))
-    write_views(tiny_encoder, tmp_path / "b", IDS[:3], views)
+    write_views(tmp_path / "b", IDS[:3], views)
     found = find_cached(locate(tmp_path), "tiny", "resnet_demo", "resnet_demo")
     assert found.sound == tmp_path / "b" / "resnet_demo.zarr"
     tiny_encoder.write_sound(tmp_path / "a", IDS[:3])
     found = find_cached(locate(tmp_path), "tiny", "resnet_demo", "resnet_demo")
     assert found.sound == tmp_path / "a" / "resnet_demo.zarr"
-    write_views(tiny_encoder, tmp_path / "a2", IDS[:3], views)
+    write_views(tmp_path / "a2", IDS[:3], views)
     assert find_cached(locate(tmp_path), "tiny", "resnet_demo", "resnet_demo") == found
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(RunError, match=r"wanted from one store, and .* has 2: "):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny_encoder
 
 from echoshift.train.stage1.config import Stage1Config
 from echoshift.train.stage1.encoder import read_checkpoint, read_facts, write_checkpoint
@@ -20,9 +20,7 @@ PREDICTED = {  # of segments v0, v1 and s3, the last of which is silent
 
 
 @pytest.mark.parametrize("name", PREDICTED)
-def test_a_stored_checkpoint_predicts_what_it_did_and_is_written_alike(
-    tiny_encoder: ModuleType, tmp_path: Path, name: str
-) -> None:
+def test_a_stored_checkpoint_predicts_what_it_did_and_is_written_alike(tmp_path, name):
     path = STORED / f"{name}.safetensors"
     facts = read_facts(path)
     model = tiny_encoder.build(Stage1Config.model_validate_json(facts.config), "normed")

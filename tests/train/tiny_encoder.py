@@ -37,14 +37,23 @@ MAP, N_POOLED = (6, 2, 3), 8
 CPU = torch.device("cpu")
 
 
-class TinyNetwork(EncoderNetwork):
+class Tiny(EncoderNetwork):
+    """A network whose outputs are pooled features and logits of them."""
+
+    head_names = ("pooled", "logits")
+    classified_output = "pooled"
+
+    def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        features = self.features(trunk_outputs)
+        return {**features, "logits": self.classifier(features["pooled"])}
+
+
+class TinyNetwork(Tiny):
     """Two convolutions with the split between them; `normed` adds batch norm, which sees a whole batch."""
 
     trunk_names = ("trunk",)
-    head_names = ("pooled", "logits")
     stages = {"stem": ("stem",), "top": ("top",), "classifier": ("classifier",)}  # noqa: RUF012
     split_stage = "top"
-    classified_output = "pooled"
 
     def __init__(self, *, normed: bool) -> None:
         super().__init__()
@@ -55,31 +64,21 @@ class TinyNetwork(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """The channels at the split."""
         return {"trunk": 4}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the stem."""
         return {"trunk": self.stem(x)}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the pooled features."""
         return {"pooled": self.top(trunk_outputs["trunk"]).float().mean(dim=(2, 3, 4))}
 
-    def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute features and classifier."""
-        features = self.features(trunk_outputs)
-        return {**features, "logits": self.classifier(features["pooled"])}
 
-
-class TinySound(EncoderNetwork):
+class TinySound(Tiny):
     """A layer on the maps that stores hold, as layer4 is of ResNet-18."""
 
     trunk_names = ("map",)
-    head_names = ("pooled", "logits")
     stages = {"stem": ("stem",), "layer4": ("layer4",), "classifier": ("classifier",)}  # noqa: RUF012
     split_stage = "layer4"
-    classified_output = "pooled"
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,21 +88,13 @@ class TinySound(EncoderNetwork):
 
     @property
     def trunk_channels(self) -> dict[str, int]:
-        """The channels of a map."""
         return {"map": MAP[0]}
 
     def trunk(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the map."""
         return {"map": self.stem(x)}
 
     def features(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the pooled features."""
         return {"pooled": self.layer4(trunk_outputs["map"]).mean(dim=(2, 3))}
-
-    def head(self, trunk_outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute features and classifier."""
-        features = self.features(trunk_outputs)
-        return {**features, "logits": self.classifier(features["pooled"])}
 
 
 class MemoryInputs:
@@ -113,12 +104,10 @@ class MemoryInputs:
         self.shape = shape
 
     def draw(self, segment_id: str, epoch: int) -> Tensor:
-        """Draw a segment's clip of an epoch."""
         seed = int.from_bytes(f"{segment_id}/{epoch}".encode(), "big") % 2**60
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
 
     def iterate_batches(self, batches: Sequence[Sequence[str]], epoch: int) -> Iterator[dict[str, Tensor]]:
-        """Return batches of clips."""
         for batch in batches:
             yield {"clip": torch.stack([self.draw(name, epoch) for name in batch])}
 
@@ -156,12 +145,10 @@ class Watcher:
             raise KeyboardInterrupt
 
     def describe(self, what: str) -> None:
-        """Keep an epoch's line."""
         self.said.append(what)
 
 
 def name_segments(what: str, n: int) -> list[str]:
-    """Name n segments."""
     return [f"{what}{i}" for i in range(n)]
 
 
@@ -243,7 +230,6 @@ def make_config(*, dropout: float = 0.0, **training: Any) -> Stage1Config:
 
 
 def label(ids: Sequence[str]) -> LabelledSegments:
-    """Label segments with the classes in turn."""
     segments = tuple(Segment(name, name, 0.0, 1.0, (CLASSES[i % 3],), "s", "train") for i, name in enumerate(ids))
     return LabelledSegments(segments, np.arange(len(ids)) % 3)
 
@@ -270,7 +256,6 @@ def make_task(n_source: int = 8, n_target: int = 6, n_labelled: int = 0) -> Enco
 
 
 def list_ids() -> list[str]:
-    """List every segment that a task may have."""
     return [name for what in "stlv" for name in name_segments(what, 12)]
 
 
