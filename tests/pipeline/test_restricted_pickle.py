@@ -105,14 +105,10 @@ def test_planted_calls_are_refused_by_name_and_not_made(tmp_path, function, args
     assert not planted.exists()
 
 
-def test_attributes_of_listed_names_are_refused(tmp_path):
+def test_attributes_of_listed_names_and_pandas_in_weights_are_refused(tmp_path):
+    path = save(tmp_path / "a.pkl", b"\x80\x04\x8c\x11pandas.core.frame\x8c\x10DataFrame.to_csv\x93.")
     with pytest.raises(UnsafePickleError, match=r"asks for pandas\.core\.frame\.DataFrame\.to_csv"):
-        read_restricted_pickle(
-            save(tmp_path / "a.pkl", b"\x80\x04\x8c\x11pandas.core.frame\x8c\x10DataFrame.to_csv\x93."), ALL
-        )
-
-
-def test_pandas_is_not_listed_for_weights(tmp_path):
+        read_restricted_pickle(path, ALL)
     with pytest.raises(UnsafePickleError, match=r"asks for pandas\..*DataFrame"):
         read_restricted_pickle(save(tmp_path / "a.pkl", pd.DataFrame({"a": [1]})))
 
@@ -150,6 +146,8 @@ def test_damage_is_named(tmp_path, content):
     with pytest.raises(ManifestError, match="damaged or no pickle") as raised:
         read_restricted_pickle(path)
     assert str(path) in str(raised.value) and raised.value.__cause__ is not None
+    with pytest.raises(ManifestError, match=r"no file .*nothing\.pkl"):
+        read_restricted_pickle(tmp_path / "nothing.pkl")
 
 
 def test_structured_types_and_loops_are_refused(tmp_path):
@@ -159,11 +157,6 @@ def test_structured_types_and_loops_are_refused(tmp_path):
     loop.append(loop)
     with pytest.raises(ManifestError, match="contain themselves"):
         read_restricted_pickle(save(tmp_path / "b.pkl", loop))
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(ManifestError, match=r"no file .*nothing\.pkl"):
-        read_restricted_pickle(tmp_path / "nothing.pkl")
 
 
 @pytest.mark.shared

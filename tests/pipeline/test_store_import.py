@@ -21,6 +21,7 @@ from echoshift.pipeline.store.interchange import (
     import_features,
     open_import_source,
 )
+from echoshift.pipeline.store.interface import Backend
 from echoshift.pipeline.store.open import open_store
 from echoshift.pipeline.store.verify import verify_store
 
@@ -44,12 +45,11 @@ def write_folder(folder: Path, features: np.ndarray, n_valid: np.ndarray) -> np.
 
 
 @pytest.mark.parametrize("backend", ["zarr", "hdf5"])
-def test_a_folder_of_npz_becomes_an_ordinary_store(tmp_path: Path, backend: str) -> None:
+def test_a_folder_of_npz_becomes_an_ordinary_store(tmp_path: Path, backend: Backend) -> None:
     features, n_valid = make_features(30), np.arange(30) % 4 + 1
     times = write_folder(tmp_path / "npz", features, n_valid)
     source = open_import_source(tmp_path / "npz", "npz", "RGB")
-    kind = "zarr" if backend == "zarr" else "hdf5"
-    summary = import_features(source, MANIFEST, tmp_path / "cache", encoder="theirs", backend=kind)
+    summary = import_features(source, MANIFEST, tmp_path / "cache", encoder="theirs", backend=backend)
     assert (summary.n_done, summary.n_pending, summary.n_written, summary.unknown_ids) == (30, 10, 30, ())
     store = open_store(Path(summary.path))
     assert verify_store(store) == []
@@ -62,7 +62,7 @@ def test_a_folder_of_npz_becomes_an_ordinary_store(tmp_path: Path, backend: str)
     np.testing.assert_array_equal(store.read_array("times")[7, :4], times + 7)
     with pytest.raises(StoreError, match=r"segment P01/s35 is pending"):
         store.read(["P01/s35"], "pooled")
-    assert import_features(source, MANIFEST, tmp_path / "cache", encoder="theirs", backend=kind).n_written == 0
+    assert import_features(source, MANIFEST, tmp_path / "cache", encoder="theirs", backend=backend).n_written == 0
     moved = dict(zip(IDS, SEGMENTS, strict=True))
     moved[IDS[3]] = Segment(IDS[3], "v", 3.0, 4.5, ("a",), "D1", "train")
     missing = store.missing(compute_import_digests(list(store.segment_ids), moved, store.spec))
@@ -167,14 +167,8 @@ def test_the_command_imports_and_explains(tmp_path: Path) -> None:
     manifests = tmp_path / "manifests"
     manifests.mkdir()
     card = DatasetCard(
-        name="toy",
-        title="t",
-        task="single-label",
-        metric="top1",
-        classes=("a", "b"),
-        domains=("D1",),
-        splits=("train",),
-    )
+        name="toy", title="t", task="single-label", metric="top1", classes=("a", "b"), domains=("D1",)
+    )  # fmt: skip
     write_card(manifests / "toy.toml", card)
     write_manifest(manifests / "toy.csv", SEGMENTS)
     write_folder(tmp_path / "npz", make_features(30), np.full(30, 4))
