@@ -108,7 +108,10 @@ def check_store(path: Place, options: CheckOptions, notify: Callable[[int], None
     found = replace(found, faults=tuple(faults))
     try:
         card, manifest = _read_dataset(store, options)
-        survey = MediaSurvey(_find_media(store, options), card.media)
+        root = options.media_root or options.manifests_dir.parent / card.name
+        if not root.is_dir():
+            raise SpecError(f"no media folder {root}; say where the videos lie with --media")
+        survey = MediaSurvey(root, card.media)
     except (EchoshiftError, FileNotFoundError) as error:
         if options.sample_percent:
             raise
@@ -198,13 +201,6 @@ def check_spans(store: FeatureStore, segments: list[Segment | None], rows: np.nd
 def _read_dataset(store: FeatureStore, options: CheckOptions) -> tuple[DatasetCard, Manifest]:
     card = read_dataset_card(str(store.attributes["dataset"]), options.manifests_dir)
     return card, read_manifest(locate_manifest(card.name, options.manifests_dir), card)
-
-
-def _find_media(store: FeatureStore, options: CheckOptions) -> Path:
-    root = options.media_root or options.manifests_dir.parent / str(store.attributes["dataset"])
-    if not root.is_dir():
-        raise SpecError(f"no media folder {root}; say where the videos lie with --media")
-    return root
 
 
 def _find_planned_ids(store: FeatureStore, options: CheckOptions) -> list[str]:
@@ -340,18 +336,13 @@ def compare_sample(
                 detail = f"can't be extracted again: {reason}"
                 comparisons.append(RowComparison(segment.segment_id, spec.outputs[0].name, "failed", detail=detail))
                 continue
-            comparisons += _compare_row(store, trial, row, i, segment.segment_id, fresh_values)
+            comparisons += _compare_row(store, trial, row, i, fresh_values)
     errors = {
         name: measure_fp16_error(np.concatenate([v.ravel() for v in values]))
         for name, values in fresh_values.items()
         if values and spec.dtype == "float16"
     }
-    return ReextractionReport(
-        n_rows=len(rows),
-        tolerance=derive_tolerance(spec),
-        comparisons=tuple(comparisons),
-        fp16_errors=errors,
-    )
+    return ReextractionReport(len(rows), derive_tolerance(spec), tuple(comparisons), errors)
 
 
 def compare_values(
@@ -388,10 +379,9 @@ def _compare_row(
     trial: FeatureStore,
     row: int,
     trial_row: int,
-    segment_id: str,
     fresh_values: dict[str, list[np.ndarray]],
 ) -> list[RowComparison]:
-    comparisons = []
+    comparisons, segment_id = [], store.segment_ids[row]
     n_valid = int(store.read_array("n_valid", row, row + 1)[0])
     for name in ("n_valid", "times", "frames"):
         stored = store.read_array(name, row, row + 1)

@@ -100,7 +100,7 @@ def plan_clips(
     if spec.rate_hz is None:
         base_times_s = _find_own_frames(start_s, stop_s, video_frame_times_s, video_end_s)
     else:
-        n_base = _count_frames(stop_s - start_s, spec.rate_hz)
+        n_base = max(1, int(np.floor((stop_s - start_s) * spec.rate_hz + RATE_ROUNDING)))
         base_times_s = start_s + np.arange(n_base + 1) / spec.rate_hz
     n_frames = len(base_times_s) - 1
     offsets = _plan_offsets(spec, n_frames, segment_id)
@@ -143,10 +143,6 @@ def _clamp_stop(start_s: float, stop_s: float, video_end_s: float) -> float:
             f"({END_TOLERANCE_S} s are tolerated): correct the segment, or check that the video is whole"
         )
     return min(stop_s, video_end_s)
-
-
-def _count_frames(duration_s: float, rate_hz: float) -> int:
-    return max(1, int(np.floor(duration_s * rate_hz + RATE_ROUNDING)))
 
 
 def _find_own_frames(

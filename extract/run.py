@@ -205,17 +205,7 @@ class ExtractionJob:
         """Compute a shard in this process; `notify` is told of every row of the shard."""
         from echoshift.extract.shard import process_shard  # brings torch, which a run with nothing to do needn't have
 
-        n_told = 0
-
-        def tell(n_rows: int) -> None:
-            nonlocal n_told
-            n_told += n_rows
-            notify(n_rows)
-
-        report = process_shard(self.plan, self.describe_work(task), self.stores, tell)
-        if n_told < task.shard.n_rows:  # rows that are kept, or have left the manifest
-            notify(task.shard.n_rows - n_told)
-        return report
+        return process_shard(self.plan, self.describe_work(task), self.stores, notify)
 
     def describe_call(self, task: ShardTask, topic: str) -> tuple[Callable[..., ShardReport], tuple[Any, ...]]:
         """Return what a Dask worker is to call; the same versions and files are checked there."""

@@ -48,22 +48,26 @@ def process_shard(
     """Compute a shard's rows, write their features to the stores, and return the index that makes them count.
 
     Depends on plan, work and media alone, and may be run again at any time with the same result. `notify` is called
-    with the number of rows read since the last call. Reading, computing and writing overlap, each at most a few inputs
-    or chunks ahead of the next.
+    with the number of rows read since the last call, and at the end with that of the rows that needn't be read.
+    Reading, computing and writing overlap, each at most a few inputs or chunks ahead of the next.
     """
     task = work.task
     device = resolve_device(plan.options.device)
     n_readers = plan.options.n_readers or choose_n_readers(device.type, os.cpu_count() or 1)
     with OutputWriter() as writer, RowReaders(plan, work, n_readers) as readers:
         computation = _Computation(plan, work, stores, device, writer)
+        n_unread = task.shard.n_rows
         for row, item in readers:
             if item is None:
                 computation.assembler.end()
+                n_unread -= 1
                 notify(1)
             else:
                 computation.take(row, item)
         for encoder in computation.encoders.values():  # what still waits for a full batch
             encoder.run()
+        if n_unread:  # rows that are kept, or have left the manifest
+            notify(n_unread)
         return ShardReport(task, {path: rows.finish() for path, rows in computation.rows.items()})
 
 

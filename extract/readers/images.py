@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -130,7 +131,7 @@ def open_frame_images(path: Path, pattern: str, rate_hz: float, n_first: float =
 
     Raises MediaNotFoundError without it, DecodeError if no file matches the pattern.
     """
-    return _open((TarFiles(path, pattern) if path.is_file() else FolderFiles(path, pattern),), path, rate_hz, n_first)
+    return _open(path, pattern, rate_hz, n_first, (None,))
 
 
 def open_flow_images(path: Path, pattern: str, rate_hz: float, n_first: float = 1) -> NumberedFrameReader:
@@ -138,30 +139,30 @@ def open_flow_images(path: Path, pattern: str, rate_hz: float, n_first: float = 
 
     Raises as `open_frame_images`, and DecodeError if u and v don't have the same frames.
     """
+    return _open(path, pattern, rate_hz, n_first, ("u", "v"))
+
+
+def _open(
+    path: Path, pattern: str, rate_hz: float, n_first: float, folders: tuple[str | None, ...]
+) -> NumberedFrameReader:
     files: list[FolderFiles | TarFiles] = []
-    for channel in ("u", "v"):
-        is_tar = path.is_file()
-        files.append(TarFiles(path, pattern, channel) if is_tar else FolderFiles(path / channel, pattern))
-    u, v = files
-    if not np.array_equal(u.numbers, v.numbers):
-        odd = int(np.setxor1d(u.numbers, v.numbers)[0])
-        lacking = v if odd in u.numbers else u
-        u.close()
-        v.close()
-        raise DecodeError(
-            f"{path} has {len(u.numbers)} frames of u and {len(v.numbers)} of v; the first that lacks its "
-            f"partner is {lacking.name(odd)}: extract the flow again"
-        )
-    return _open((u, v), path, rate_hz, n_first)
-
-
-def _open(files: tuple[FolderFiles | TarFiles, ...], path: Path, rate_hz: float, n_first: float) -> NumberedFrameReader:
-    try:
-        return NumberedFrameReader(files, path, rate_hz, n_first)
-    except DecodeError:
-        for of_channel in files:
-            of_channel.close()
-        raise
+    with ExitStack() as opened:
+        for folder in folders:
+            files.append(
+                TarFiles(path, pattern, folder) if path.is_file() else FolderFiles(path / (folder or ""), pattern)
+            )
+            opened.callback(files[-1].close)
+        first, last = files[0], files[-1]
+        if not np.array_equal(first.numbers, last.numbers):
+            odd = int(np.setxor1d(first.numbers, last.numbers)[0])
+            lacking = last if odd in first.numbers else first
+            raise DecodeError(
+                f"{path} has {len(first.numbers)} frames of u and {len(last.numbers)} of v; the first that lacks its "
+                f"partner is {lacking.name(odd)}: extract the flow again"
+            )
+        reader = NumberedFrameReader(tuple(files), path, rate_hz, n_first)
+        opened.pop_all()
+        return reader
 
 
 class NumberedFrameReader(FrameReader):

@@ -306,26 +306,22 @@ class VideoReader(FrameReader):
             return self._held[1]
         self._fault = None
         nearest = int(np.searchsorted(self._starts, key, side="right")) - 1
-        if self._can_go_on(key, nearest) and self._advance(key):
-            return self._get_held()
+        if self._can_go_on(key, nearest) and (frame := self._advance(key)) is not None:
+            return frame
         for start in dict.fromkeys(max(start, _FROM_START) for start in (nearest, nearest - 1, _FROM_START)):
             was_careful = self._is_careful
             self._walk = self._decode_from(start)
-            if self._advance(key):
-                return self._get_held()
-            if self._is_careful and not was_careful:
+            frame = self._advance(key)
+            if frame is None and self._is_careful and not was_careful:
                 self._walk = self._decode_from(start)
-                if self._advance(key):
-                    return self._get_held()
+                frame = self._advance(key)
+            if frame is not None:
+                return frame
         what = "" if self._fault is None else f" ({explain_av_error(self._fault)})"
         raise DecodeError(
             f"{self._path}: the frame at {self.frame_times_s[position]:.3f} s can't be decoded whole{what}; "
             "the file is damaged there"
         ) from self._fault
-
-    def _get_held(self) -> av.VideoFrame:
-        assert self._held is not None
-        return self._held[1]
 
     def _can_go_on(self, key: int, nearest: int) -> bool:
         if self._walk is None or self._last_key is None or self._last_key >= key:
@@ -335,21 +331,21 @@ class VideoReader(FrameReader):
         here = int(np.searchsorted(self._keys, self._last_key))
         return int(self._start_positions[nearest]) - here < _SEEK_GAIN
 
-    def _advance(self, key: int) -> bool:
-        """Decode forward to a frame and hold it; False if it doesn't come, or not whole."""
+    def _advance(self, key: int) -> av.VideoFrame | None:
+        """Decode forward to a frame and hold it; None if it doesn't come, or not whole."""
         if self._walk is None:
-            return False
+            return None
         try:
             for found, frame, is_whole in self._walk:
                 self._last_key = found
                 if found >= key:
                     self._held = (key, frame) if found == key and is_whole else None
-                    return self._held is not None
+                    return frame if self._held else None
         except _ThreadedDecodeError:
             self._is_careful = True
             self._reopen()
         self._walk = self._held = None
-        return False
+        return None
 
     def _reopen(self) -> None:
         self._container.close()
