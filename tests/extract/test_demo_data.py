@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -144,6 +146,15 @@ def test_the_same_arguments_give_the_same_bytes_each_of_three_times(tiny_demo, t
         made = generate_demo(tmp_path / str(run), seed=3, progress=lambda n, of, s=seen: s.append((n, of)), **TINY)
         assert made == segments and seen == [(n, 6) for n in range(1, 7)]
         assert hash_files(tmp_path / str(run)) == hash_files(out_dir)
+
+
+def test_two_processes_generate_into_one_folder(tiny_demo, tmp_path):
+    out_dir, _ = tiny_demo
+    arguments = f"Path({str(tmp_path)!r}), seed=3, n_train=6, n_test=6"
+    code = f"from pathlib import Path; import echoshift.extract.demo.generating as g; g.generate_demo({arguments})"
+    both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(process.communicate()[1], process.returncode) for process in both] == [("", 0)] * 2
+    assert hash_files(tmp_path) == hash_files(out_dir)
 
 
 def test_what_is_there_is_not_written_again_and_what_is_missing_is(tiny_demo):
