@@ -113,7 +113,7 @@ RUN_TESTS = export OMP_NUM_THREADS=1; failed=0; \
   $(BIN)/python -m pytest -m "alone$(1)" $$(grep -rl --include='test_*.py' 'mark\.alone' tests) || failed=1; \
   exit $$failed
 
-test: $(INSTALLED) ## Run the tests (6 to 8 minutes on 2 cores): [TEST_PROCESSES=n]
+test: $(INSTALLED) ## Run the tests (5 minutes on 2 cores): [TEST_PROCESSES=n]
 	$(call RUN_TESTS, and not slow)
 
 test-all: $(INSTALLED) ## Run all tests, the slow ones too
