@@ -51,13 +51,6 @@ def log_spectrogram(samples: Tensor | Sequence[Tensor], spec: AudioSpec) -> Tens
     return torch.stack([_window_spectrogram(row, window.to(row.device), spec) for row in rows])[:, None]
 
 
-def rms_dbfs(samples: Tensor) -> float:
-    """Compute the level of samples [n] in dB relative to full scale: a full-scale sine has -3.01, silence -inf."""
-    _check_samples(samples)
-    power = float(samples.to(torch.float64).square().mean())
-    return 10 * math.log10(power) if power > 0 else -math.inf
-
-
 def _check_samples(samples: Tensor) -> None:
     if samples.ndim != 1:
         raise SpecError(f"a window of audio must be [n], has the shape {tuple(samples.shape)}")

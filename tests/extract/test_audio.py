@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from scipy.stats import kstest
 
-from echoshift.extract.audio import augment_spectrogram, log_spectrogram, rms_dbfs
+from echoshift.extract.audio import augment_spectrogram, log_spectrogram
 from echoshift.extract.clips import draw_array
 from echoshift.extract.feature_specs import StoreOptions, make_feature_spec
 from echoshift.extract.readers.audio import read_audio
@@ -182,15 +182,6 @@ def test_what_cannot_be_computed_is_said():
     ):
         with pytest.raises(SpecError, match=message):
             plan_spectrogram_shape(ZHANG2022.model_copy(update=update))
-
-
-def test_rms_dbfs():
-    time_s = torch.arange(16000) / 16000
-    assert rms_dbfs(torch.sin(2 * math.pi * 100 * time_s)) == pytest.approx(-3.0103, abs=1e-3)
-    assert rms_dbfs(torch.full((10,), 0.1)) == pytest.approx(-20, abs=1e-3)
-    assert rms_dbfs(torch.zeros(10)) == -math.inf
-    with pytest.raises(SpecError, match="has no samples"):
-        rms_dbfs(torch.zeros(0))
 
 
 VIEWS = ("--set", "audio.n_views=3", "--set", "audio.noise=0.05", "--set", "audio.n_masked_bins=9")

@@ -1,4 +1,4 @@
-"""Holds the reader of audio against signals known by construction, and spans against the whole."""
+"""Compares the reader of audio with signals known by construction, and spans against the whole."""
 
 from __future__ import annotations
 
