@@ -193,7 +193,7 @@ def extract(
     ] = None,
     segment_timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds that a decoder may hang before its segment fails; default: 120.", min=1),
+        typer.Option(help="Seconds that a decoder may hang before its segment fails.", min=1),
     ] = None,
     workers: Annotated[
         int | None,
